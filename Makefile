@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# On a fresh machine with python3 and g++, `make demo` and `make test` are all there is to know:
+# each makes .venv if it is missing, installs the pinned packages, builds, and runs.
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+export UHD_OPS_REQUIRE_NATIVE ?= 1
+# The virtual environment's cmake and ninja, also where it was not activated.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: help build demo test test-compat test-sanitize bench lint format clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(INSTALLED): requirements-dev.txt
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+build: $(INSTALLED)  ## Build the native libraries in place
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+
+demo: build  ## Encode a photograph with and without the compressor
+	bash examples/demo.sh $(PYTHON)
+
+test: lint build  ## Run every test
+	$(PYTHON) -m pytest -n 2
+	$(MAKE) test-sanitize test-compat
+
+lint: $(INSTALLED)  ## Check style of Python and C++
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	git ls-files -co --exclude-standard "csrc/*.h" "csrc/*.cpp" | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(INSTALLED)  ## Format Python and C++
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' | xargs $(VENV)/bin/clang-format -i
+
+bench: build  ## Measure the operators against their rivals
+	$(PYTHON) benchmarks/bench_ops.py
+
+clean:  ## Remove what a build leaves, but not .venv
+	rm -rf build dist *.egg-info uhd_ops/*.so

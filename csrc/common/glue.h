@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the glue of every op needs: torch's stable ABI, the device it registers for, and argument
+// checks.
+//
+// The same glue source is compiled into libuhd_cpu (defines the schemas, registers CPU) and into
+// libuhd_cuda (registers CUDA), so the two devices cannot drift. User errors are raised in Python;
+// the checks here are the last line and can only throw RuntimeError.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <tuple>
+
+#include "common/dtype.h"
+#include "common/view_table.h"
+
+#ifdef UHD_WITH_CUDA
+#define UHD_DEVICE_KEY CUDA
+#else
+#define UHD_DEVICE_KEY CPU
+#endif
+
+namespace uhd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      break;
+  }
+  STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+}
+
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
+}
+
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                        ScalarType dtype) {
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+// Reads an (S + 1, 4) int64 view table. On the CPU the rows are checked against each other, because
+// a kernel trusts them with its addresses.
+ViewTable view_table(const Tensor& views, int64_t window);
+
+// Runs body(chunk, begin, end) over [0, total) on torch's threads; the number of chunks is at most
+// max_chunks(), so that `chunk` can index a per-thread buffer.
+inline int64_t max_chunks() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+template <class Body>
+void parallel_chunks(int64_t total, int64_t least, Body&& body) {
+  const int64_t chunks =
+      std::min<int64_t>(max_chunks(), std::max<int64_t>(1, total / std::max<int64_t>(1, least)));
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      body(chunk, total * chunk / chunks, total * (chunk + 1) / chunks);
+    }
+  });
+}
+
+}  // namespace uhd

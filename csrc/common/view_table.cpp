@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/view_table.h"
+
+#include <vector>
+
+#include "common/glue.h"
+
+namespace uhd {
+
+ViewTable view_table(const Tensor& views, int64_t window) {
+  STD_TORCH_CHECK(views.dim() == 2 && views.size(0) >= 1 && views.size(1) == 4 &&
+                      views.scalar_type() == ScalarType::Long && views.is_contiguous(),
+                  "views must be a contiguous int64 table of shape (S + 1, 4)");
+  STD_TORCH_CHECK(window >= 1, "window must be at least 1, got ", window);
+  const ViewTable table{static_cast<const ViewRow*>(views.const_data_ptr()), views.size(0) - 1,
+                        window};
+#ifndef UHD_WITH_CUDA
+  int64_t token = 0, first_window = 0;
+  for (int64_t i = 0; i <= table.num_views; ++i) {
+    const ViewRow& row = table.rows[i];
+    STD_TORCH_CHECK(row.token_begin == token && row.window_begin == first_window &&
+                        row.height >= 0 && row.width >= 0,
+                    "views: row ", i, " does not continue the rows above it");
+    token += row.height * row.width;
+    first_window += (row.height + window - 1) / window * ((row.width + window - 1) / window);
+  }
+#endif
+  return table;
+}
+
+#ifndef UHD_WITH_CUDA
+
+namespace {
+
+class TableWriter {
+ public:
+  TableWriter(Tensor table, int64_t window)
+      : row_(static_cast<ViewRow*>(table.mutable_data_ptr())), window_(window) {
+    STD_TORCH_CHECK(window >= 1, "window must be at least 1, got ", window);
+  }
+  void add(int64_t height, int64_t width) {
+    STD_TORCH_CHECK(height >= 0 && width >= 0, "grids must not be negative");
+    *row_++ = {token_, height, width, first_window_};
+    token_ += height * width;
+    first_window_ += (height + window_ - 1) / window_ * ((width + window_ - 1) / window_);
+  }
+  void finish() { *row_ = {token_, 0, 0, first_window_}; }
+
+ private:
+  ViewRow* row_;
+  int64_t window_, token_ = 0, first_window_ = 0;
+};
+
+Tensor empty_table(int64_t num_views) {
+  const int64_t sizes[2] = {num_views + 1, 4};
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2), ScalarType::Long);
+}
+
+// sides: h0, w0, h1, w1, ... ; the list is laid out `repeat` times.
+Tensor make_view_table(std::vector<int64_t> sides, int64_t repeat, int64_t window) {
+  STD_TORCH_CHECK(sides.size() % 2 == 0 && repeat >= 0, "sides must hold (h, w) pairs");
+  const int64_t num_views = static_cast<int64_t>(sides.size()) / 2;
+  Tensor table = empty_table(num_views * repeat);
+  TableWriter writer(table, window);
+  for (int64_t r = 0; r < repeat; ++r) {
+    for (int64_t i = 0; i < num_views; ++i) writer.add(sides[2 * i], sides[2 * i + 1]);
+  }
+  writer.finish();
+  return table;
+}
+
+// rows: (S + 1, 2) int64, the last row ignored. It keeps the number of rows above one for one view,
+// so that torch.compile does not specialise on "exactly one".
+Tensor make_view_table_from_rows(const Tensor& rows, int64_t window) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) >= 1 && rows.size(1) == 2 &&
+                      rows.scalar_type() == ScalarType::Long && rows.is_contiguous(),
+                  "rows must be a contiguous int64 tensor of shape (S + 1, 2)");
+  const int64_t num_views = rows.size(0) - 1;
+  const auto* sides = static_cast<const int64_t*>(rows.const_data_ptr());
+  Tensor table = empty_table(num_views);
+  TableWriter writer(table, window);
+  for (int64_t i = 0; i < num_views; ++i) writer.add(sides[2 * i], sides[2 * i + 1]);
+  writer.finish();
+  return table;
+}
+
+}  // namespace
+
+#endif
+
+}  // namespace uhd
+
+#ifndef UHD_WITH_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(uhd_ops, m) {
+  m.def("_view_table(SymInt[] sides, SymInt repeat, SymInt window) -> Tensor");
+  m.def("_view_table_from_rows(Tensor rows, SymInt window) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(uhd_ops, CompositeExplicitAutograd, m) {
+  m.impl("_view_table", TORCH_BOX(&uhd::make_view_table));
+  m.impl("_view_table_from_rows", TORCH_BOX(&uhd::make_view_table_from_rows));
+}
+#endif

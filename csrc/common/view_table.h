@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the windows of packed tokens are. No torch here: kernels include this file.
+//
+// A view table has one row per view and a last row that holds the totals:
+//   {first token, height, width, first window}      units: tokens, tokens, tokens, windows
+// Windows are f x f groups of a view in raster order; those at the right and bottom edge may hold
+// fewer tokens.
+#pragma once
+#include <cstdint>
+
+namespace uhd {
+
+struct ViewRow {
+  int64_t token_begin, height, width, window_begin;
+};
+
+struct ViewTable {
+  const ViewRow* rows;
+  int64_t num_views;
+  int64_t window;  // side f
+
+  int64_t num_tokens() const { return rows[num_views].token_begin; }
+  int64_t num_windows() const { return rows[num_views].window_begin; }
+};
+
+// One window: its tokens are first + r * row_stride + c for r < rows, c < cols.
+struct Window {
+  int64_t first;       // packed index of the top-left token
+  int64_t row_stride;  // width of the view
+  int64_t rows, cols;  // tokens present; less than f at the edges
+  int64_t compact;     // index of the first token when tokens are in window-major order
+
+  int64_t size() const { return rows * cols; }
+  int64_t token(int64_t i) const { return first + (i / cols) * row_stride + i % cols; }
+};
+
+namespace {  // a copy per instruction set: see vec.h
+
+// Walks the windows begin, begin + 1, ... of all views.
+class WindowCursor {
+ public:
+  WindowCursor(const ViewTable& table, int64_t begin) : table_(table) {
+    int64_t low = 0, high = table.num_views;  // the last view whose first window is not after begin
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (table.rows[middle].window_begin <= begin ? low : high) = middle;
+    }
+    view_ = low;
+    index_ = begin - table.rows[low].window_begin;
+  }
+
+  Window next() {
+    const ViewRow* row = &table_.rows[view_];
+    while (index_ >=
+           row[1].window_begin - row->window_begin) {  // also steps over views without tokens
+      index_ = 0;
+      row = &table_.rows[++view_];
+    }
+    const int64_t f = table_.window, across = (row->width + f - 1) / f;
+    const int64_t top = index_ / across * f, left = index_ % across * f;
+    ++index_;
+    const int64_t rows = top + f <= row->height ? f : row->height - top;
+    const int64_t cols = left + f <= row->width ? f : row->width - left;
+    const int64_t in_view = top * row->width;
+    return {row->token_begin + in_view + left, row->width, rows, cols,
+            row->token_begin + in_view + left * rows};
+  }
+
+ private:
+  ViewTable table_;
+  int64_t view_, index_;
+};
+
+}  // namespace
+}  // namespace uhd

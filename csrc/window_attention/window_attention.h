@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention inside each window of a view: softmax(scale * q k^T) v over the tokens of the window.
+// No torch here.
+#pragma once
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "common/view_table.h"
+
+namespace uhd {
+
+// Tensors are (N, H, D) with D contiguous; strides in elements, not bytes. N packed tokens, H
+// heads.
+struct TokenStrides {
+  int64_t token, head;
+};
+
+struct WindowAttention {
+  ViewTable views;
+  DType dtype;
+  int64_t heads, head_dim;
+  double scale;
+  const void *q, *k, *v;
+  TokenStrides q_strides, k_strides, v_strides;
+  void* out;          // (N, H, D) contiguous
+  bool window_order;  // out and grad_out are in window-major instead of raster order
+  // backward only
+  const void* grad_out;
+  TokenStrides grad_out_strides;
+  void *grad_q, *grad_k, *grad_v;  // (N, H, D) contiguous
+};
+
+// Elements of float (double for float64) that one thread needs beside its registers.
+int64_t window_attention_scratch(const WindowAttention& args);
+
+// Both process the windows [begin, end) and write every output token of those windows once.
+UHD_PER_ISA(void window_attention_forward(const WindowAttention& args, int64_t begin, int64_t end,
+                                          void* scratch);
+            void window_attention_backward(const WindowAttention& args, int64_t begin, int64_t end,
+                                           void* scratch);)
+
+}  // namespace uhd

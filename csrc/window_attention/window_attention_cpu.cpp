@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+// One window and head at a time. A full 2 x 2 window is one tile and stays in registers. Other
+// windows, larger or ragged, go four query rows at a time through rows of scores in `scratch`; a
+// tile that hangs over the end of the window repeats the last token, and those scores are not used.
+#include "window_attention/tile.h"
+#include "window_attention/window_attention.h"
+
+namespace uhd {
+
+#ifdef UHD_ISA_SCALAR
+int64_t window_attention_scratch(const WindowAttention& args) {
+  const int64_t tokens = args.views.window * args.views.window;
+  const int64_t padded = (tokens + 15) / 16 * 16;  // whole vectors of scores
+  return 2 * kTile * padded + 2 * tokens * args.head_dim;
+}
+#endif
+
+namespace UHD_ISA {
+namespace {
+
+// The rows of one tensor for one window and head.
+template <class T>
+class Rows {
+ public:
+  Rows(T* data, TokenStrides strides, const Window& window, int64_t head)
+      : base_(data + window.first * strides.token + head * strides.head),
+        stride_(strides.token),
+        window_(window) {}
+
+  T* operator[](int64_t i) const { return base_ + (window_.token(i) - window_.first) * stride_; }
+  // Rows i .. i + 3, the last row repeated past the end.
+  void tile(int64_t i, T** rows) const {
+    const int64_t last = window_.size() - 1;
+    for (int r = 0; r < kTile; ++r) rows[r] = (*this)[i + r < last ? i + r : last];
+  }
+
+ private:
+  T* base_;
+  int64_t stride_;
+  Window window_;
+};
+
+// Where a window's tokens are in a tensor that is in window-major order.
+Window in_window_order(const Window& w) { return {w.compact, w.cols, w.rows, w.cols, w.compact}; }
+
+template <class T>
+struct Head {
+  Rows<const T> q, k, v;
+  Head(const WindowAttention& args, const Window& w, int64_t head)
+      : q(static_cast<const T*>(args.q), args.q_strides, w, head),
+        k(static_cast<const T*>(args.k), args.k_strides, w, head),
+        v(static_cast<const T*>(args.v), args.v_strides, w, head) {}
+};
+
+template <class T>
+Rows<T> contiguous_rows(void* data, const WindowAttention& args, const Window& w, int64_t head) {
+  return {static_cast<T*>(data), {args.heads * args.head_dim, args.head_dim}, w, head};
+}
+
+// ---- forward
+// --------------------------------------------------------------------------------------------
+
+template <class T, int kDim>
+void forward_2x2(const WindowAttention& args, const Window& window, const Window& out_window) {
+  using S = AccumulateT<T>;
+  for (int64_t head = 0; head < args.heads; ++head) {
+    const Head<T> in(args, window, head);
+    const T *q[kTile], *k[kTile], *v[kTile];
+    T* out[kTile];
+    in.q.tile(0, q);
+    in.k.tile(0, k);
+    in.v.tile(0, v);
+    contiguous_rows<T>(args.out, args, out_window, head).tile(0, out);
+    Tile<S> p;
+    dot_tile<T, kDim>(q, k, args.head_dim, static_cast<S>(args.scale), p);
+    softmax_tile(p);
+    mix_tile<T, kDim>(v, [&](int i, int j) { return p.at[i][j]; }, args.head_dim, out);
+  }
+}
+
+// Four rows of scores for all keys of the window; `padded` elements apart.
+template <class T, class S>
+void score_rows(const T* const* q, const Rows<const T>& k, int64_t tokens, int64_t dim, S scale,
+                int64_t padded, S* scores) {
+  for (int64_t j = 0; j < tokens; j += kTile) {
+    const T* keys[kTile];
+    k.tile(j, keys);
+    Tile<S> tile;
+    dot_tile<T, 0>(q, keys, dim, scale, tile);
+    for (int i = 0; i < kTile; ++i) {
+      for (int c = 0; c < kTile; ++c) scores[i * padded + j + c] = tile.at[i][c];
+    }
+  }
+}
+
+template <class S>
+void softmax_row(S* row, int64_t tokens, int64_t padded) {
+  S largest = row[0];
+  for (int64_t j = 1; j < tokens; ++j) largest = row[j] > largest ? row[j] : largest;
+  for (int64_t j = tokens; j < padded; ++j)
+    row[j] = largest;  // finite where the row is; not summed
+  S sum = 0;
+  for (int64_t j = 0; j < padded; j += kLanes<S>) store(row + j, exp(load(row + j) - largest));
+  for (int64_t j = 0; j < tokens; ++j) sum += row[j];
+  const S inverse = S(1) / sum;
+  for (int64_t j = 0; j < tokens; ++j) row[j] *= inverse;
+}
+
+template <class T>
+void forward_any(const WindowAttention& args, const Window& window, const Window& out_window,
+                 AccumulateT<T>* scores) {
+  using S = AccumulateT<T>;
+  const int64_t tokens = window.size(), padded = (tokens + 15) / 16 * 16, dim = args.head_dim;
+  for (int64_t head = 0; head < args.heads; ++head) {
+    const Head<T> in(args, window, head);
+    const Rows<T> out = contiguous_rows<T>(args.out, args, out_window, head);
+    for (int64_t i = 0; i < tokens; i += kTile) {
+      const T* q[kTile];
+      in.q.tile(i, q);
+      score_rows<T, S>(q, in.k, tokens, dim, static_cast<S>(args.scale), padded, scores);
+      const int64_t rows = tokens - i < kTile ? tokens - i : kTile;
+      for (int64_t r = 0; r < rows; ++r) softmax_row(scores + r * padded, tokens, padded);
+      for_channels<T>(dim, [&](int64_t c, auto load, auto store) {
+        Vec<S> acc[kTile] = {};
+        for (int64_t j = 0; j < tokens; ++j) {
+          const Vec<S> value = load(in.v[j] + c);
+          for (int64_t r = 0; r < rows; ++r) acc[r] = value * scores[r * padded + j] + acc[r];
+        }
+        for (int64_t r = 0; r < rows; ++r) store(out[i + r] + c, acc[r]);
+      });
+    }
+  }
+}
+
+// ---- backward
+// -------------------------------------------------------------------------------------------
+// Nothing is saved by the forward pass but q, k, v: the probabilities of a window are recomputed
+// here.
+
+template <class T, int kDim>
+void backward_2x2(const WindowAttention& args, const Window& window, const Window& out_window) {
+  using S = AccumulateT<T>;
+  const int64_t dim = args.head_dim;
+  for (int64_t head = 0; head < args.heads; ++head) {
+    const Head<T> in(args, window, head);
+    const T *q[kTile], *k[kTile], *v[kTile], *grad_out[kTile];
+    T *grad_q[kTile], *grad_k[kTile], *grad_v[kTile];
+    in.q.tile(0, q);
+    in.k.tile(0, k);
+    in.v.tile(0, v);
+    Rows<const T>(static_cast<const T*>(args.grad_out), args.grad_out_strides, out_window, head)
+        .tile(0, grad_out);
+    contiguous_rows<T>(args.grad_q, args, window, head).tile(0, grad_q);
+    contiguous_rows<T>(args.grad_k, args, window, head).tile(0, grad_k);
+    contiguous_rows<T>(args.grad_v, args, window, head).tile(0, grad_v);
+    const S scale = static_cast<S>(args.scale);
+    Tile<S> p, ds;
+    dot_tile<T, kDim>(q, k, dim, scale, p);
+    softmax_tile(p);
+    dot_tile<T, kDim>(grad_out, v, dim, S(1), ds);
+    softmax_tile_backward(p, scale, ds);
+    mix_tile<T, kDim>(k, [&](int i, int j) { return ds.at[i][j]; }, dim, grad_q);
+    mix_tile<T, kDim>(q, [&](int i, int j) { return ds.at[j][i]; }, dim, grad_k);
+    mix_tile<T, kDim>(grad_out, [&](int i, int j) { return p.at[j][i]; }, dim, grad_v);
+  }
+}
+
+// acc_j += sum over four rows r of weights[r][j] * rows_r, for every token j of the window.
+template <class T, class S>
+void accumulate(const T* const* rows, int64_t num_rows, const S* weights, int64_t padded,
+                int64_t tokens, int64_t dim, S* acc) {
+  for_channels<T>(dim, [&](int64_t c, auto load, auto store) {
+    Vec<S> value[kTile] = {};
+    for (int64_t r = 0; r < num_rows; ++r) value[r] = load(rows[r] + c);
+    for (int64_t j = 0; j < tokens; ++j) {
+      Vec<S> sum = load(acc + j * dim + c);
+      for (int64_t r = 0; r < num_rows; ++r) sum = value[r] * weights[r * padded + j] + sum;
+      store(acc + j * dim + c, sum);
+    }
+  });
+}
+
+template <class T>
+void backward_any(const WindowAttention& args, const Window& window, const Window& out_window,
+                  AccumulateT<T>* scratch) {
+  using S = AccumulateT<T>;
+  const int64_t tokens = window.size(), padded = (tokens + 15) / 16 * 16, dim = args.head_dim;
+  const S scale = static_cast<S>(args.scale);
+  S *p = scratch, *ds = p + kTile * padded, *sum_k = ds + kTile * padded,
+    *sum_v = sum_k + tokens * dim;
+  for (int64_t head = 0; head < args.heads; ++head) {
+    const Head<T> in(args, window, head);
+    const Rows<const T> grad_out(static_cast<const T*>(args.grad_out), args.grad_out_strides,
+                                 out_window, head);
+    const Rows<T> grad_q = contiguous_rows<T>(args.grad_q, args, window, head);
+    for (int64_t i = 0; i < 2 * tokens * dim; ++i) sum_k[i] = 0;  // sum_v follows sum_k
+    for (int64_t i = 0; i < tokens; i += kTile) {
+      const T *q[kTile], *grad[kTile];
+      in.q.tile(i, q);
+      grad_out.tile(i, grad);
+      const int64_t rows = tokens - i < kTile ? tokens - i : kTile;
+      score_rows<T, S>(q, in.k, tokens, dim, scale, padded, p);
+      score_rows<T, S>(grad, in.v, tokens, dim, S(1), padded, ds);
+      for (int64_t r = 0; r < rows; ++r) {
+        S *p_row = p + r * padded, *ds_row = ds + r * padded, delta = 0;
+        softmax_row(p_row, tokens, padded);
+        for (int64_t j = 0; j < tokens; ++j) delta += p_row[j] * ds_row[j];
+        for (int64_t j = 0; j < tokens; ++j) ds_row[j] = p_row[j] * (ds_row[j] - delta) * scale;
+      }
+      for_channels<T>(dim, [&](int64_t c, auto load, auto store) {
+        Vec<S> acc[kTile] = {};
+        for (int64_t j = 0; j < tokens; ++j) {
+          const Vec<S> key = load(in.k[j] + c);
+          for (int64_t r = 0; r < rows; ++r) acc[r] = key * ds[r * padded + j] + acc[r];
+        }
+        for (int64_t r = 0; r < rows; ++r) store(grad_q[i + r] + c, acc[r]);
+      });
+      accumulate(q, rows, ds, padded, tokens, dim, sum_k);
+      accumulate(grad, rows, p, padded, tokens, dim, sum_v);
+    }
+    const Rows<T> grad_k = contiguous_rows<T>(args.grad_k, args, window, head);
+    const Rows<T> grad_v = contiguous_rows<T>(args.grad_v, args, window, head);
+    for (int64_t j = 0; j < tokens; ++j) {
+      for_channels<T>(dim, [&](int64_t c, auto load, auto store) {
+        store(grad_k[j] + c, load(sum_k + j * dim + c));
+        store(grad_v[j] + c, load(sum_v + j * dim + c));
+      });
+    }
+  }
+}
+
+// ---- all windows of a range
+// -----------------------------------------------------------------------------
+
+template <class Full, class Any>
+void for_windows(const WindowAttention& args, int64_t begin, int64_t end, Full&& full, Any&& any) {
+  WindowCursor cursor(args.views, begin);
+  for (int64_t i = begin; i < end; ++i) {
+    const Window window = cursor.next();
+    const Window out_window = args.window_order ? in_window_order(window) : window;
+    window.rows == 2 && window.cols == 2 ? full(window, out_window) : any(window, out_window);
+  }
+}
+
+// Calls body with the head size as a compile-time constant where that pays: SigLIP-so400m (72) and
+// ViT-B/L (64).
+template <class Body>
+void dispatch_head_dim(int64_t dim, Body&& body) {
+  if (dim == 72) return body(std::integral_constant<int, 72>{});
+  if (dim == 64) return body(std::integral_constant<int, 64>{});
+  body(std::integral_constant<int, 0>{});
+}
+
+}  // namespace
+
+void window_attention_forward(const WindowAttention& args, int64_t begin, int64_t end,
+                              void* scratch) {
+  dispatch_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    dispatch_head_dim(args.head_dim, [&](auto dim) {
+      for_windows(
+          args, begin, end,
+          [&](const Window& w, const Window& out) { forward_2x2<T, dim.value>(args, w, out); },
+          [&](const Window& w, const Window& out) {
+            forward_any<T>(args, w, out, static_cast<AccumulateT<T>*>(scratch));
+          });
+    });
+  });
+}
+
+void window_attention_backward(const WindowAttention& args, int64_t begin, int64_t end,
+                               void* scratch) {
+  dispatch_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    dispatch_head_dim(args.head_dim, [&](auto dim) {
+      for_windows(
+          args, begin, end,
+          [&](const Window& w, const Window& out) { backward_2x2<T, dim.value>(args, w, out); },
+          [&](const Window& w, const Window& out) {
+            backward_any<T>(args, w, out, static_cast<AccumulateT<T>*>(scratch));
+          });
+    });
+  });
+}
+
+}  // namespace UHD_ISA
+}  // namespace uhd

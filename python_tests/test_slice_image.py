@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading images of every mode, container and orientation, and refusing what is broken."""
+
+import io
+import sys
+import warnings
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image
+from transformers.image_transforms import convert_to_rgb
+
+from uhd_ops.slicing import load_image, plan_slices, slice_image
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+RGBA = np.random.default_rng(1).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+
+
+def encoded(image, image_format, **options):
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def transparent_palette(transparency):
+    image = Image.fromarray(RGB).quantize(16)
+    image.info["transparency"] = transparency
+    return image
+
+
+def transparent_colour():
+    image = Image.fromarray(RGB)
+    image.info["transparency"] = tuple(RGB[3, 4].tolist())
+    return image
+
+
+IMAGES = {
+    **{mode: Image.fromarray(RGB).convert(mode) for mode in ("1", "L", "P", "RGB", "RGBX", "CMYK")},
+    **{mode: Image.fromarray(RGB).convert(mode) for mode in ("YCbCr", "HSV")},
+    **{mode: Image.fromarray(RGBA).convert(mode) for mode in ("RGBA", "LA", "PA")},
+    "P, one transparent entry": transparent_palette(3),
+    "P, entries with alpha": transparent_palette(bytes(range(0, 256, 16))),
+    "RGB, one transparent colour": transparent_colour(),
+}
+
+
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES.keys())
+def test_modes_convert_as_in_the_processor(image):
+    loaded = load_image(image)
+    assert loaded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(loaded), convert_to_rgb(image, return_numpy=True))
+
+
+def test_transparency_is_laid_on_white():
+    pixels = np.array([[[200, 100, 0, 0], [200, 100, 0, 255], [0, 0, 0, 51]]], dtype=np.uint8)
+    expected = [[[255, 255, 255], [200, 100, 0], [204, 204, 204]]]
+    for image in (Image.fromarray(pixels), pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
+        np.testing.assert_array_equal(np.asarray(load_image(image)), expected)
+    premultiplied = Image.fromarray(pixels).convert("RGBa")
+    np.testing.assert_array_equal(np.asarray(load_image(premultiplied)), expected)
+
+
+HIGH = np.array([[0, 128, 129, 257, 32767, 32768, 65406, 65407, 65535]], dtype=np.uint16)
+HIGH_IN_8_BIT = np.array([[0, 0, 1, 1, 127, 128, 254, 255, 255]], dtype=np.uint8)
+
+
+HIGH_RANGE_IMAGES = {
+    "I;16": Image.fromarray(HIGH),
+    "I;16B": Image.frombytes("I;16B", (9, 1), HIGH.astype(">u2").tobytes()),
+    "I": Image.fromarray(HIGH.astype(np.int32)),
+    "F": Image.fromarray(HIGH.astype(np.float32) / 65535),
+    "PNG": encoded(Image.fromarray(HIGH), "PNG"),
+    "TIFF": encoded(Image.fromarray(HIGH), "TIFF"),
+    "uint16 array": HIGH,
+    "big-endian array": HIGH.astype(">u2"),
+    "(H, W, 1) array": HIGH[:, :, None],
+    "float64 array": HIGH.astype(np.float64) / 65535,
+    "uint16 tensor": torch.from_numpy(HIGH),
+    "(1, H, W) tensor": torch.from_numpy(HIGH.astype(np.float32) / 65535)[None],
+}
+
+
+@pytest.mark.parametrize("image", HIGH_RANGE_IMAGES.values(), ids=HIGH_RANGE_IMAGES.keys())
+def test_16_bit_and_float_keep_their_full_range(image):
+    expected = np.repeat(HIGH_IN_8_BIT[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(np.asarray(load_image(image)), expected)
+
+
+def test_16_bit_png_with_a_transparent_value():
+    data = encoded(Image.fromarray(HIGH), "PNG", transparency=257)
+    assert np.asarray(load_image(data))[0, :, 0].tolist() == [0, 0, 1, 255, 127, 128, 254, 255, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floats_of_every_width_round_to_nearest(dtype):
+    # Every eighth of 255 is hit to within half of bfloat16's spacing, 2⁻⁹ * 255 = 0.498 < 0.5.
+    values = torch.arange(256).div(255).to(dtype).repeat(3, 2, 1).requires_grad_()
+    loaded = np.asarray(load_image(values))
+    np.testing.assert_array_equal(loaded, np.arange(256)[None, :, None] + np.zeros((2, 1, 3)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        RGB,
+        RGB[::-1][::-1],
+        np.asfortranarray(RGB),
+        torch.from_numpy(RGB).permute(2, 0, 1),
+        RGB.astype(np.float32) / 255,
+        Image.fromarray(RGB),
+        encoded(Image.fromarray(RGB), "PNG"),
+        bytearray(encoded(Image.fromarray(RGB), "BMP")),
+        memoryview(encoded(Image.fromarray(RGB), "TIFF")),
+    ],
+    ids=[
+        "array",
+        "flipped",
+        "Fortran",
+        "tensor",
+        "float",
+        "PIL",
+        "bytes",
+        "bytearray",
+        "memoryview",
+    ],
+)
+def test_sources(source):
+    np.testing.assert_array_equal(np.asarray(load_image(source)), RGB)
+
+
+def test_files(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(Image.fromarray(RGB), "PNG"))
+    with path.open("rb") as file:
+        for source in (path, str(path), file):
+            np.testing.assert_array_equal(np.asarray(load_image(source)), RGB)
+    with pytest.raises(FileNotFoundError):
+        load_image(tmp_path / "missing.png")
+    path.write_bytes(b"no image")
+    with pytest.raises(
+        ValueError, match=r"^image '.*image\.png' cannot be read: it is in no format"
+    ):
+        load_image(path)
+
+
+ORIENTATIONS = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_exif_orientation(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(RGB), "PNG", exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(data)), ORIENTATIONS[orientation](RGB))
+    # An image that the caller has opened stays as it lies.
+    with Image.open(io.BytesIO(data)) as opened:
+        np.testing.assert_array_equal(np.asarray(load_image(opened)), RGB)
+
+
+def test_turned_file_meets_a_plan_of_the_other_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(RGB), "JPEG", exif=exif)
+    with pytest.raises(
+        ValueError, match=r"30x20 px .* got 20x30 px; the sides are swapped, .* EXIF"
+    ):
+        slice_image(data, plan_slices(30, 20))
+    assert len(slice_image(data, plan_slices(*load_image(data).size))) == 1
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(np.asarray(load_image(data)), RGB)
+
+
+FORMATS = ["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM"]
+FILES = {name: encoded(Image.fromarray(RGB), name) for name in FORMATS}
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_truncated_files(image_format):
+    data = FILES[image_format]
+    with pytest.raises(ValueError, match=r"^the image in the bytes cannot be read: ."):
+        load_image(data[: len(data) // 2])
+
+
+def test_truncated_image_that_the_caller_opened():
+    with (
+        Image.open(io.BytesIO(FILES["PNG"][:-100])) as opened,
+        pytest.raises(ValueError, match=r"^the image cannot be read: .*truncated"),
+    ):
+        load_image(opened)
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), image_format=st.sampled_from(FORMATS))
+def test_damaged_files_raise_nothing_but_value_error(data, image_format):
+    file = bytearray(FILES[image_format])
+    for _ in range(data.draw(st.integers(1, 4))):
+        # Damage in the first 200 bytes meets the headers.
+        position = data.draw(
+            st.integers(0, len(file) - 1) | st.integers(0, min(len(file), 200) - 1)
+        )
+        file[position] = data.draw(st.integers(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = load_image(bytes(file))
+        except ValueError:
+            return
+    assert image.mode == "RGB"
+
+
+def test_bombs(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    message = (
+        r"^the image in the bytes has too many pixels \(.*600.*\); .*PIL\.Image\.MAX_IMAGE_PIXELS$"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=message):
+            load_image(FILES["PNG"])
+    with pytest.warns(Image.DecompressionBombWarning):
+        load_image(FILES["PNG"])  # up to twice the limit Pillow only warns
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)
+    with pytest.raises(ValueError, match=message):
+        load_image(FILES["PNG"])
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (b"", ValueError, "the image in the bytes cannot be read: it is in no format"),
+        (
+            io.BytesIO(b"text"),
+            ValueError,
+            "the image in the file cannot be read: it is in no format",
+        ),
+        (None, TypeError, "image must be a PIL image, .*, got NoneType"),
+        (RGB.tolist(), TypeError, "image must be a PIL image, .*, got list"),
+        (
+            RGB.transpose(2, 0, 1),
+            ValueError,
+            r"array must be \(H, W\) or .* got shape \(3, 20, 30\)",
+        ),
+        (RGB[:, :, :2], ValueError, r"array must be .* got shape \(20, 30, 2\)"),
+        (RGB[None], ValueError, r"array must be .* got shape \(1, 20, 30, 3\)"),
+        (RGB[:0], ValueError, r"array must have at least one pixel, got shape \(0, 30, 3\)"),
+        (RGB.astype(np.int64), TypeError, "must be uint8, uint16 or .* got dtype int64"),
+        (RGB > 9, TypeError, "must be uint8, uint16 or .* got dtype bool"),
+        (RGB * 1.0, ValueError, r"floating-point image must be in \[0, 1\], got \[0.0, 255.0\]"),
+        (RGB[:, :, 0] * np.nan, ValueError, r"must be in \[0, 1\], got \[nan, nan\]"),
+        (RGB - np.inf, ValueError, r"must be in \[0, 1\]"),
+        (torch.zeros(20, 30, 3), ValueError, r"tensor must be .* got shape \(20, 30, 3\)"),
+        (torch.zeros(()), ValueError, r"tensor must be .* got shape \(\)"),
+        (torch.zeros(3, 0, 5), ValueError, r"at least one pixel, got shape \(0, 5, 3\)"),
+        (torch.zeros(3, 4, 5, device="meta"), TypeError, "dense and hold data, .* on meta"),
+        (torch.zeros(4, 5).to_sparse(), TypeError, "dense and hold data, got torch.sparse_coo"),
+        (torch.zeros(4, 5, dtype=torch.int16), TypeError, "got dtype int16"),
+        (Image.new("LAB", (2, 2)), ValueError, "mode LAB"),
+        (Image.new("L", (0, 2)), ValueError, "must have at least one pixel, got 0x2"),
+        (Image.new("I", (2, 2), -1), ValueError, r"values in \[0, 65535\], got \[-1, -1\]"),
+        (Image.new("F", (2, 2), 2.0), ValueError, r"must be in \[0, 1\], got \[2.0, 2.0\]"),
+    ],
+)
+def test_bad_sources(source, error, message):
+    with pytest.raises(error, match=message):
+        load_image(source)
+
+
+def test_missing_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"pip install uhd_ops\[image\]"):
+        load_image(RGB)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the native libraries and say what was loaded.
+
+``import torch`` comes first: its libraries satisfy the ones that ours are linked against. The CUDA library is
+touched only where torch has CUDA.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+_DIRECTORY = Path(__file__).resolve().parent
+_LIBRARIES = {"cpu": "libuhd_cpu.so", "cuda": "libuhd_cuda.so"}
+
+status: dict[str, str] = {}
+"""``loaded``, ``absent``, ``disabled``, ``torch has no CUDA`` or ``failed: <why>``, for cpu, cuda and host."""
+
+
+def _load(device: str) -> str:
+    if os.environ.get("UHD_OPS_DISABLE_NATIVE", "0") not in ("", "0"):
+        return "disabled"
+    if device == "cuda" and torch.version.cuda is None:
+        return "torch has no CUDA"
+    if device == "cuda" and status["cpu"] != "loaded":
+        return "needs the CPU library, which defines the operators"
+    path = _DIRECTORY / _LIBRARIES[device]
+    if not path.exists():
+        return "absent"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"failed: {error.__cause__ or error}"
+    return "loaded"
+
+
+def _load_host() -> str:
+    if os.environ.get("UHD_OPS_DISABLE_NATIVE", "0") not in ("", "0"):
+        return "disabled"
+    if importlib.util.find_spec("uhd_ops._host") is None:
+        return "absent"
+    try:
+        importlib.import_module("uhd_ops._host")
+    except ImportError as error:
+        return f"failed: {error}"
+    return "loaded"
+
+
+def _load_all() -> None:
+    for device in _LIBRARIES:
+        status[device] = _load(device)
+    status["host"] = _load_host()
+    if status["cpu"] not in ("loaded", "disabled"):
+        warnings.warn(
+            f"uhd_ops has no native CPU kernels ({status['cpu']}); its operators run on the PyTorch reference, "
+            "which is slow. Reinstall with a C++ compiler, or see uhd_ops.build_info().",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the operators have native kernels for tensors on ``device``."""
+    # "meta" has no kernels, but shapes are computed by the fakes that accompany the CPU library.
+    return status.get("cpu" if device.type == "meta" else device.type) == "loaded"
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: scalar, avx2 or avx512."""
+    return torch.ops.uhd_ops._cpu_isa()
+
+
+def set_cpu_isa(name: str) -> None:
+    """Make the CPU kernels use another instruction set of this processor (for tests and benchmarks)."""
+    torch.ops.uhd_ops._set_cpu_isa(name)
+
+
+_load_all()

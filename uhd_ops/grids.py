@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patch grids of packed views, and the tables that the kernels read.
+
+Everything is computed from Python integers, once, and cached: no operator ever reads a grid back from a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+
+Grids: TypeAlias = "PackedGrids | Sequence[Sequence[int]] | Sequence[int] | torch.Tensor"
+
+_EXPECTED = (
+    "grids must be a PackedGrids, a sequence of (h, w) pairs, one (h, w) pair, "
+    "or a CPU integer tensor or array of shape (S, 2)"
+)
+# Window sides whose counts are ready before torch.compile traces: the dictionary look-up then stays symbolic.
+_COMMON_WINDOWS = (1, 2, 4)
+
+
+class PackedGrids:
+    """The grids ``(h, w)`` of the views in one packed sequence, in order. Immutable and hashable.
+
+    Args:
+        grids: A sequence of ``(h, w)`` pairs, in tokens, or a CPU integer tensor or array ``(S, 2)``.
+            No view, and views with a zero side, are allowed: they hold no tokens.
+
+    Raises:
+        TypeError: ``grids`` is none of these, or holds something that is not an integer.
+        ValueError: A side is negative, the shape is not ``(S, 2)``, or the tensor is on another device.
+
+    Example:
+        >>> grids = PackedGrids([(32, 32), (28, 36)])
+        >>> grids.num_tokens, grids.merged(2), grids.num_windows(2)
+        (2032, PackedGrids([(16, 16), (14, 18)]), 508)
+    """
+
+    num_views: int
+    num_tokens: int
+
+    def __init__(self, grids: Sequence[Sequence[int]] | torch.Tensor) -> None:
+        pairs = _pairs(grids)
+        put = functools.partial(object.__setattr__, self)
+        put("_pairs", pairs)
+        put("num_views", len(pairs))
+        put("num_tokens", sum(h * w for h, w in pairs))
+        put("_windows", {f: _count_windows(pairs, f) for f in _COMMON_WINDOWS})
+        # The extra last row keeps the length above one: torch.compile specialises on "exactly one view" otherwise.
+        put("_rows", torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"))
+        put("_tables", {})
+
+    @classmethod
+    def of(cls, grids: Grids, batch: int = 1) -> PackedGrids:
+        """Return ``grids``, in any accepted form, as a PackedGrids; a single pair stands ``batch`` times."""
+        if isinstance(grids, PackedGrids):
+            return grids if batch == 1 else cls(grids._pairs * batch)
+        pairs = _pairs(grids)
+        return _cached(pairs if batch == 1 else pairs * batch)
+
+    def num_windows(self, window: int) -> int:
+        """Number of windows of side ``window``, the ragged ones included."""
+        count = self._windows.get(window)
+        return _count_windows(self._pairs, window) if count is None else count
+
+    def merged(self, factor: int = 2) -> PackedGrids:
+        """Grids of the merged tokens: ``(ceil(h / factor), ceil(w / factor))`` of each view."""
+        factor = _positive(factor, "factor")
+        return _cached(tuple((-(-h // factor), -(-w // factor)) for h, w in self._pairs))
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the largest view; 0 if there is none."""
+        return max((h * w for h, w in self._pairs), default=0)
+
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return where each view starts, ``(S + 1,)`` int32, as variable-length attention kernels want it."""
+        key = ("cu_seqlens", torch.device(device))
+        if key not in self._tables:
+            lengths = torch.tensor([0, *(h * w for h, w in self._pairs)], dtype=torch.int64)
+            self._tables[key] = lengths.cumsum(0).to(dtype=torch.int32, device=device)
+        return self._tables[key]
+
+    def view_table(self, window: int, device: torch.device) -> torch.Tensor:
+        """Return the kernels' table ``(S + 1, 4)``: first token, height, width, first window; last row: totals."""
+        if torch.compiler.is_compiling():
+            table = torch.ops.uhd_ops._view_table_from_rows(self._rows, window)
+            return table if device.type == "cpu" else table.to(device, non_blocking=True)
+        key = (window, device)
+        if key not in self._tables:
+            table = torch.ops.uhd_ops._view_table_from_rows(self._rows, window)
+            self._tables[key] = table.to(device)
+        return self._tables[key]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return self.num_views
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self._pairs[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackedGrids) and self._pairs == other._pairs
+
+    def __hash__(self) -> int:
+        return hash(self._pairs)
+
+    def __repr__(self) -> str:
+        return f"PackedGrids({list(self._pairs)})"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"PackedGrids is immutable; cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"PackedGrids is immutable; cannot delete {name!r}")
+
+    def __reduce__(self) -> tuple[type[PackedGrids], tuple[list[tuple[int, int]]]]:
+        return PackedGrids, (list(self._pairs),)
+
+
+def is_single_pair(grids: Grids) -> bool:
+    """Whether ``grids`` is one bare ``(h, w)`` pair rather than a collection of pairs."""
+    return isinstance(grids, (tuple, list)) and len(grids) == 2 and all(_is_int(s) for s in grids)
+
+
+@functools.lru_cache(maxsize=512)
+def _cached(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
+    return PackedGrids(pairs)
+
+
+def _count_windows(pairs: Sequence[Sequence[int]], window: int) -> int:
+    window = _positive(window, "window")
+    return sum(-(-h // window) * -(-w // window) for h, w in pairs)
+
+
+def _is_int(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _positive(value: int, name: str) -> int:
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return operator.index(value)
+
+
+def _pairs(grids: Grids) -> tuple[tuple[int, int], ...]:
+    if isinstance(grids, PackedGrids):
+        return grids._pairs
+    if is_single_pair(grids):
+        grids = (grids,)
+    if isinstance(grids, torch.Tensor) and grids.device.type != "cpu":
+        raise ValueError(
+            f"grids must be on the CPU, got a tensor on {grids.device}: reading it there would stop the host "
+            "until the device is idle. Keep the grids of the preprocessor as Python integers."
+        )
+    if hasattr(grids, "shape") and hasattr(grids, "tolist"):  # tensor or array
+        if len(grids.shape) != 2 or grids.shape[1] != 2:
+            raise ValueError(f"grids must have shape (S, 2), got {tuple(grids.shape)}")
+        grids = grids.tolist()
+    if not isinstance(grids, Sequence) or isinstance(grids, (str, bytes)):
+        raise TypeError(f"{_EXPECTED}; got {type(grids).__name__}")
+    return tuple(_pair(pair) for pair in grids)
+
+
+def _pair(pair: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(side) for side in pair):
+        raise TypeError(f"{_EXPECTED}; got the entry {pair!r}")
+    height, width = (operator.index(side) for side in pair)
+    if height < 0 or width < 0:
+        raise ValueError(f"grids must not have negative sides, got ({height}, {width})")
+    return height, width

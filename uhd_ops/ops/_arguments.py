@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks and grid look-up shared by the public operators.
+
+Every check uses shapes, dtypes and devices only, so it raises the same error on CPU, on CUDA, under
+FakeTensorMode and while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from uhd_ops import _native
+from uhd_ops.grids import Grids, PackedGrids, is_single_pair
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Layout(NamedTuple):
+    """Where the tokens of one call are.
+
+    ``batch`` is None for packed tokens ``(N, ...)`` and B for batched tokens ``(B, h*w, ...)`` of one grid.
+    """
+
+    views: torch.Tensor  # the kernels' view table (S + 1, 4), on the device of the tokens
+    tokens: int  # of all views, or of each view of a batch
+    windows: int  # likewise
+    batch: int | None
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the whole call, M."""
+        return self.windows if self.batch is None else self.windows * self.batch
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, h*w, ...)`` to ``(N, ...)``; packed tokens as they are."""
+        return x if self.batch is None else x.reshape(self.batch * self.tokens, *x.shape[2:])
+
+    def unpack_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """``(N, ...)`` to ``(B, h*w, ...)`` where the input was batched."""
+        return x if self.batch is None else x.reshape(self.batch, self.tokens, *x.shape[1:])
+
+    def unpack_windows(self, x: torch.Tensor) -> torch.Tensor:
+        """``(M, ...)`` to ``(B, M / B, ...)`` where the input was batched."""
+        return x if self.batch is None else x.reshape(self.batch, self.windows, *x.shape[1:])
+
+
+def check_tensor(x: object, name: str) -> None:
+    """``x`` is a tensor of a floating dtype that the kernels know."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise NotImplementedError(f"{name} must be a strided tensor, got layout {x.layout}")
+
+
+def check_like(x: object, name: str, other: torch.Tensor, other_name: str) -> None:
+    """``x`` is a tensor with the dtype and device of ``other``."""
+    check_tensor(x, name)
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+    if x.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {x.device}"
+        )
+
+
+def check_same_shape(x: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> None:
+    """``x`` has the shape of ``other``."""
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(x.shape)}"
+        )
+
+
+def check_positive_int(value: object, name: str) -> None:
+    """``value`` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_finite(value: object, name: str) -> float:
+    """``value`` is a finite real number; returns it as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Cast float32 and half tensors to the autocast dtype of their device, where autocast is on."""
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if x is not None and x.dtype != torch.float64 and x.is_floating_point() else x
+        for x in tensors
+    )
+
+
+def layout_of(
+    x: torch.Tensor, name: str, grids: Grids, window: int, trailing: tuple[str, ...]
+) -> Layout:
+    """Match tokens ``x`` against ``grids``.
+
+    Args:
+        x: ``(N, *trailing)``, or ``(B, h*w, *trailing)`` with a single ``(h, w)`` pair.
+        name: What the caller calls ``x``, for messages.
+        grids: Grids in any accepted form.
+        window: Window side, checked before.
+        trailing: Names of the dimensions after the tokens, such as ``("C",)``.
+
+    Raises:
+        TypeError: ``grids`` has no accepted form.
+        ValueError: The number of tokens or dimensions does not fit.
+    """
+    dims, shape = len(trailing), ", ".join(trailing)
+    batched = x.dim() == dims + 2
+    if not batched and x.dim() != dims + 1:
+        raise ValueError(
+            f"{name} must be (N, {shape}), or (B, h*w, {shape}) with one (h, w) grid, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if batched and not is_single_pair(grids):
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} is batched, so grids must be one (h, w) pair; "
+            f"pack the views into (N, {shape}) for several grids"
+        )
+    layout = _look_up(x, grids, window, x.shape[0] if batched else None)
+    if x.shape[1 if batched else 0] != layout.tokens:
+        form = f"(B, h*w, {shape}) with h*w" if batched else f"(N, {shape}) with N"
+        raise ValueError(
+            f"{name} must be {form} = {layout.tokens} tokens (sum of h*w over grids), "
+            f"got shape {tuple(x.shape)}"
+        )
+    return layout
+
+
+def _look_up(x: torch.Tensor, grids: Grids, window: int, batch: int | None) -> Layout:
+    if not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+        one = PackedGrids.of(grids)
+        every = one if batch is None else PackedGrids.of(grids, batch)
+        views = every.view_table(window, x.device) if _native.has_kernels(x.device) else None
+        return Layout(views, one.num_tokens, one.num_windows(window), batch)
+    if isinstance(grids, PackedGrids) and torch.compiler.is_compiling():
+        views = grids.view_table(window, x.device)
+        return Layout(views, grids.num_tokens, grids.num_windows(window), None)
+    return _look_up_symbolic(x, grids, window, batch)
+
+
+def _look_up_symbolic(x: torch.Tensor, grids: Grids, window: int, batch: int | None) -> Layout:
+    # Sides may be symbols here (a grid that a traced model computes from its input's shape), so nothing is cached
+    # and the table is made by an operator inside the graph.
+    if isinstance(grids, torch.Tensor):
+        raise TypeError(
+            "grids must be a PackedGrids or (h, w) pairs while tracing, got a tensor, whose values are unknown "
+            "then; make a PackedGrids before the traced function"
+        )
+    pairs = (tuple(grids),) if is_single_pair(grids) else PackedGrids.of(grids)
+    tokens = windows = 0
+    sides: list[int] = []
+    for height, width in pairs:
+        if height < 0 or width < 0:
+            raise ValueError(f"grids must not have negative sides, got ({height}, {width})")
+        tokens += height * width
+        windows += ((height + window - 1) // window) * ((width + window - 1) // window)
+        sides += [height, width]
+    views = torch.ops.uhd_ops._view_table(sides, 1 if batch is None else batch, window)
+    return Layout(views.to(x.device), tokens, windows, batch)
+
+
+if _native.status["cpu"] == "loaded":
+
+    @torch.library.register_fake("uhd_ops::_view_table")
+    def _(sides, repeat, window):
+        return torch.empty((len(sides) // 2 * repeat + 1, 4), dtype=torch.int64, device="cpu")
+
+    @torch.library.register_fake("uhd_ops::_view_table_from_rows")
+    def _(rows, window):
+        return rows.new_empty((rows.shape[0], 4))

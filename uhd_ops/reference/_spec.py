@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests and benchmarks need to know about an operator, in one record beside its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+Pairs = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of an operator.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        differentiable: Positions and names of the tensors that take a gradient.
+        per_token: Positions of the tensors whose first dimension is the packed tokens.
+        grids: Position of the grids; None for an operator without grids.
+    """
+
+    args: tuple
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+    differentiable: tuple[int | str, ...] = (0,)
+    per_token: tuple[int, ...] = (0,)
+    grids: int | None = 1
+
+    def get(self, key: int | str) -> object:
+        """Return one argument by position or name."""
+        return self.args[key] if isinstance(key, int) else self.kwargs[key]
+
+    def put(self, key: int | str, value: object) -> Call:
+        """Return this call with one argument replaced."""
+        if isinstance(key, int):
+            return replace(self, args=(*self.args[:key], value, *self.args[key + 1 :]))
+        return replace(self, kwargs={**self.kwargs, key: value})
+
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+        """Return this call with ``function`` applied to every floating-point tensor."""
+        call = self
+        for key in (*range(len(self.args)), *self.kwargs):
+            value = call.get(key)
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                call = call.put(key, function(value))
+        return call
+
+    def only_view(self, index: int) -> Call:
+        """Return the call on one view of the packed sequence."""
+        grids = list(self.get(self.grids))
+        start = sum(h * w for h, w in grids[:index])
+        stop = start + grids[index][0] * grids[index][1]
+        call = self.put(self.grids, [grids[index]])
+        for position in self.per_token:
+            call = call.put(position, self.get(position)[start:stop])
+        return call
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """A call that must be refused: how to spoil a good call, and the error it must raise."""
+
+    label: str
+    spoil: Callable[[Call], Call]
+    error: type[Exception]
+    message: str  # the whole text, exactly; "..." stands for any text
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operator.
+
+    Attributes:
+        name: Name of the public function, of its definition, and of its folder in ``csrc``.
+        reference: The definition: plain PyTorch, any float dtype, differentiable.
+        make: ``make(grids, dtype, generator=..., **options)`` returns a Call on random numbers.
+        options: Values that every option of ``make`` may take; the first is the default.
+        bad_inputs: What must be refused.
+        roundings: Bound on the relative error of an element in units of the accumulation type's epsilon, forward or
+            backward, relative to the largest element of the result. Derived in the function's docstring.
+        stored_roundings: How many times a value is rounded to the tensors' own dtype on its way to the result.
+        bytes_moved: Bytes that the forward pass must read and write at least.
+        flops: Floating-point operations of the forward pass, a multiply-add counted as two.
+        output: What a row of the result belongs to: "tokens", "windows", or None for an operator without grids.
+    """
+
+    name: str
+    reference: Callable[..., torch.Tensor]
+    make: Callable[..., Call]
+    options: Mapping[str, tuple]
+    bad_inputs: tuple[BadInput, ...]
+    roundings: Callable[[Call], float]
+    bytes_moved: Callable[[Call], int]
+    flops: Callable[[Call], int]
+    output: str | None
+    stored_roundings: int = 1
+
+    def tolerance(self, call: Call, dtype: torch.dtype, expected: torch.Tensor) -> torch.Tensor:
+        """Largest allowed difference from the float64 result, element by element.
+
+        Two parts: ``stored_roundings`` roundings to ``dtype`` (each half an epsilon of the element, or half the smallest
+        subnormal), and ``roundings`` roundings in the accumulation type, relative to the largest element, because sums
+        over a window or over channels may cancel.
+        """
+        info = torch.finfo(dtype)
+        accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+        largest = expected.abs().max() if expected.numel() else 0.0
+        stored = (expected.abs() * info.eps + info.smallest_normal * info.eps) * 0.5
+        slack = self.roundings(call) * accumulate.eps * largest
+        return self.stored_roundings * stored * (1 + info.eps) + slack
+
+
+SPECS: dict[str, OpSpec] = {}
+"""Every operator by name; filled by ``uhd_ops.reference``."""
+
+
+def random_tensor(
+    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Standard normal numbers, the same for every dtype up to its rounding."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Definition of :func:`uhd_ops.window_attention`."""
+
+from __future__ import annotations
+
+import torch
+
+from uhd_ops.reference._spec import BadInput, Call, OpSpec, random_tensor
+from uhd_ops.reference._windows import packed, unpacked, window_tokens
+
+
+def window_attention(q, k, v, grids, window=2, *, scale=None, order="raster"):
+    """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.window_attention`."""
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
+    q, pairs, batch = packed(q, grids, 2)
+    k, v = packed(k, grids, 2)[0], packed(v, grids, 2)[0]
+    tokens, present = window_tokens(pairs, window, q.device)
+
+    # (M, f*f, H, D) -> scores (M, H, f*f, f*f), with slots that hold no token masked as keys
+    scores = torch.einsum("mihd,mjhd->mhij", q[tokens], k[tokens]) * scale
+    scores = scores.masked_fill(~present[:, None, None, :], float("-inf"))
+    result = torch.einsum("mhij,mjhd->mihd", scores.softmax(-1), v[tokens])
+
+    window_major = result[present]  # every token once: windows in order, slots in raster order
+    if order == "window":
+        return unpacked(window_major, grids, batch)
+    out = torch.empty_like(window_major)
+    return unpacked(out.index_copy(0, tokens[present], window_major), grids, batch)
+
+
+def _make(grids, dtype, *, heads=2, head_dim=8, window=2, order="raster", generator=None):
+    tokens = sum(h * w for h, w in grids)
+    q, k, v = (random_tensor((tokens, heads, head_dim), dtype, generator) for _ in range(3))
+    return Call(
+        (q, k, v, grids),
+        {"window": window, "order": order},
+        differentiable=(0, 1, 2),
+        per_token=(0, 1, 2),
+        grids=3,
+    )
+
+
+def _roundings(call: Call) -> float:
+    """Count the roundings in the accumulation type.
+
+    A score is a sum of D products: at most D + 1 roundings relative to sum |q k|, which for standard normal numbers is
+    about D, times scale = D ** -0.5; it is the exponent of the softmax, so an absolute error of (D + 1) sqrt(D) eps in
+    it is a relative error of the probability. Exponential, normalisation and the mixture of T = window**2 rows add
+    T + 4 more. The backward pass forms two such products and mixes twice, hence the factor 2.
+    """
+    dim, tokens = call.args[0].shape[-1], call.kwargs["window"] ** 2
+    return 2 * ((dim + 1) * dim**0.5 + tokens + 4)
+
+
+def _bytes_moved(call: Call) -> int:
+    return 4 * call.args[0].numel() * call.args[0].element_size()
+
+
+def _flops(call: Call) -> int:
+    _, present = window_tokens(call.args[3], call.kwargs["window"])
+    heads, dim = call.args[0].shape[1:]
+    return int(4 * (present.sum(1) ** 2).sum()) * heads * dim
+
+
+def _bad(label, position, change, error, message):
+    return BadInput(
+        label, lambda call: call.put(position, change(call.get(position))), error, message
+    )
+
+
+SPEC = OpSpec(
+    name="window_attention",
+    reference=window_attention,
+    make=_make,
+    options={
+        "head_dim": (8, 1, 7, 64, 72, 80),
+        "heads": (2, 1, 3),
+        "window": (2, 1, 3, 5),
+        "order": ("raster", "window"),
+    },
+    bad_inputs=(
+        _bad("q list", 0, lambda q: q.tolist(), TypeError, "q must be a torch.Tensor, got list"),
+        _bad(
+            "q int",
+            0,
+            lambda q: q.long(),
+            TypeError,
+            "q must be float32, float64, bfloat16 or float16, got torch.int64",
+        ),
+        _bad(
+            "k dtype",
+            1,
+            lambda k: k.double(),
+            TypeError,
+            "k must have the dtype of q, torch.float32, got torch.float64",
+        ),
+        _bad(
+            "v shape",
+            2,
+            lambda v: v[..., :-1],
+            ValueError,
+            "v must have the shape of q, (39, 2, 8), got (39, 2, 7)",
+        ),
+        BadInput(
+            "dimensions",
+            lambda call: Call((*(x.flatten(1) for x in call.args[:3]), call.args[3]), call.kwargs),
+            ValueError,
+            "q must be (N, H, D), or (B, h*w, H, D) with one (h, w) grid, got shape (39, 16)",
+        ),
+        _bad(
+            "too many tokens",
+            3,
+            lambda grids: [*grids, (1, 1)],
+            ValueError,
+            "q must be (N, H, D) with N = 40 tokens (sum of h*w over grids), got shape (39, 2, 8)",
+        ),
+        _bad("window 0", "window", lambda _: 0, ValueError, "window must be at least 1, got 0"),
+        _bad("window 2.0", "window", lambda _: 2.0, TypeError, "window must be an int, got float"),
+        _bad("window True", "window", lambda _: True, TypeError, "window must be an int, got bool"),
+        _bad(
+            "order",
+            "order",
+            lambda _: "rows",
+            ValueError,
+            'order must be "raster" or "window", got \'rows\'',
+        ),
+        BadInput(
+            "scale",
+            lambda call: Call(call.args, {**call.kwargs, "scale": float("nan")}),
+            ValueError,
+            "scale must be finite, got nan",
+        ),
+    ),
+    roundings=_roundings,
+    bytes_moved=_bytes_moved,
+    flops=_flops,
+    output="tokens",
+)

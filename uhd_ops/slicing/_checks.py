@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the planner: one wording for the scalar, the batched and the native form."""
+
+import operator
+from typing import Any
+
+import numpy as np
+
+# Largest accepted values; csrc/host/slice_planner.h holds the same numbers and says why they are
+# safe.
+LARGEST_SIDE = 2**31 - 1
+LARGEST_OPTION = {
+    "max_slices": 4096,
+    "scale_resolution": 65536,
+    "patch_size": 65536,
+    "merge": 1024,
+}
+
+
+def positive_integer(name: str, value: Any, largest: int) -> int:
+    """Return ``value`` as an int in [1, largest].
+
+    Raises:
+        TypeError: If it is no integer; a bool and a float with an integral value are none.
+        ValueError: If it is out of range.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            pass
+        else:
+            if not 1 <= value <= largest:
+                raise ValueError(f"{name} must be an integer in [1, {largest}], got {value}")
+            return value
+    raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+
+
+def options(**values: Any) -> dict[str, int]:
+    """Return the planner's options as ints in their ranges."""
+    return {
+        name: positive_integer(name, value, LARGEST_OPTION[name]) for name, value in values.items()
+    }
+
+
+def patch_limit(value: Any) -> int | None:
+    """Return ``max_patches`` as a positive int, or None for no limit."""
+    return None if value is None else positive_integer("max_patches", value, 2**63 - 1)
+
+
+def side_array(name: str, values: Any) -> np.ndarray:
+    """Return sides as an int64 array of any shape, each in [1, LARGEST_SIDE].
+
+    Raises:
+        TypeError: If the array has no integer dtype.
+        ValueError: If a side is out of range; the text names the first one.
+    """
+    array = np.asarray(values)
+    if array.size == 0:
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an integer array, got dtype {array.dtype}")
+    bad = (array < 1) | (array > LARGEST_SIDE)
+    if bad.any():
+        position = np.unravel_index(int(bad.argmax()), array.shape)
+        index = ", ".join(str(int(i)) for i in position)
+        where = f"{name}[{index}]" if array.ndim else name
+        raise ValueError(
+            f"{where} must be an integer in [1, {LARGEST_SIDE}], got {array[position]}"
+        )
+    return array.astype(np.int64)
