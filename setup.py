@@ -3,7 +3,8 @@
 
 This file decides whether CMake runs, hands it the environment's wishes, and puts the libraries into
 the package. The switches: UHD_OPS_NO_NATIVE, UHD_OPS_REQUIRE_NATIVE, UHD_OPS_CUDA (auto, 0, 1),
-UHD_OPS_CUDA_ARCHS, UHD_OPS_TORCH_INCLUDE, UHD_OPS_BUILD_DIR, UHD_OPS_SANITIZE, CXX, CUDACXX, MAX_JOBS.
+UHD_OPS_CUDA_ARCHS, UHD_OPS_TORCH_INCLUDE, UHD_OPS_BUILD_DIR, UHD_OPS_SANITIZE, CXX, CUDACXX,
+MAX_JOBS.
 """
 
 import importlib.util
@@ -31,8 +32,8 @@ def switch(name):
 def torch_include():
     """Find torch's headers without importing torch, or return None.
 
-    Only headers are needed, and their version does not matter (stable ABI), so a build in pip's isolated
-    environment may use the torch of the environment that it installs into.
+    Only headers are needed, and their version does not matter (stable ABI), so a build in pip's
+    isolated environment may use the torch of the environment that it installs into.
     """
     candidates = [os.environ.get("UHD_OPS_TORCH_INCLUDE")]
     spec = importlib.util.find_spec("torch")
@@ -87,8 +88,8 @@ class CMakeBuild(build_ext):
             if switch("UHD_OPS_REQUIRE_NATIVE"):
                 raise
             boxed_warning(
-                f"the native build FAILED ({error}); the operators will run on the PyTorch reference "
-                "(slow). Set UHD_OPS_REQUIRE_NATIVE=1 to make this an error."
+                f"the native build FAILED ({error}); the operators will run on the PyTorch "
+                "reference (slow). Set UHD_OPS_REQUIRE_NATIVE=1 to make this an error."
             )
 
     def cmake(self):
@@ -140,7 +141,8 @@ if reason:
     if switch("UHD_OPS_REQUIRE_NATIVE"):
         raise SystemExit(f"{PACKAGE}: UHD_OPS_REQUIRE_NATIVE=1 but {reason}")
     boxed_warning(
-        f"building WITHOUT native kernels: {reason}. The operators will run on the PyTorch reference (slow)."
+        f"building WITHOUT native kernels: {reason}. The operators will run on the PyTorch "
+        "reference (slow)."
     )
 
 
@@ -153,6 +155,7 @@ setup(
     distclass=NativeDistribution,
     ext_modules=[] if reason else [Extension(f"{PACKAGE}._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    # Where no torch can be found (`python -m build` isolates itself completely), bring one for its headers.
+    # Where no torch can be found (`python -m build` isolates itself completely), bring one for its
+    # headers.
     setup_requires=[] if reason or torch_include() else ["torch>=2.10"],
 )

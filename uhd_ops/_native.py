@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load the native libraries and say what was loaded.
 
-``import torch`` comes first: its libraries satisfy the ones that ours are linked against. The CUDA library is
-touched only where torch has CUDA.
+``import torch`` comes first: its libraries satisfy the ones that ours are linked against. The CUDA
+library is touched only where torch has CUDA.
 """
 
 import importlib
@@ -17,7 +17,8 @@ _DIRECTORY = Path(__file__).resolve().parent
 _LIBRARIES = {"cpu": "libuhd_cpu.so", "cuda": "libuhd_cuda.so"}
 
 status: dict[str, str] = {}
-"""``loaded``, ``absent``, ``disabled``, ``torch has no CUDA`` or ``failed: <why>``, for cpu, cuda and host."""
+"""``loaded``, ``absent``, ``disabled``, ``torch has no CUDA`` or ``failed: <why>``, for cpu, cuda
+and host."""
 
 
 def _load(device: str) -> str:
@@ -55,8 +56,9 @@ def _load_all() -> None:
     status["host"] = _load_host()
     if status["cpu"] not in ("loaded", "disabled"):
         warnings.warn(
-            f"uhd_ops has no native CPU kernels ({status['cpu']}); its operators run on the PyTorch reference, "
-            "which is slow. Reinstall with a C++ compiler, or see uhd_ops.build_info().",
+            f"uhd_ops has no native CPU kernels ({status['cpu']}); its operators run on the "
+            "PyTorch reference, which is slow. Reinstall with a C++ compiler, or see "
+            "uhd_ops.build_info().",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -74,7 +76,7 @@ def cpu_isa() -> str:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Make the CPU kernels use another instruction set of this processor (for tests and benchmarks)."""
+    """Make the CPU kernels use another instruction set (for tests and benchmarks)."""
     torch.ops.uhd_ops._set_cpu_isa(name)
 
 

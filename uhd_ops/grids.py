@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The patch grids of packed views, and the tables that the kernels read.
 
-Everything is computed from Python integers, once, and cached: no operator ever reads a grid back from a device.
+Everything is computed from Python integers, once, and cached: no operator ever reads a grid back
+from a device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _EXPECTED = (
     "grids must be a PackedGrids, a sequence of (h, w) pairs, one (h, w) pair, "
     "or a CPU integer tensor or array of shape (S, 2)"
 )
-# Window sides whose counts are ready before torch.compile traces: the dictionary look-up then stays symbolic.
+# Window sides whose counts are ready before torch.compile traces: the dictionary look-up then stays
+# symbolic.
 _COMMON_WINDOWS = (1, 2, 4)
 
 
@@ -27,12 +29,13 @@ class PackedGrids:
     """The grids ``(h, w)`` of the views in one packed sequence, in order. Immutable and hashable.
 
     Args:
-        grids: A sequence of ``(h, w)`` pairs, in tokens, or a CPU integer tensor or array ``(S, 2)``.
-            No view, and views with a zero side, are allowed: they hold no tokens.
+        grids: A sequence of ``(h, w)`` pairs, in tokens, or a CPU integer tensor or array ``(S,
+            2)``. No view, and views with a zero side, are allowed: they hold no tokens.
 
     Raises:
         TypeError: ``grids`` is none of these, or holds something that is not an integer.
-        ValueError: A side is negative, the shape is not ``(S, 2)``, or the tensor is on another device.
+        ValueError: A side is negative, the shape is not ``(S, 2)``, or the tensor is on another
+            device.
 
     Example:
         >>> grids = PackedGrids([(32, 32), (28, 36)])
@@ -50,13 +53,14 @@ class PackedGrids:
         put("num_views", len(pairs))
         put("num_tokens", sum(h * w for h, w in pairs))
         put("_windows", {f: _count_windows(pairs, f) for f in _COMMON_WINDOWS})
-        # The extra last row keeps the length above one: torch.compile specialises on "exactly one view" otherwise.
+        # The extra last row keeps the length above one: torch.compile specialises on "exactly one
+        # view" otherwise.
         put("_rows", torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"))
         put("_tables", {})
 
     @classmethod
     def of(cls, grids: Grids, batch: int = 1) -> PackedGrids:
-        """Return ``grids``, in any accepted form, as a PackedGrids; a single pair stands ``batch`` times."""
+        """Return ``grids`` in any accepted form as one object; a pair stands ``batch`` times."""
         if isinstance(grids, PackedGrids):
             return grids if batch == 1 else cls(grids._pairs * batch)
         pairs = _pairs(grids)
@@ -78,7 +82,7 @@ class PackedGrids:
         return max((h * w for h, w in self._pairs), default=0)
 
     def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return where each view starts, ``(S + 1,)`` int32, as variable-length attention kernels want it."""
+        """Return where each view starts, ``(S + 1,)`` int32, for variable-length attention."""
         key = ("cu_seqlens", torch.device(device))
         if key not in self._tables:
             lengths = torch.tensor([0, *(h * w for h, w in self._pairs)], dtype=torch.int64)
@@ -86,7 +90,10 @@ class PackedGrids:
         return self._tables[key]
 
     def view_table(self, window: int, device: torch.device) -> torch.Tensor:
-        """Return the kernels' table ``(S + 1, 4)``: first token, height, width, first window; last row: totals."""
+        """Return the kernels' table ``(S + 1, 4)`` for one window side.
+
+        A row holds first token, height, width and first window of a view; the last row the totals.
+        """
         if torch.compiler.is_compiling():
             table = torch.ops.uhd_ops._view_table_from_rows(self._rows, window)
             return table if device.type == "cpu" else table.to(device, non_blocking=True)
@@ -164,8 +171,9 @@ def _pairs(grids: Grids) -> tuple[tuple[int, int], ...]:
         grids = (grids,)
     if isinstance(grids, torch.Tensor) and grids.device.type != "cpu":
         raise ValueError(
-            f"grids must be on the CPU, got a tensor on {grids.device}: reading it there would stop the host "
-            "until the device is idle. Keep the grids of the preprocessor as Python integers."
+            f"grids must be on the CPU, got a tensor on {grids.device}: reading it there would "
+            "stop the host until the device is idle. Keep the preprocessor's grids as Python "
+            "integers."
         )
     if hasattr(grids, "shape") and hasattr(grids, "tolist"):  # tensor or array
         if len(grids.shape) != 2 or grids.shape[1] != 2:

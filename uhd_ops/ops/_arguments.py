@@ -22,7 +22,8 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Layout(NamedTuple):
     """Where the tokens of one call are.
 
-    ``batch`` is None for packed tokens ``(N, ...)`` and B for batched tokens ``(B, h*w, ...)`` of one grid.
+    ``batch`` is None for packed tokens ``(N, ...)`` and B for batched tokens ``(B, h*w, ...)`` of
+    one grid.
     """
 
     views: torch.Tensor  # the kernels' view table (S + 1, 4), on the device of the tokens
@@ -73,7 +74,8 @@ def check_same_shape(x: torch.Tensor, name: str, other: torch.Tensor, other_name
     """``x`` has the shape of ``other``."""
     if x.shape != other.shape:
         raise ValueError(
-            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(x.shape)}"
+            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, "
+            f"got {tuple(x.shape)}"
         )
 
 
@@ -157,12 +159,12 @@ def _look_up(x: torch.Tensor, grids: Grids, window: int, batch: int | None) -> L
 
 
 def _look_up_symbolic(x: torch.Tensor, grids: Grids, window: int, batch: int | None) -> Layout:
-    # Sides may be symbols here (a grid that a traced model computes from its input's shape), so nothing is cached
-    # and the table is made by an operator inside the graph.
+    # Sides may be symbols here (a grid that a traced model computes from its input's shape), so
+    # nothing is cached and the table is made by an operator inside the graph.
     if isinstance(grids, torch.Tensor):
         raise TypeError(
-            "grids must be a PackedGrids or (h, w) pairs while tracing, got a tensor, whose values are unknown "
-            "then; make a PackedGrids before the traced function"
+            "grids must be a PackedGrids or (h, w) pairs while tracing, got a tensor, whose values "
+            "are unknown then; make a PackedGrids before the traced function"
         )
     pairs = (tuple(grids),) if is_single_pair(grids) else PackedGrids.of(grids)
     tokens = windows = 0

@@ -22,30 +22,33 @@ def window_attention(
 ) -> torch.Tensor:
     """Attend inside each window only: ``softmax(scale * q kᵀ) v`` over the tokens of the window.
 
-    The tokens of a view are grouped into non-overlapping ``window x window`` windows. At the right and bottom
-    edge of a view whose side is not a multiple of ``window``, a window holds fewer tokens and attends among those.
-    A window's result depends on its own tokens only, bit for bit. No copy of q, k or v is made as long as their
-    last dimension is contiguous, so the slices of a packed ``(N, 3, H, D)`` projection can be passed as they are.
+    The tokens of a view are grouped into non-overlapping ``window x window`` windows. At the right
+    and bottom edge of a view whose side is not a multiple of ``window``, a window holds fewer
+    tokens and attends among those. A window's result depends on its own tokens only, bit for bit.
+    No copy of q, k or v is made as long as their last dimension is contiguous, so the slices of a
+    packed ``(N, 3, H, D)`` projection can be passed as they are.
 
     Args:
-        q: Queries ``(N, H, D)`` for packed tokens, or ``(B, h*w, H, D)`` with one ``(h, w)`` grid. float32,
-            float64, bfloat16 or float16; half types accumulate in float32 and round once, at the store. Under
-            autocast, q, k and v are cast to the autocast dtype.
+        q: Queries ``(N, H, D)`` for packed tokens, or ``(B, h*w, H, D)`` with one ``(h, w)`` grid.
+            float32, float64, bfloat16 or float16; half types accumulate in float32 and round once,
+            at the store. Under autocast, q, k and v are cast to the autocast dtype.
         k: Keys, like ``q``.
         v: Values, like ``q``.
-        grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or one pair.
+        grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or
+            one pair.
         window: Side of a window, in tokens.
         scale: Factor on the scores; None means ``D ** -0.5``.
-        order: Order of the output tokens: ``"raster"`` like the input, or ``"window"``: views in order, windows of a
-            view in raster order, tokens of a window in raster order.
+        order: Order of the output tokens: ``"raster"`` like the input, or ``"window"``: views in
+            order, windows of a view in raster order, tokens of a window in raster order.
 
     Returns:
         Tensor with the shape and dtype of ``q``, contiguous.
 
     Raises:
-        TypeError: A tensor has another dtype than ``q`` or none of the four, or an argument has the wrong type.
-        ValueError: Shapes, devices or grids do not fit, ``window < 1``, ``scale`` is not finite, or ``order`` is
-            neither ``"raster"`` nor ``"window"``.
+        TypeError: A tensor has another dtype than ``q`` or none of the four, or an argument has the
+            wrong type.
+        ValueError: Shapes, devices or grids do not fit, ``window < 1``, ``scale`` is not finite, or
+            ``order`` is neither ``"raster"`` nor ``"window"``.
 
     Source:
         LLaVA-UHD v4, section 3.2: the window attention of the intra-ViT compressor.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition of every operator: plain PyTorch, float64-capable, differentiable, without performance tricks.
+"""The definition of every operator: plain PyTorch, without performance tricks.
 
-``uhd_ops.reference.<op>`` has the signature of ``uhd_ops.<op>``. It is what the kernels are tested and benchmarked
-against, and what runs where no native library is loaded. It imports nothing but torch.
+``uhd_ops.reference.<op>`` has the signature of ``uhd_ops.<op>``, takes any float dtype and is
+differentiable. It is what the kernels are tested and benchmarked against, and what runs where no
+native library is loaded. It imports nothing but torch.
 """
 
 import importlib

@@ -79,12 +79,15 @@ class OpSpec:
         make: ``make(grids, dtype, generator=..., **options)`` returns a Call on random numbers.
         options: Values that every option of ``make`` may take; the first is the default.
         bad_inputs: What must be refused.
-        roundings: Bound on the relative error of an element in units of the accumulation type's epsilon, forward or
-            backward, relative to the largest element of the result. Derived in the function's docstring.
-        stored_roundings: How many times a value is rounded to the tensors' own dtype on its way to the result.
+        roundings: Bound on the relative error of an element in units of the accumulation type's
+            epsilon, forward or backward, relative to the largest element of the result. Derived in
+            the function's docstring.
+        stored_roundings: How many times a value is rounded to the tensors' own dtype on its way to
+            the result.
         bytes_moved: Bytes that the forward pass must read and write at least.
         flops: Floating-point operations of the forward pass, a multiply-add counted as two.
-        output: What a row of the result belongs to: "tokens", "windows", or None for an operator without grids.
+        output: What a row of the result belongs to: "tokens", "windows", or None for an operator
+            without grids.
     """
 
     name: str
@@ -101,9 +104,9 @@ class OpSpec:
     def tolerance(self, call: Call, dtype: torch.dtype, expected: torch.Tensor) -> torch.Tensor:
         """Largest allowed difference from the float64 result, element by element.
 
-        Two parts: ``stored_roundings`` roundings to ``dtype`` (each half an epsilon of the element, or half the smallest
-        subnormal), and ``roundings`` roundings in the accumulation type, relative to the largest element, because sums
-        over a window or over channels may cancel.
+        Two parts: ``stored_roundings`` roundings to ``dtype`` (each half an epsilon of the element,
+        or half the smallest subnormal), and ``roundings`` roundings in the accumulation type,
+        relative to the largest element, because sums over a window or over channels may cancel.
         """
         info = torch.finfo(dtype)
         accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)

@@ -25,8 +25,9 @@ def window_tokens(grids, window: int, device=None) -> tuple[torch.Tensor, torch.
         device: Where to put the result.
 
     Returns:
-        Two tensors of shape ``(M, f*f)``, slots in raster order inside the window. ``tokens`` (int64): the packed
-        index of the token in the slot, or of the nearest present token where a ragged window has none.
+        Two tensors of shape ``(M, f*f)``, slots in raster order inside the window. ``tokens``
+        (int64): the packed index of the token in the slot, or of the nearest present token where a
+        ragged window has none.
         ``present`` (bool): whether the slot has a token of its own.
     """
     tokens, present = [], []
@@ -67,7 +68,7 @@ def packed(x: torch.Tensor, grids, feature_dims: int) -> tuple[torch.Tensor, lis
 
 
 def unpacked(x: torch.Tensor, grids, batch: int | None, window: int = 1) -> torch.Tensor:
-    """``(B*m, ...)`` to ``(B, m, ...)``, m the number of windows of the one grid; packed results as they are."""
+    """``(B*m, ...)`` to ``(B, m, ...)`` with m windows per grid; packed results as they are."""
     if batch is None:
         return x
     ((height, width),) = as_pairs(grids)

@@ -43,10 +43,11 @@ def _make(grids, dtype, *, heads=2, head_dim=8, window=2, order="raster", genera
 def _roundings(call: Call) -> float:
     """Count the roundings in the accumulation type.
 
-    A score is a sum of D products: at most D + 1 roundings relative to sum |q k|, which for standard normal numbers is
-    about D, times scale = D ** -0.5; it is the exponent of the softmax, so an absolute error of (D + 1) sqrt(D) eps in
-    it is a relative error of the probability. Exponential, normalisation and the mixture of T = window**2 rows add
-    T + 4 more. The backward pass forms two such products and mixes twice, hence the factor 2.
+    A score is a sum of D products: at most D + 1 roundings relative to sum |q k|, which for
+    standard normal numbers is about D, times scale = D ** -0.5; it is the exponent of the softmax,
+    so an absolute error of (D + 1) sqrt(D) eps in it is a relative error of the probability.
+    Exponential, normalisation and the mixture of T = window**2 rows add T + 4 more. The backward
+    pass forms two such products and mixes twice, hence the factor 2.
     """
     dim, tokens = call.args[0].shape[-1], call.kwargs["window"] ** 2
     return 2 * ((dim + 1) * dim**0.5 + tokens + 4)
