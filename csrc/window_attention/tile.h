@@ -20,7 +20,6 @@ struct Tile {
 };
 
 // ---- sums over lanes
-// ------------------------------------------------------------------------------------
 
 template <class S, int kHalf, int... kLane>
 inline Vec<S> add_halves(Vec<S> a, Vec<S> b, std::integer_sequence<int, kLane...>) {
@@ -46,7 +45,6 @@ inline void sum_lanes(Vec<S>* acc) {
 }
 
 // ---- products
-// -------------------------------------------------------------------------------------------
 
 // out[i][j] = scale * (a_i . b_j). With 16 registers there is room for two rows of accumulators,
 // with 32 for four.
@@ -89,30 +87,46 @@ inline void mix_tile(const T* const* b, Weight&& weight, int64_t dim, T* const* 
 }
 
 // ---- softmax over the four keys of each row
-// -------------------------------------------------------------
+// A row is four neighbouring lanes of
+// a vector, so that its sum and maximum are two exchanges inside the vector.
+
+template <class S, int kDistance, int... kLane>
+inline Vec<S> exchange(Vec<S> v, std::integer_sequence<int, kLane...>) {
+  using Mask = typename VecOf<S>::mask;
+  return __builtin_shuffle(v, Mask{(kLane ^ kDistance)...});
+}
+template <class S, int kDistance>
+inline Vec<S> exchange(Vec<S> v) {
+  return exchange<S, kDistance>(v, std::make_integer_sequence<int, kLanes<S>>{});
+}
+template <class S>
+inline Vec<S> row_sum(Vec<S> v) {
+  v += exchange<S, 1>(v);
+  return v + exchange<S, 2>(v);
+}
+template <class S>
+inline Vec<S> row_max(Vec<S> v) {
+  v = max<S>(v, exchange<S, 1>(v));
+  return max<S>(v, exchange<S, 2>(v));
+}
 
 template <class S>
 inline void softmax_tile(Tile<S>& tile) {
-  for (auto& row : tile.at) {
-    const S a = row[0] > row[1] ? row[0] : row[1], b = row[2] > row[3] ? row[2] : row[3];
-    const S largest = a > b ? a : b;
-    for (S& score : row) score -= largest;
-  }
   S* scores = &tile.at[0][0];
-  for (int i = 0; i < kTile * kTile; i += kLanes<S>) store(scores + i, exp(load(scores + i)));
-  for (auto& row : tile.at) {
-    const S inverse = S(1) / ((row[0] + row[1]) + (row[2] + row[3]));
-    for (S& weight : row) weight *= inverse;
+  for (int i = 0; i < kTile * kTile; i += kLanes<S>) {
+    const Vec<S> row = load(scores + i);
+    const Vec<S> weights = exp(row - row_max<S>(row));
+    store(scores + i, weights / row_sum<S>(weights));
   }
 }
 
 // grad_scores = P * (grad_P - sum_j P grad_P) * scale, in place of grad_P.
 template <class S>
-inline void softmax_tile_backward(const Tile<S>& p, S scale, Tile<S>& grad) {
-  for (int i = 0; i < kTile; ++i) {
-    S delta = 0;
-    for (int j = 0; j < kTile; ++j) delta += p.at[i][j] * grad.at[i][j];
-    for (int j = 0; j < kTile; ++j) grad.at[i][j] = p.at[i][j] * (grad.at[i][j] - delta) * scale;
+inline void softmax_tile_backward(const Tile<S>& tile, S scale, Tile<S>& grad_tile) {
+  S* grads = &grad_tile.at[0][0];
+  for (int i = 0; i < kTile * kTile; i += kLanes<S>) {
+    const Vec<S> p = load(&tile.at[0][0] + i), grad = load(grads + i);
+    store(grads + i, p * (grad - row_sum<S>(p * grad)) * scale);
   }
 }
 

@@ -52,29 +52,49 @@ struct Head {
         v(static_cast<const T*>(args.v), args.v_strides, w, head) {}
 };
 
-template <class T>
-Rows<T> contiguous_rows(void* data, const WindowAttention& args, const Window& w, int64_t head) {
-  return {static_cast<T*>(data), {args.heads * args.head_dim, args.head_dim}, w, head};
+TokenStrides contiguous_strides(const WindowAttention& args) {
+  return {args.heads * args.head_dim, args.head_dim};
 }
 
+template <class T>
+Rows<T> contiguous_rows(void* data, const WindowAttention& args, const Window& w, int64_t head) {
+  return {static_cast<T*>(data), contiguous_strides(args), w, head};
+}
+
+// The four rows of a full 2 x 2 window. Finding them costs divisions, so it is done once per
+// window.
+template <class T>
+class Quad {
+ public:
+  Quad(T* data, TokenStrides strides, const Window& window) : head_stride_(strides.head) {
+    Rows<T>(data, strides, window, 0).tile(0, rows_);
+  }
+  T* const* rows() const { return rows_; }
+  void next_head() {
+    for (T*& row : rows_) row += head_stride_;
+  }
+
+ private:
+  int64_t head_stride_;
+  T* rows_[kTile];
+};
+
 // ---- forward
-// --------------------------------------------------------------------------------------------
 
 template <class T, int kDim>
 void forward_2x2(const WindowAttention& args, const Window& window, const Window& out_window) {
   using S = AccumulateT<T>;
+  Quad<const T> q(static_cast<const T*>(args.q), args.q_strides, window);
+  Quad<const T> k(static_cast<const T*>(args.k), args.k_strides, window);
+  Quad<const T> v(static_cast<const T*>(args.v), args.v_strides, window);
+  Quad<T> out(static_cast<T*>(args.out), contiguous_strides(args), out_window);
   for (int64_t head = 0; head < args.heads; ++head) {
-    const Head<T> in(args, window, head);
-    const T *q[kTile], *k[kTile], *v[kTile];
-    T* out[kTile];
-    in.q.tile(0, q);
-    in.k.tile(0, k);
-    in.v.tile(0, v);
-    contiguous_rows<T>(args.out, args, out_window, head).tile(0, out);
     Tile<S> p;
-    dot_tile<T, kDim>(q, k, args.head_dim, static_cast<S>(args.scale), p);
+    dot_tile<T, kDim>(q.rows(), k.rows(), args.head_dim, static_cast<S>(args.scale), p);
     softmax_tile(p);
-    mix_tile<T, kDim>(v, [&](int i, int j) { return p.at[i][j]; }, args.head_dim, out);
+    const auto weight = [&](int i, int j) { return p.at[i][j]; };
+    mix_tile<T, kDim>(v.rows(), weight, args.head_dim, out.rows());
+    q.next_head(), k.next_head(), v.next_head(), out.next_head();
   }
 }
 
@@ -133,7 +153,6 @@ void forward_any(const WindowAttention& args, const Window& window, const Window
 }
 
 // ---- backward
-// -------------------------------------------------------------------------------------------
 // Nothing is saved by the forward pass but q, k, v: the probabilities of a window are recomputed
 // here.
 
@@ -141,27 +160,29 @@ template <class T, int kDim>
 void backward_2x2(const WindowAttention& args, const Window& window, const Window& out_window) {
   using S = AccumulateT<T>;
   const int64_t dim = args.head_dim;
+  const S scale = static_cast<S>(args.scale);
+  const TokenStrides contiguous = contiguous_strides(args);
+  Quad<const T> q(static_cast<const T*>(args.q), args.q_strides, window);
+  Quad<const T> k(static_cast<const T*>(args.k), args.k_strides, window);
+  Quad<const T> v(static_cast<const T*>(args.v), args.v_strides, window);
+  Quad<const T> grad_out(static_cast<const T*>(args.grad_out), args.grad_out_strides, out_window);
+  Quad<T> grad_q(static_cast<T*>(args.grad_q), contiguous, window);
+  Quad<T> grad_k(static_cast<T*>(args.grad_k), contiguous, window);
+  Quad<T> grad_v(static_cast<T*>(args.grad_v), contiguous, window);
   for (int64_t head = 0; head < args.heads; ++head) {
-    const Head<T> in(args, window, head);
-    const T *q[kTile], *k[kTile], *v[kTile], *grad_out[kTile];
-    T *grad_q[kTile], *grad_k[kTile], *grad_v[kTile];
-    in.q.tile(0, q);
-    in.k.tile(0, k);
-    in.v.tile(0, v);
-    Rows<const T>(static_cast<const T*>(args.grad_out), args.grad_out_strides, out_window, head)
-        .tile(0, grad_out);
-    contiguous_rows<T>(args.grad_q, args, window, head).tile(0, grad_q);
-    contiguous_rows<T>(args.grad_k, args, window, head).tile(0, grad_k);
-    contiguous_rows<T>(args.grad_v, args, window, head).tile(0, grad_v);
-    const S scale = static_cast<S>(args.scale);
     Tile<S> p, ds;
-    dot_tile<T, kDim>(q, k, dim, scale, p);
+    dot_tile<T, kDim>(q.rows(), k.rows(), dim, scale, p);
     softmax_tile(p);
-    dot_tile<T, kDim>(grad_out, v, dim, S(1), ds);
+    dot_tile<T, kDim>(grad_out.rows(), v.rows(), dim, S(1), ds);
     softmax_tile_backward(p, scale, ds);
-    mix_tile<T, kDim>(k, [&](int i, int j) { return ds.at[i][j]; }, dim, grad_q);
-    mix_tile<T, kDim>(q, [&](int i, int j) { return ds.at[j][i]; }, dim, grad_k);
-    mix_tile<T, kDim>(grad_out, [&](int i, int j) { return p.at[j][i]; }, dim, grad_v);
+    const auto ds_row = [&](int i, int j) { return ds.at[i][j]; };
+    const auto ds_column = [&](int i, int j) { return ds.at[j][i]; };
+    const auto p_column = [&](int i, int j) { return p.at[j][i]; };
+    mix_tile<T, kDim>(k.rows(), ds_row, dim, grad_q.rows());
+    mix_tile<T, kDim>(q.rows(), ds_column, dim, grad_k.rows());
+    mix_tile<T, kDim>(grad_out.rows(), p_column, dim, grad_v.rows());
+    q.next_head(), k.next_head(), v.next_head(), grad_out.next_head();
+    grad_q.next_head(), grad_k.next_head(), grad_v.next_head();
   }
 }
 
@@ -230,7 +251,6 @@ void backward_any(const WindowAttention& args, const Window& window, const Windo
 }
 
 // ---- all windows of a range
-// -----------------------------------------------------------------------------
 
 template <class Full, class Any>
 void for_windows(const WindowAttention& args, int64_t begin, int64_t end, Full&& full, Any&& any) {
