@@ -61,6 +61,8 @@ def test_transparency_is_laid_on_white():
         np.testing.assert_array_equal(np.asarray(load_image(image)), expected)
     premultiplied = Image.fromarray(pixels).convert("RGBa")
     np.testing.assert_array_equal(np.asarray(load_image(premultiplied)), expected)
+    gray = Image.fromarray(pixels[:, :, [0, 3]]).convert("La")
+    assert np.asarray(load_image(gray))[0, :, 1].tolist() == [255, 200, 204]
 
 
 HIGH = np.array([[0, 128, 129, 257, 32767, 32768, 65406, 65407, 65535]], dtype=np.uint16)
@@ -96,7 +98,7 @@ def test_16_bit_png_with_a_transparent_value():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floats_of_every_width_round_to_nearest(dtype):
-    # Every eighth of 255 is hit to within half of bfloat16's spacing, 2⁻⁹ * 255 = 0.498 < 0.5.
+    # bfloat16, the coarsest, is within 2⁻⁹ * 255 = 0.498 levels of the value, so nearest finds it.
     values = torch.arange(256).div(255).to(dtype).repeat(3, 2, 1).requires_grad_()
     loaded = np.asarray(load_image(values))
     np.testing.assert_array_equal(loaded, np.arange(256)[None, :, None] + np.zeros((2, 1, 3)))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from uhd_ops import _host, _native
 from uhd_ops.slicing import SlicePlan, plan_slices, plan_slices_batch, planner, reference_planner
 
+DEFAULTS = {"max_slices": 9, "scale_resolution": 448, "patch_size": 14, "merge": 4}
 # width, height, grid (rows, columns), thumbnail (w, h), slice (w, h), views, patches, merged tokens
 WORKED_EXAMPLES = [
     (1, 1, None, (448, 448), None, 1, 1024, 64),
@@ -71,6 +72,7 @@ def test_worked_examples(example):
 
 
 def test_native_planner_runs():
+    assert _native.status["host"] == "loaded"
     assert planner.planner_backend() == "native"
 
 
@@ -172,9 +174,7 @@ def test_side_out_of_range(side, value):
         plan_slices(**sides)
 
 
-@pytest.mark.parametrize(
-    "name", ["width", "height", "max_slices", "scale_resolution", "patch_size"]
-)
+@pytest.mark.parametrize("name", ["width", "height", *DEFAULTS])
 @pytest.mark.parametrize(
     "value", [1.5, 1024.0, float("nan"), float("inf"), True, np.True_, "448", None, [448]], ids=repr
 )
@@ -195,27 +195,25 @@ def test_option_out_of_range(function, name, largest):
         with pytest.raises(ValueError, match=message):
             function(5, 5, **{name: value})
         # The native planner refuses the same in the same words, should Python ever let it through.
-        options = {"max_slices": 9, "scale_resolution": 448, "patch_size": 14, "merge": 4}
         with pytest.raises(ValueError, match=message):
-            _host.plan_slices(np.array([5]), np.array([5]), **{**options, name: value})
+            _host.plan_slices(np.array([5]), np.array([5]), **{**DEFAULTS, name: value})
     assert function(5, 5, **{name: largest}, max_patches=None) is not None
 
 
 def test_native_planner_refuses_what_python_did_not_check():
-    options = {"max_slices": 9, "scale_resolution": 448, "patch_size": 14, "merge": 4}
     good = np.array([5])
     for value in (0, -7, 2**31):
         bad = np.array([value])
         with pytest.raises(ValueError, match=rf"^width must be .*2147483647\], got {value}$"):
-            _host.plan_slices(bad, good, **options)
+            _host.plan_slices(bad, good, **DEFAULTS)
         with pytest.raises(ValueError, match=rf"^height must be .*2147483647\], got {value}$"):
-            _host.plan_slices(good, bad, **options)
+            _host.plan_slices(good, bad, **DEFAULTS)
     for bad in (np.array([5.0]), np.array([5], dtype=np.int32), [5]):
         with pytest.raises(TypeError):
-            _host.plan_slices(bad, good, **options)
+            _host.plan_slices(bad, good, **DEFAULTS)
     for bad in (np.array([[5]]), np.array([5, 5])):
         with pytest.raises(ValueError, match="one-dimensional and of one length"):
-            _host.plan_slices(bad, good, **options)
+            _host.plan_slices(bad, good, **DEFAULTS)
 
 
 @pytest.mark.usefixtures("backend")

@@ -5,8 +5,11 @@ namespace uhd {
 
 std::map<std::string, std::string> build_info() {
   return {
-      {"version", UHD_VERSION},   {"compiler", UHD_CXX},          {"cpu_isas", UHD_ISAS},
-      {"cuda_archs", UHD_CUDA_ARCHS}, {"torch_target", UHD_TORCH_TARGET},
+      {"version", UHD_VERSION},
+      {"compiler", UHD_CXX},
+      {"cpu_isas", UHD_ISAS},
+      {"cuda_archs", UHD_CUDA_ARCHS},
+      {"torch_target", UHD_TORCH_TARGET},
   };
 }
 

@@ -5,7 +5,8 @@
 
 namespace uhd {
 
-// What the build was configured with: version, compiler, instruction sets, CUDA architectures, oldest torch.
+// What the build was configured with: version, compiler, instruction sets, CUDA architectures,
+// oldest torch.
 std::map<std::string, std::string> build_info();
 
 }  // namespace uhd

@@ -2,7 +2,9 @@
 // The pybind11 module uhd_ops._host: host-side helpers, NumPy arrays in and out, no torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "host/build_info.h"
 #include "host/slice_planner.h"
 
 namespace py = pybind11;
@@ -46,4 +48,5 @@ PYBIND11_MODULE(_host, m) {
         py::kw_only(), py::arg("max_slices"), py::arg("scale_resolution"), py::arg("patch_size"),
         py::arg("merge"),
         "Plan many images; the rows are those of uhd_ops.slicing.plan_slices_batch.");
+  m.def("build_info", &uhd::build_info, "What the build was configured with, by name.");
 }

@@ -35,18 +35,17 @@ int64_t round_to_multiple(double length, int64_t unit) {
   return std::max<int64_t>(count, 1) * unit;
 }
 
-// Sides of a view: aspect ratio kept, about scale_resolution^2 px, aligned to merge patches.
-Size fit_view(double width, double height, const SliceOptions& options, bool upscale) {
-  const auto resolution = static_cast<double>(options.scale_resolution);
-  if (upscale || width * height > resolution * resolution) {
-    const double aspect = width / height;
-    // The released order: the height is truncated first and the width follows from the truncated
-    // one.
-    height = std::trunc(resolution / std::sqrt(aspect));
-    width = std::trunc(height * aspect);
-  }
+// Sides of a view of about scale_resolution^2 px: aspect ratio kept, aligned to merge patches.
+// Always scaled, up or down: an image that is not sliced is scaled up by the released rule, and a
+// sliced one is larger than scale_resolution^2 px.
+Size fit_view(int64_t width, int64_t height, const SliceOptions& options) {
+  const double aspect = static_cast<double>(width) / static_cast<double>(height);
+  // The released order: the width follows from the height after its truncation.
+  const double fitted_height =
+      std::trunc(static_cast<double>(options.scale_resolution) / std::sqrt(aspect));
+  const double fitted_width = std::trunc(fitted_height * aspect);
   const int64_t unit = options.patch_size * options.merge;
-  return {round_to_multiple(width, unit), round_to_multiple(height, unit)};
+  return {round_to_multiple(fitted_width, unit), round_to_multiple(fitted_height, unit)};
 }
 
 // The grid whose aspect ratio is nearest to the image's in the logarithm; {0, 0} leaves it whole.
@@ -98,20 +97,17 @@ void check_options(const SliceOptions& options) {
 SlicePlan plan_slices(int64_t width, int64_t height, const SliceOptions& options) {
   check_range("width", width, kLargestSide);
   check_range("height", height, kLargestSide);
-  const auto w = static_cast<double>(width);
-  const auto h = static_cast<double>(height);
-
   const Grid grid = best_grid(width, height, options);
-  const bool sliced = grid.rows > 0;
-  const Size thumbnail = fit_view(w, h, options, /*upscale=*/!sliced);
+  const Size thumbnail = fit_view(width, height, options);
   int64_t num_tokens = num_patches(thumbnail, options.patch_size);
   Size slice{0, 0};
-  if (sliced) {
+  if (grid.rows > 0) {
     // The image is first rounded to whole columns and rows, so these quotients are exact.
-    const int64_t cell_width = round_to_multiple(w, grid.columns) / grid.columns;
-    const int64_t cell_height = round_to_multiple(h, grid.rows) / grid.rows;
-    slice = fit_view(static_cast<double>(cell_width), static_cast<double>(cell_height), options,
-                     /*upscale=*/true);
+    const int64_t cell_width =
+        round_to_multiple(static_cast<double>(width), grid.columns) / grid.columns;
+    const int64_t cell_height =
+        round_to_multiple(static_cast<double>(height), grid.rows) / grid.rows;
+    slice = fit_view(cell_width, cell_height, options);
     num_tokens += grid.rows * grid.columns * num_patches(slice, options.patch_size);
   }
   return {grid.rows,

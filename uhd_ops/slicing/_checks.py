@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks of the planner: one wording for the scalar, the batched and the native form."""
 
+import contextlib
 import operator
 from typing import Any
 
 import numpy as np
 
-# Largest accepted values; csrc/host/slice_planner.h holds the same numbers and says why they are
-# safe.
+# Largest accepted values. csrc/host/slice_planner.h holds the same and says why they are safe.
 LARGEST_SIDE = 2**31 - 1
 LARGEST_OPTION = {
     "max_slices": 4096,
@@ -24,16 +24,15 @@ def positive_integer(name: str, value: Any, largest: int) -> int:
         TypeError: If it is no integer; a bool and a float with an integral value are none.
         ValueError: If it is out of range.
     """
+    integer = None
     if not isinstance(value, (bool, np.bool_)):
-        try:
-            value = operator.index(value)
-        except TypeError:
-            pass
-        else:
-            if not 1 <= value <= largest:
-                raise ValueError(f"{name} must be an integer in [1, {largest}], got {value}")
-            return value
-    raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+        with contextlib.suppress(TypeError):
+            integer = operator.index(value)
+    if integer is None:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    if not 1 <= integer <= largest:
+        raise ValueError(f"{name} must be an integer in [1, {largest}], got {integer}")
+    return integer
 
 
 def options(**values: Any) -> dict[str, int]:

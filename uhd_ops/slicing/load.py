@@ -33,6 +33,22 @@ _ACCEPTED = (
     "tensor (H, W), (1 | 3 | 4, H, W)"
 )
 
+# What Pillow's decoders raise on damaged data, found by feeding it to all of them. A MemoryError is
+# not among them: it says nothing about the data.
+_DECODER_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+
 
 def load_image(source: ImageSource) -> Image.Image:
     """Turn an image of any kind into a fully decoded 8-bit RGB Pillow image.
@@ -62,7 +78,7 @@ def load_image(source: ImageSource) -> Image.Image:
         >>> load_image(np.zeros((480, 640), dtype=np.uint8)).size
         (640, 480)
     """
-    image_module = _pillow()
+    image_module = require_pillow()
     if isinstance(source, image_module.Image):
         return _to_rgb(source, "the image")
     if isinstance(source, (str, os.PathLike)):
@@ -80,7 +96,8 @@ def load_image(source: ImageSource) -> Image.Image:
     raise TypeError(f"image must be {_ACCEPTED}, got {type(source).__name__}")
 
 
-def _pillow() -> Any:
+def require_pillow() -> Any:
+    """Return the module ``PIL.Image``, or raise an ImportError that names the extra."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -91,10 +108,8 @@ def _pillow() -> Any:
 @contextlib.contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
     """Turn what Pillow raises on data it cannot or will not decode into one ValueError."""
-    image_module = _pillow()
+    image_module = require_pillow()
     bombs = (image_module.DecompressionBombError, image_module.DecompressionBombWarning)
-    # Pillow's decoders let these through on damaged data, besides its own OSError.
-    broken = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError)
     try:
         yield
     except bombs as error:
@@ -104,7 +119,7 @@ def _readable_errors(name: str) -> Iterator[None]:
         ) from error
     except image_module.UnidentifiedImageError as error:
         raise ValueError(f"{name} cannot be read: it is in no format that Pillow knows") from error
-    except (*broken, struct.error, zlib.error) as error:
+    except _DECODER_ERRORS as error:
         raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from error
 
 
@@ -112,7 +127,7 @@ def _read(file: BinaryIO, name: str) -> Image.Image:
     from PIL import ImageOps
 
     with _readable_errors(name):
-        image = _pillow().open(file)
+        image = require_pillow().open(file)
         image.load()
         image = ImageOps.exif_transpose(image)
     return _to_rgb(image, name)
@@ -128,9 +143,11 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _high_range_to_rgb(image)
     if image.has_transparency_data:
+        if image.mode == "La":  # Pillow knows no direct way from premultiplied gray
+            image = image.convert("LA")
         image = image.convert("RGBA")
-        white = _pillow().new("RGBA", image.size, "white")
-        return _pillow().alpha_composite(white, image).convert("RGB")
+        white = require_pillow().new("RGBA", image.size, "white")
+        return require_pillow().alpha_composite(white, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -148,7 +165,7 @@ def _high_range_to_rgb(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):  # a 16-bit PNG may name one transparent gray value
         gray = np.where(array == transparent, np.uint8(255), gray)
-    return _pillow().fromarray(gray).convert("RGB")
+    return require_pillow().fromarray(gray).convert("RGB")
 
 
 def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:

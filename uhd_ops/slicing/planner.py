@@ -45,7 +45,8 @@ def plan_slices(
         height: Height of the image in px.
         max_slices: Cut into at most this many slices; 1 never slices.
         scale_resolution: A view has about ``scale_resolution``² px. A nominal size, not a bound:
-            rounding and long thin images go above it.
+            rounding and long thin images go above it, and an image more than
+            ``scale_resolution``² times as wide as high shrinks to the smallest view.
         patch_size: Side of a patch in px.
         merge: View sides are multiples of ``merge`` patches, so that ``merge`` x ``merge`` patches
             can become one token: 4 is the processor's downsample mode "16x", 2 its "4x".

@@ -31,21 +31,18 @@ def round_to_multiple(length: float, unit: int) -> int:
     return max(round(length / unit), 1) * unit
 
 
-def fit_view(
-    width: float, height: float, scale_resolution: int, unit: int, upscale: bool
-) -> tuple[int, int]:
+def fit_view(width: int, height: int, scale_resolution: int, unit: int) -> tuple[int, int]:
     """Return the sides (width, height) of a view of about ``scale_resolution``² px.
 
-    The aspect ratio is kept up to rounding, and both sides are multiples of ``unit`` px. Without
-    ``upscale`` an area that is small enough is only aligned.
+    The aspect ratio is kept up to rounding, and both sides are multiples of ``unit`` px. Every view
+    is scaled, up or down: an image that is not sliced is scaled up by the released rule, and a
+    sliced one is larger than ``scale_resolution``² px.
     """
-    if upscale or width * height > scale_resolution * scale_resolution:
-        aspect = width / height
-        # The released order: the height is truncated first, the width follows from the truncated
-        # one.
-        height = int(scale_resolution / math.sqrt(aspect))
-        width = int(height * aspect)
-    return round_to_multiple(width, unit), round_to_multiple(height, unit)
+    aspect = width / height
+    # The released order: the width follows from the height after its truncation.
+    fitted_height = int(scale_resolution / math.sqrt(aspect))
+    fitted_width = int(fitted_height * aspect)
+    return round_to_multiple(fitted_width, unit), round_to_multiple(fitted_height, unit)
 
 
 def best_grid(
@@ -79,14 +76,14 @@ def plan_one(
     """Plan one image of the given px; returns the fields of ``PLAN_DTYPE`` in order."""
     unit = patch_size * merge
     grid = best_grid(width, height, max_slices, scale_resolution)
-    thumbnail = fit_view(width, height, scale_resolution, unit, upscale=grid is None)
+    thumbnail = fit_view(width, height, scale_resolution, unit)
     num_tokens = (thumbnail[0] // patch_size) * (thumbnail[1] // patch_size)
     if grid is None:
         return 0, 0, *thumbnail, 0, 0, 1, num_tokens
     rows, columns = grid
-    cell_width = round_to_multiple(width, columns) / columns
-    cell_height = round_to_multiple(height, rows) / rows
-    slice_size = fit_view(cell_width, cell_height, scale_resolution, unit, upscale=True)
+    cell_width = round_to_multiple(width, columns) // columns
+    cell_height = round_to_multiple(height, rows) // rows
+    slice_size = fit_view(cell_width, cell_height, scale_resolution, unit)
     num_slices = rows * columns
     num_tokens += num_slices * (slice_size[0] // patch_size) * (slice_size[1] // patch_size)
     return rows, columns, *thumbnail, *slice_size, 1 + num_slices, num_tokens

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from uhd_ops.slicing import _checks
-from uhd_ops.slicing.load import _pillow, load_image
+from uhd_ops.slicing.load import load_image, require_pillow
 from uhd_ops.slicing.plan import SlicePlan
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def slice_image(image: ImageSource, plan: SlicePlan) -> list[Image.Image]:
             )
             + hint
         )
-    bicubic = _pillow().Resampling.BICUBIC
+    bicubic = require_pillow().Resampling.BICUBIC
     views = [rgb.resize(plan.thumbnail, bicubic)]
     if plan.resized_size is not None:
         resized = rgb.resize(plan.resized_size, bicubic)
@@ -131,15 +131,24 @@ def pack_views(
     pixels = torch.empty((num_tokens, 3, patch_size, patch_size), dtype=table.dtype)
     start = 0
     for array, (height, width) in zip(arrays, grids, strict=True):
-        patches = array.reshape(height, patch_size, width, patch_size, 3)
-        # int32, because torch reads a uint8 index as a mask.
-        index = torch.from_numpy(patches.transpose(4, 0, 2, 1, 3).astype(np.int32)).flatten(1)
         end = start + height * width
-        for channel in range(3):
-            values = table[channel].index_select(0, index[channel])
-            pixels[start:end, channel] = values.view(-1, patch_size, patch_size)
+        _look_up_patches(array, table, pixels[start:end])
         start = end
     return pixels, PackedGrids(grids)
+
+
+def _look_up_patches(array: np.ndarray, table: torch.Tensor, patches: torch.Tensor) -> None:
+    """Write ``table[channel, value]`` for each value of an (H, W, 3) view into (N, 3, p, p)."""
+    import torch
+
+    patch_size = patches.shape[-1]
+    height, width = (side // patch_size for side in array.shape[:2])
+    tiles = array.reshape(height, patch_size, width, patch_size, 3).transpose(4, 0, 2, 1, 3)
+    # int32, because torch reads a uint8 index as a mask.
+    index = torch.from_numpy(tiles.astype(np.int32)).flatten(1)
+    for channel in range(3):
+        values = table[channel].index_select(0, index[channel])
+        patches[:, channel] = values.view(-1, patch_size, patch_size)
 
 
 def _view_array(view: Any, index: int, patch_size: int) -> np.ndarray:
