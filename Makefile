@@ -9,7 +9,7 @@ export UHD_OPS_REQUIRE_NATIVE ?= 1
 # The virtual environment's cmake and ninja, also where it was not activated.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help build demo test test-compat test-sanitize bench lint format clean
+.PHONY: help build demo test test-quick bench lint format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,9 +25,13 @@ build: $(INSTALLED)  ## Build the native libraries in place
 demo: build  ## Encode a photograph with and without the compressor
 	bash examples/demo.sh $(PYTHON)
 
-test: lint build  ## Run every test
+test: lint build  ## Run every test, under the sanitizers and on the oldest torch too
 	$(PYTHON) -m pytest -n 2
-	$(MAKE) test-sanitize test-compat
+	bash .ci/sanitize.sh $(PYTHON)
+	bash .ci/compat.sh $(PYTHON)
+
+test-quick: build  ## Run the tests on this build only
+	$(PYTHON) -m pytest -n 2
 
 lint: $(INSTALLED)  ## Check style of Python and C++
 	$(PYTHON) -m ruff check .

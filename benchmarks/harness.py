@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved timing on a noisy machine, and a record of what was measured where.
+
+One round runs every provider once. A slow spell of the machine then hits all of them, and the ratio
+of the medians stays meaningful where single times do not. pytest-benchmark times our operator; its
+rivals run, and are timed, in the set-up of each round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+import uhd_ops
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Provider = Callable[[], object]
+
+
+def environment() -> dict[str, object]:
+    """Machine, versions and commit that the numbers of this process belong to."""
+
+    def command(*words: str) -> str:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    root = Path(__file__).resolve().parent.parent
+    model = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
+        "logical_cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": uhd_ops._native.cpu_isa(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "uhd_ops": uhd_ops.__version__,
+        "commit": command("git", "-C", str(root), "rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(command("git", "-C", str(root), "status", "--porcelain")),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def interleave(benchmark, ours: Provider, rivals: Mapping[str, Provider], rounds: int) -> dict:
+    """Time ``ours`` with pytest-benchmark and every rival once per round.
+
+    Args:
+        benchmark: The pytest-benchmark fixture.
+        ours: What is measured.
+        rivals: What it is compared with; each is warmed up (compiled) before the first round.
+        rounds: Number of rounds.
+
+    Returns:
+        ``{"ours_ms": median, "rivals_ms": {name: median}, "ratios": {name: median of the rounds'
+        ratios}}``. It is also stored in pytest-benchmark's ``extra_info``.
+    """
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+
+    def run_rivals() -> None:
+        for name, rival in rivals.items():
+            start = time.perf_counter()
+            rival()
+            times[name].append(time.perf_counter() - start)
+
+    for provider in (ours, *rivals.values()):
+        provider()
+        provider()
+    benchmark.pedantic(ours, setup=run_rivals, rounds=rounds, iterations=1)
+    mine = benchmark.stats.stats.data
+    result = {
+        "ours_ms": statistics.median(mine) * 1e3,
+        "rivals_ms": {name: statistics.median(t) * 1e3 for name, t in times.items()},
+        "ratios": {
+            name: statistics.median(theirs / ours_ for theirs, ours_ in zip(t, mine, strict=True))
+            for name, t in times.items()
+        },
+    }
+    benchmark.extra_info.update(result)
+    return result
+
+
+def copy_of(num_bytes: int) -> Provider:
+    """Return a copy that moves ``num_bytes``, half of them read, into memory that is mapped."""
+    source = torch.ones(num_bytes // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def write_results(name: str, rows: list[dict]) -> Path:
+    """Store rows with their environment under ``results/`` and return the file."""
+    RESULTS.mkdir(exist_ok=True)
+    record = {"environment": environment(), "rows": rows}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
