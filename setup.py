@@ -76,14 +76,13 @@ class CMakeBuild(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         return ROOT / PACKAGE if in_place else Path(self.build_lib).resolve() / PACKAGE
 
+    def present_libraries(self):
+        return {*self.destination().glob("libuhd_*.so"), *self.destination().glob("_host*.so")}
+
     def run(self):
-        for stale in [
-            *self.destination().glob("libuhd_*.so"),
-            *self.destination().glob("_host*.so"),
-        ]:
-            stale.unlink()  # a failed rebuild must not leave the previous libraries behind
+        installed = set()
         try:
-            self.cmake()
+            installed = self.cmake()
         except (subprocess.CalledProcessError, OSError) as error:
             if switch("UHD_OPS_REQUIRE_NATIVE"):
                 raise
@@ -91,6 +90,9 @@ class CMakeBuild(build_ext):
                 f"the native build FAILED ({error}); the operators will run on the PyTorch "
                 "reference (slow). Set UHD_OPS_REQUIRE_NATIVE=1 to make this an error."
             )
+        finally:
+            for stale in self.present_libraries() - installed:
+                stale.unlink()  # of an earlier build that this one did not renew
 
     def cmake(self):
         build = Path(os.environ.get("UHD_OPS_BUILD_DIR") or ROOT / "build" / "cmake")
@@ -105,6 +107,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
         destination = str(self.destination())
         subprocess.run(["cmake", "--install", str(build), "--prefix", destination], check=True)
+        manifest = (build / "install_manifest.txt").read_text().split("\n")
+        return {Path(line) for line in manifest if line}
 
     def configure_command(self, build):
         import pybind11
@@ -112,6 +116,9 @@ class CMakeBuild(build_ext):
         include = torch_include()
         if include is None:
             raise OSError("no torch >= 2.10 headers found; set UHD_OPS_TORCH_INCLUDE")
+        for tool in ("cmake", "ninja"):
+            if not shutil.which(tool):
+                raise OSError(f"{tool} is not on PATH (pip install {tool})")
         nvcc, cuda = find_nvcc(), switch("UHD_OPS_CUDA")
         if cuda and not nvcc:
             raise OSError("UHD_OPS_CUDA=1 but no nvcc was found; set CUDACXX or CUDA_HOME")
