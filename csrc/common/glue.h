@@ -58,6 +58,21 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
       like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
+// Kernels read the elements of a row (the last dimension) side by side, at any stride between rows;
+// a tensor that is laid out otherwise is copied.
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// The product of two sizes; an absurd option must not wrap around into a small allocation.
+inline int64_t checked_product(int64_t a, int64_t b) {
+  int64_t product = 0;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), "a size of ", a, " * ", b,
+                  " elements does not fit in 64 bits");
+  return product;
+}
+
 // Reads an (S + 1, 4) int64 view table. On the CPU the rows are checked against each other, because
 // a kernel trusts them with its addresses.
 ViewTable view_table(const Tensor& views, int64_t window);
@@ -76,5 +91,8 @@ void parallel_chunks(int64_t total, int64_t least, Body&& body) {
     }
   });
 }
+
+// How many pieces of work, each of them `bytes` long, are worth another thread.
+inline int64_t least_per_thread(int64_t bytes) { return 65536 / std::max<int64_t>(1, bytes) + 1; }
 
 }  // namespace uhd

@@ -46,6 +46,8 @@ std::atomic<Isa>& state() {
   return isa;
 }
 
+std::string best_cpu_isa() { return kNames[static_cast<int>(best_isa())]; }
+
 std::string cpu_isa() { return kNames[static_cast<int>(active_isa())]; }
 
 void set_cpu_isa(std::string name) { state().store(parse(name), std::memory_order_relaxed); }
@@ -57,11 +59,13 @@ Isa active_isa() { return state().load(std::memory_order_relaxed); }
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_FRAGMENT(uhd_ops, m) {
+  m.def("_best_cpu_isa() -> str");
   m.def("_cpu_isa() -> str");
   m.def("_set_cpu_isa(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, CompositeExplicitAutograd, m) {
+  m.impl("_best_cpu_isa", TORCH_BOX(&uhd::best_cpu_isa));
   m.impl("_cpu_isa", TORCH_BOX(&uhd::cpu_isa));
   m.impl("_set_cpu_isa", TORCH_BOX(&uhd::set_cpu_isa));
 }

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is true of window_mean alone."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from uhd_ops import PackedGrids, window_mean
+
+
+def test_ragged_windows_average_the_tokens_present():
+    x = torch.arange(15.0)[:, None]
+    expected = [
+        (0 + 1 + 5 + 6) / 4,
+        (2 + 3 + 7 + 8) / 4,
+        (4 + 9) / 2,
+        (10 + 11) / 2,
+        (12 + 13) / 2,
+        14,
+    ]
+    assert window_mean(x, (3, 5)).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "window"), [(4, 6, 2), (5, 3, 2), (7, 8, 3), (2, 2, 5), (1, 9, 4)]
+)
+def test_equals_average_pooling(height, width, window):
+    # avg_pool2d with ceil_mode divides by the elements that lie inside the image. Either side adds
+    # up to k = window**2 tokens and divides; each step errs by half an epsilon of the largest one.
+    x = torch.randn(height * width, 6, dtype=torch.float64)
+    image = x.T.reshape(1, 6, height, width)
+    expected = functional.avg_pool2d(image, window, ceil_mode=True)[0].flatten(1).T
+    bound = window**2 * torch.finfo(x.dtype).eps * x.abs().max()
+    assert (window_mean(x, (height, width), window) - expected).abs().max() <= bound
+
+
+def test_gradient_is_shared_by_the_tokens_present():
+    x = torch.zeros(9, 1, requires_grad=True)
+    window_mean(x, (3, 3)).backward(torch.tensor([[4.0], [6.0], [8.0], [10.0]]))
+    expected = [[1.0, 1, 3], [1, 1, 3], [4, 4, 10]]
+    assert x.grad.view(3, 3).tolist() == expected
+
+
+def test_window_of_one_is_the_identity():
+    x = torch.randn(23, 5)
+    assert torch.equal(window_mean(x, [(3, 5), (2, 4)], 1), x)
+
+
+def test_large_halves_do_not_overflow_on_the_way():
+    x = torch.full((4, 3), 65504.0, dtype=torch.float16)  # the largest float16
+    assert torch.equal(window_mean(x, (2, 2)), x[:1])
+
+
+def test_infinity_stays_in_its_window():
+    x = torch.zeros(15, 1)
+    x[14] = float("inf")  # the last window of a (3, 5) view holds this token only
+    means = window_mean(x, (3, 5)).flatten()
+    assert means.tolist() == [0, 0, 0, 0, 0, float("inf")]
+
+
+def test_rows_match_the_merged_grids():
+    grids = PackedGrids([(3, 5), (0, 4), (4, 4)])
+    assert window_mean(torch.randn(grids.num_tokens, 2), grids, 3).shape == (
+        grids.merged(3).num_tokens,
+        2,
+    )
+
+
+def test_second_derivative():
+    x = torch.randn(15, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: window_mean(x, (3, 5)), (x,))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of each window side by side in one merged token."""
+
+from __future__ import annotations
+
+import torch
+
+from uhd_ops import _native, reference
+from uhd_ops.grids import Grids
+from uhd_ops.ops import _arguments as arguments
+
+
+def pixel_unshuffle(x: torch.Tensor, grids: Grids, factor: int = 2) -> torch.Tensor:
+    """Concatenate the channels of the ``factor x factor`` tokens of each window.
+
+    Channels are in patch-major order: the tokens of the window in raster order, the C channels of
+    each side by side. (:func:`torch.nn.functional.pixel_unshuffle` has them channel-major.) A
+    ragged window, at the right or bottom edge of a view whose side is not a multiple of ``factor``,
+    repeats the nearest token that it holds; the backward pass adds up the gradients of the slots
+    that a token fills. Nothing is computed in the forward pass, so the result has the dtype of
+    ``x`` under autocast too. No copy of a packed ``x`` is made as long as its last dimension is
+    contiguous.
+
+    Args:
+        x: Tokens ``(N, C)`` of packed views, or ``(B, h*w, C)`` with one ``(h, w)`` grid. float32,
+            float64, bfloat16 or float16; gradients of half types add up in float32 and round once,
+            at the store.
+        grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or
+            one pair.
+        factor: Side f of a window, in tokens.
+
+    Returns:
+        Merged tokens ``(M, f*f*C)``, or ``(B, M / B, f*f*C)`` for batched ``x``, contiguous, on the
+        grids ``PackedGrids(grids).merged(factor)``.
+
+    Raises:
+        TypeError: ``x``, ``grids`` or ``factor`` has the wrong type, or ``x`` none of the four
+            dtypes.
+        ValueError: Shape and grids do not fit, or ``factor < 1``.
+
+    Source:
+        LLaVA-UHD v4, section 3.2: the pixel-unshuffle of the intra-ViT compressor.
+
+    Example:
+        >>> pixel_unshuffle(torch.arange(6.0)[:, None], (2, 3))
+        tensor([[0., 1., 3., 4.],
+                [2., 2., 5., 5.]])
+    """
+    arguments.check_tensor(x, "x")
+    arguments.check_positive_int(factor, "factor")
+    layout = arguments.layout_of(x, "x", grids, factor, ("C",))
+    if not _native.has_kernels(x.device):
+        return reference.pixel_unshuffle(x, grids, factor)
+    out = torch.ops.uhd_ops.pixel_unshuffle(
+        layout.pack(x), layout.views, factor, layout.num_windows
+    )
+    return layout.unpack_windows(out)
+
+
+def _fake(x, views, factor, num_windows):
+    return x.new_empty((num_windows, factor * factor * x.shape[1]))
+
+
+def _backward_fake(grad_out, views, factor, num_tokens):
+    return grad_out.new_empty((num_tokens, grad_out.shape[1] // (factor * factor)))
+
+
+def _setup_context(ctx, inputs, output):
+    x, views, ctx.factor, _ = inputs
+    ctx.num_tokens = x.shape[0]
+    ctx.save_for_backward(views)
+
+
+def _backward(ctx, grad_out):
+    (views,) = ctx.saved_tensors
+    grad_x = torch.ops.uhd_ops._pixel_unshuffle_backward(
+        grad_out, views, ctx.factor, ctx.num_tokens
+    )
+    return grad_x, None, None, None
+
+
+# The operator is linear, so the derivative of its backward pass is its forward pass.
+def _backward_setup_context(ctx, inputs, output):
+    grad_out, views, ctx.factor, _ = inputs
+    ctx.num_windows = grad_out.shape[0]
+    ctx.save_for_backward(views)
+
+
+def _double_backward(ctx, grad_grad_x):
+    (views,) = ctx.saved_tensors
+    out = torch.ops.uhd_ops.pixel_unshuffle(grad_grad_x, views, ctx.factor, ctx.num_windows)
+    return out, None, None, None
+
+
+if _native.status["cpu"] == "loaded":
+    torch.library.register_fake("uhd_ops::pixel_unshuffle", _fake)
+    torch.library.register_fake("uhd_ops::_pixel_unshuffle_backward", _backward_fake)
+    torch.library.register_autograd(
+        "uhd_ops::pixel_unshuffle", _backward, setup_context=_setup_context
+    )
+    torch.library.register_autograd(
+        "uhd_ops::_pixel_unshuffle_backward",
+        _double_backward,
+        setup_context=_backward_setup_context,
+    )

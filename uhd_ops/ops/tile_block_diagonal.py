@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight repeated along the diagonal of a larger one."""
+
+from __future__ import annotations
+
+import torch
+
+from uhd_ops import _native, reference
+from uhd_ops.ops import _arguments as arguments
+
+
+def tile_block_diagonal(weight: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Repeat ``weight`` as the diagonal blocks of a matrix that is zero elsewhere.
+
+    It applies one linear map to each of ``tiles`` tokens that stand side by side. The backward pass
+    adds up the gradients of the diagonal blocks. Nothing is computed in the forward pass, so the
+    result has the dtype of ``weight`` under autocast too.
+
+    Args:
+        weight: ``(O, I)``: float32, float64, bfloat16 or float16; gradients of half types add up in
+            float32 and round once, at the store.
+        tiles: Number of blocks.
+
+    Returns:
+        ``(tiles * O, tiles * I)`` with the dtype of ``weight``, contiguous.
+
+    Raises:
+        TypeError: ``weight`` or ``tiles`` has the wrong type, or ``weight`` none of the four
+            dtypes.
+        ValueError: ``weight`` does not have two dimensions, or ``tiles < 1``.
+
+    Source:
+        LLaVA-UHD v4, section 3.2: the first projection of the reused MLP.
+
+    Example:
+        >>> tile_block_diagonal(torch.tensor([[1.0, 2.0]]), 2)
+        tensor([[1., 2., 0., 0.],
+                [0., 0., 1., 2.]])
+    """
+    arguments.check_tensor(weight, "weight")
+    arguments.check_positive_int(tiles, "tiles")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (O, I), got shape {tuple(weight.shape)}")
+    if not _native.has_kernels(weight.device):
+        return reference.tile_block_diagonal(weight, tiles)
+    return torch.ops.uhd_ops.tile_block_diagonal(weight, tiles)
+
+
+def _fake(weight, tiles):
+    rows, cols = weight.shape
+    return weight.new_empty((tiles * rows, tiles * cols))
+
+
+def _backward_fake(grad_out, tiles):
+    rows, cols = grad_out.shape
+    return grad_out.new_empty((rows // tiles, cols // tiles))
+
+
+def _setup_context(ctx, inputs, output):
+    _, ctx.tiles = inputs
+
+
+def _backward(ctx, grad_out):
+    return torch.ops.uhd_ops._tile_block_diagonal_backward(grad_out, ctx.tiles), None
+
+
+# The operator is linear, so the derivative of its backward pass is its forward pass.
+def _double_backward(ctx, grad_grad_weight):
+    return torch.ops.uhd_ops.tile_block_diagonal(grad_grad_weight, ctx.tiles), None
+
+
+if _native.status["cpu"] == "loaded":
+    torch.library.register_fake("uhd_ops::tile_block_diagonal", _fake)
+    torch.library.register_fake("uhd_ops::_tile_block_diagonal_backward", _backward_fake)
+    torch.library.register_autograd(
+        "uhd_ops::tile_block_diagonal", _backward, setup_context=_setup_context
+    )
+    torch.library.register_autograd(
+        "uhd_ops::_tile_block_diagonal_backward", _double_backward, setup_context=_setup_context
+    )

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mean of the tokens that each window holds."""
+
+from __future__ import annotations
+
+import torch
+
+from uhd_ops import _native, reference
+from uhd_ops.grids import Grids
+from uhd_ops.ops import _arguments as arguments
+
+
+def window_mean(x: torch.Tensor, grids: Grids, window: int = 2) -> torch.Tensor:
+    """Average the tokens of each window.
+
+    A ragged window, at the right or bottom edge of a view whose side is not a multiple of
+    ``window``, is averaged over the tokens that it holds. The backward pass gives each of them the
+    gradient of the mean divided by their number. The result has the dtype of ``x`` under autocast
+    too. No copy of a packed ``x`` is made as long as its last dimension is contiguous.
+
+    Args:
+        x: Tokens ``(N, C)`` of packed views, or ``(B, h*w, C)`` with one ``(h, w)`` grid. float32,
+            float64, bfloat16 or float16; half types accumulate in float32 and round once, at the
+            store.
+        grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or
+            one pair.
+        window: Side of a window, in tokens.
+
+    Returns:
+        Means ``(M, C)``, or ``(B, M / B, C)`` for batched ``x``, contiguous, on the grids
+        ``PackedGrids(grids).merged(window)``.
+
+    Raises:
+        TypeError: ``x``, ``grids`` or ``window`` has the wrong type, or ``x`` none of the four
+            dtypes.
+        ValueError: Shape and grids do not fit, or ``window < 1``.
+
+    Source:
+        LLaVA-UHD v4, section 3.2: the residual path around the compressor's MLP.
+
+    Example:
+        >>> window_mean(torch.arange(6.0)[:, None], (2, 3))
+        tensor([[2.0000],
+                [3.5000]])
+    """
+    arguments.check_tensor(x, "x")
+    arguments.check_positive_int(window, "window")
+    layout = arguments.layout_of(x, "x", grids, window, ("C",))
+    if not _native.has_kernels(x.device):
+        return reference.window_mean(x, grids, window)
+    out = torch.ops.uhd_ops.window_mean(layout.pack(x), layout.views, window, layout.num_windows)
+    return layout.unpack_windows(out)
+
+
+def _fake(x, views, window, num_windows):
+    return x.new_empty((num_windows, x.shape[1]))
+
+
+def _backward_fake(grad_out, views, window, num_tokens):
+    return grad_out.new_empty((num_tokens, grad_out.shape[1]))
+
+
+def _setup_context(ctx, inputs, output):
+    x, views, ctx.window, _ = inputs
+    ctx.num_tokens = x.shape[0]
+    ctx.save_for_backward(views)
+
+
+def _backward(ctx, grad_out):
+    (views,) = ctx.saved_tensors
+    grad_x = torch.ops.uhd_ops._window_mean_backward(grad_out, views, ctx.window, ctx.num_tokens)
+    return grad_x, None, None, None
+
+
+# The operator is linear, so the derivative of its backward pass is its forward pass.
+def _backward_setup_context(ctx, inputs, output):
+    grad_out, views, ctx.window, _ = inputs
+    ctx.num_windows = grad_out.shape[0]
+    ctx.save_for_backward(views)
+
+
+def _double_backward(ctx, grad_grad_x):
+    (views,) = ctx.saved_tensors
+    out = torch.ops.uhd_ops.window_mean(grad_grad_x, views, ctx.window, ctx.num_windows)
+    return out, None, None, None
+
+
+if _native.status["cpu"] == "loaded":
+    torch.library.register_fake("uhd_ops::window_mean", _fake)
+    torch.library.register_fake("uhd_ops::_window_mean_backward", _backward_fake)
+    torch.library.register_autograd("uhd_ops::window_mean", _backward, setup_context=_setup_context)
+    torch.library.register_autograd(
+        "uhd_ops::_window_mean_backward", _double_backward, setup_context=_backward_setup_context
+    )
