@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's code runs, its numbers are those of the newest results, its commands exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import uhd_ops
+from uhd_ops.reference import SPECS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_examples_run_in_order(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)  # that is the point of this test
+    printed = capsys.readouterr().out
+    tokens_in, tokens_out = map(int, re.search(r"(\d+) tokens in, (\d+) out", printed).groups())
+    assert tokens_in == namespace["plan"].num_tokens
+    assert tokens_out == namespace["grids"].merged(2).num_tokens or tokens_out * 4 == tokens_in
+    assert namespace["qkv"].grad.isfinite().all()
+
+
+def test_shapes_in_comments_are_true():
+    grids = uhd_ops.PackedGrids([(32, 32), (28, 36)])
+    assert "# (2032, 16, 72)" in README
+    assert grids.num_tokens == 2032
+    assert "# (508, 1152)" in README
+    assert grids.num_windows(2) == 508
+    assert 16 * 72 == 1152
+
+
+def test_every_operator_is_listed():
+    for name in SPECS:
+        assert f"`{name}" in README, f"README does not mention {name}"
+
+
+def test_numbers_are_those_of_the_newest_results():
+    report = ROOT / "benchmarks" / "report.py"
+    done = subprocess.run([sys.executable, str(report), "--check"], check=False)
+    assert done.returncode == 0, "run `python benchmarks/report.py`"
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
