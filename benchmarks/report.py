@@ -37,10 +37,11 @@ def markdown(path: Path) -> str:
     e = record["environment"]
     lines += [
         "",
-        f"Median of the rounds' ratios, rival's time / our time; below 1 we lose. Measured {e['date']} on "
-        f"{e['logical_cpus']} logical CPUs of an {e['cpu']} ({e['cpu_isa']} kernels, {e['threads']} threads), "
-        f"torch {e['torch']}, commit {e['commit']}; `{path.relative_to(ROOT)}` has every rival, and "
-        "`benchmarks/README.md` says how it is measured.",
+        "Median of the rounds' ratios, rival's time / our time; below 1 we lose. Measured "
+        f"{e['date']} on {e['logical_cpus']} logical CPUs of an {e['cpu']} ({e['cpu_isa']} kernels, "
+        f"{e['threads']} threads), torch {e['torch']}, commit {e['commit']}; "
+        f"`{path.relative_to(ROOT)}` has every rival, and `benchmarks/README.md` says how it is "
+        "measured.",
     ]
     return "\n".join(lines) + "\n"
 
