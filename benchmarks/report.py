@@ -38,7 +38,8 @@ def markdown(path: Path) -> str:
     lines += [
         "",
         "Median of the rounds' ratios, rival's time / our time; below 1 we lose. Measured "
-        f"{e['date']} on {e['logical_cpus']} logical CPUs of an {e['cpu']} ({e['cpu_isa']} kernels, "
+        f"{e['date']} on {e['logical_cpus']} logical CPUs of an {e['cpu']} "
+        f"({e['cpu_isa']} kernels, "
         f"{e['threads']} threads), torch {e['torch']}, commit {e['commit']}; "
         f"`{path.relative_to(ROOT)}` has every rival, and `benchmarks/README.md` says how it is "
         "measured.",
