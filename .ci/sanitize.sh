@@ -19,8 +19,9 @@ cmake --build "$build"
 done
 cmake --install "$build" --prefix "$package" > "$build/install.log"
 
-# The sanitizer's runtime must come first in the process; Python itself leaks on exit by design.
-runtime=$(g++ -print-file-name=libasan.so)
+# The sanitizer's runtime must come first in the process, and libstdc++ with it, or it does not find the function that
+# throws exceptions. Python itself leaks on exit by design.
+runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
     PYTHONPATH=$build/package UHD_OPS_SANITIZED=1 \
     "$python" -P -m pytest -q -p no:cacheprovider -n 2 --timeout 900 \

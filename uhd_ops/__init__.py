@@ -1,10 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators for high-resolution visual encoding in multimodal LLMs: slice, pack, compress inside the ViT."""
+"""Operators for high-resolution visual encoding: slice, pack, compress inside the ViT."""
 
-from uhd_ops import reference
+from uhd_ops import flops, nn, reference
+from uhd_ops._build_info import build_info
 from uhd_ops.grids import PackedGrids
+from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
+from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
+from uhd_ops.ops.tile_average import tile_average
+from uhd_ops.ops.tile_block_diagonal import tile_block_diagonal
+from uhd_ops.ops.tile_vector import tile_vector
+from uhd_ops.ops.view_attention import view_attention
 from uhd_ops.ops.window_attention import window_attention
+from uhd_ops.ops.window_mean import window_mean
+from uhd_ops.retrofit import insert_early_compressor, remove_early_compressor
+from uhd_ops.slicing import (
+    SlicePlan,
+    load_image,
+    pack_views,
+    plan_slices,
+    plan_slices_batch,
+    slice_image,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["PackedGrids", "reference", "window_attention"]
+__all__ = [
+    "PackedGrids",
+    "SlicePlan",
+    "build_info",
+    "flops",
+    "insert_early_compressor",
+    "load_image",
+    "nn",
+    "pack_views",
+    "pixel_unshuffle",
+    "pixel_unshuffle_mlp",
+    "plan_slices",
+    "plan_slices_batch",
+    "reference",
+    "remove_early_compressor",
+    "slice_image",
+    "tile_average",
+    "tile_block_diagonal",
+    "tile_vector",
+    "view_attention",
+    "window_attention",
+    "window_mean",
+]

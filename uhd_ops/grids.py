@@ -47,7 +47,7 @@ class PackedGrids:
     num_tokens: int
 
     def __init__(self, grids: Sequence[Sequence[int]] | torch.Tensor) -> None:
-        pairs = _pairs(grids)
+        pairs = pairs_of(grids)
         put = functools.partial(object.__setattr__, self)
         put("_pairs", pairs)
         put("num_views", len(pairs))
@@ -63,12 +63,14 @@ class PackedGrids:
         """Return ``grids`` in any accepted form as one object; a pair stands ``batch`` times."""
         if isinstance(grids, PackedGrids):
             return grids if batch == 1 else cls(grids._pairs * batch)
-        pairs = _pairs(grids)
+        pairs = pairs_of(grids)
         return _cached(pairs if batch == 1 else pairs * batch)
 
     def num_windows(self, window: int) -> int:
         """Number of windows of side ``window``, the ragged ones included."""
-        count = self._windows.get(window)
+        count = self._windows.get(
+            _positive(window, "window")
+        )  # 2.0 and True would be found as well
         return _count_windows(self._pairs, window) if count is None else count
 
     def merged(self, factor: int = 2) -> PackedGrids:
@@ -147,8 +149,8 @@ def _count_windows(pairs: Sequence[Sequence[int]], window: int) -> int:
 
 
 def _is_int(value: object) -> bool:
-    if isinstance(value, bool):
-        return False
+    if isinstance(value, (int, torch.SymInt)):  # operator.index would fix a symbol's value
+        return not isinstance(value, bool)
     try:
         operator.index(value)
     except TypeError:
@@ -164,7 +166,8 @@ def _positive(value: int, name: str) -> int:
     return operator.index(value)
 
 
-def _pairs(grids: Grids) -> tuple[tuple[int, int], ...]:
+def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:
+    """Return ``grids``, in any accepted form, as checked pairs."""
     if isinstance(grids, PackedGrids):
         return grids._pairs
     if is_single_pair(grids):
@@ -187,7 +190,7 @@ def _pairs(grids: Grids) -> tuple[tuple[int, int], ...]:
 def _pair(pair: Sequence[int]) -> tuple[int, int]:
     if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(side) for side in pair):
         raise TypeError(f"{_EXPECTED}; got the entry {pair!r}")
-    height, width = (operator.index(side) for side in pair)
+    height, width = (s if isinstance(s, (int, torch.SymInt)) else operator.index(s) for s in pair)
     if height < 0 or width < 0:
         raise ValueError(f"grids must not have negative sides, got ({height}, {width})")
     return height, width

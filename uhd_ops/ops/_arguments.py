@@ -11,10 +11,12 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from uhd_ops import _native
-from uhd_ops.grids import Grids, PackedGrids, is_single_pair
+from uhd_ops.grids import Grids, PackedGrids, is_single_pair, pairs_of
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -26,7 +28,8 @@ class Layout(NamedTuple):
     one grid.
     """
 
-    views: torch.Tensor  # the kernels' view table (S + 1, 4), on the device of the tokens
+    # The kernels' view table (S + 1, 4), on the device of the tokens; None where no kernels are.
+    views: torch.Tensor | None
     tokens: int  # of all views, or of each view of a batch
     windows: int  # likewise
     batch: int | None
@@ -57,6 +60,24 @@ def check_tensor(x: object, name: str) -> None:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.layout != torch.strided:
         raise NotImplementedError(f"{name} must be a strided tensor, got layout {x.layout}")
+    if not torch.compiler.is_compiling() and _is_transformed(x):
+        raise NotImplementedError(
+            f"{name} takes part in torch.func.grad, vjp, jvp or forward-mode differentiation, "
+            "which uhd_ops operators do not support; use torch.autograd, or uhd_ops.reference, "
+            "which supports them"
+        )
+
+
+def _is_transformed(x: torch.Tensor) -> bool:
+    # torch itself would refuse torch.func.grad with a message about setup_context, and would drop
+    # the tangents of forward mode without a word.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    while functorch.is_functorch_wrapped_tensor(x):  # torch.vmap alone is supported
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def check_like(x: object, name: str, other: torch.Tensor, other_name: str) -> None:
@@ -91,7 +112,7 @@ def check_finite(value: object, name: str) -> float:
     """``value`` is a finite real number; returns it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break torch.compile's graph
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
@@ -166,7 +187,7 @@ def _look_up_symbolic(x: torch.Tensor, grids: Grids, window: int, batch: int | N
             "grids must be a PackedGrids or (h, w) pairs while tracing, got a tensor, whose values "
             "are unknown then; make a PackedGrids before the traced function"
         )
-    pairs = (tuple(grids),) if is_single_pair(grids) else PackedGrids.of(grids)
+    pairs = (tuple(grids),) if is_single_pair(grids) else pairs_of(grids)
     tokens = windows = 0
     sides: list[int] = []
     for height, width in pairs:
@@ -175,6 +196,8 @@ def _look_up_symbolic(x: torch.Tensor, grids: Grids, window: int, batch: int | N
         tokens += height * width
         windows += ((height + window - 1) // window) * ((width + window - 1) // window)
         sides += [height, width]
+    if not _native.has_kernels(x.device):
+        return Layout(None, tokens, windows, batch)
     views = torch.ops.uhd_ops._view_table(sides, 1 if batch is None else batch, window)
     return Layout(views.to(x.device), tokens, windows, batch)
 

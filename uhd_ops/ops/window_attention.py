@@ -8,6 +8,7 @@ import torch
 from uhd_ops import _native, reference
 from uhd_ops.grids import Grids
 from uhd_ops.ops import _arguments as arguments
+from uhd_ops.ops._derivatives import refuse_second_derivative
 
 
 def window_attention(
@@ -66,8 +67,9 @@ def window_attention(
     if order not in ("raster", "window"):
         raise ValueError(f'order must be "raster" or "window", got {order!r}')
     layout = arguments.layout_of(q, "q", grids, window, ("H", "D"))
-    scale = q.shape[-1] ** -0.5 if scale is None and q.shape[-1] else scale
-    scale = 1.0 if scale is None else arguments.check_finite(scale, "scale")
+    if scale is None:
+        scale = (q.shape[-1] or 1) ** -0.5
+    scale = arguments.check_finite(scale, "scale")
     q, k, v = arguments.autocast(q, k, v)
     if not _native.has_kernels(q.device):
         return reference.window_attention(q, k, v, grids, window, scale=scale, order=order)
@@ -110,3 +112,4 @@ if _native.status["cpu"] == "loaded":
     torch.library.register_autograd(
         "uhd_ops::window_attention", _backward, setup_context=_setup_context
     )
+    refuse_second_derivative("window_attention")

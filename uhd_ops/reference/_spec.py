@@ -88,6 +88,17 @@ class OpSpec:
         flops: Floating-point operations of the forward pass, a multiply-add counted as two.
         output: What a row of the result belongs to: "tokens", "windows", or None for an operator
             without grids.
+        autocast: Under autocast, "cast": the operator runs on tensors cast to the autocast dtype;
+            "ignore": it does what it does without autocast; "mixed": only some of it is cast.
+        exempt: Checks of the generic tests that do not hold, each with the reason.
+            "batch_invariance" and "threads": the same up to the tolerance instead of bit for bit.
+            "memory": temporaries may be larger than the input.
+            "strides": gradients for other strides, the same up to the tolerance.
+            "one_token": gradients that cancel are compared on the scale of the inputs, about 1.
+            "non_finite": NaN and infinities are not where the definition has them.
+            "second_derivative": refused with another error than ours.
+            "native": it has no kernels of its own, so there is nothing for opcheck to check, and
+            torch.compile may make a graph for each new list of grids.
     """
 
     name: str
@@ -100,6 +111,8 @@ class OpSpec:
     flops: Callable[[Call], int]
     output: str | None
     stored_roundings: int = 1
+    autocast: str = "ignore"
+    exempt: Mapping[str, str] = field(default_factory=dict)
 
     def tolerance(self, call: Call, dtype: torch.dtype, expected: torch.Tensor) -> torch.Tensor:
         """Largest allowed difference from the float64 result, element by element.

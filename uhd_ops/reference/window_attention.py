@@ -15,13 +15,19 @@ def window_attention(q, k, v, grids, window=2, *, scale=None, order="raster"):
     q, pairs, batch = packed(q, grids, 2)
     k, v = packed(k, grids, 2)[0], packed(v, grids, 2)[0]
     tokens, present = window_tokens(pairs, window, q.device)
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
 
-    # (M, f*f, H, D) -> scores (M, H, f*f, f*f), with slots that hold no token masked as keys
+    # (M, f*f, H, D) -> scores (M, H, f*f, f*f), with slots that hold no token masked as keys. Their
+    # values are masked too: a weight of zero does not cancel an infinite value.
     scores = torch.einsum("mihd,mjhd->mhij", q[tokens], k[tokens]) * scale
     scores = scores.masked_fill(~present[:, None, None, :], float("-inf"))
-    result = torch.einsum("mhij,mjhd->mihd", scores.softmax(-1), v[tokens])
+    values = v[tokens].masked_fill(~present[..., None, None], 0)
+    result = torch.einsum("mhij,mjhd->mihd", scores.softmax(-1), values)
 
-    window_major = result[present]  # every token once: windows in order, slots in raster order
+    window_major = result[present].to(
+        dtype
+    )  # every token once: windows in order, slots in raster order
     if order == "window":
         return unpacked(window_major, grids, batch)
     out = torch.empty_like(window_major)
@@ -136,4 +142,5 @@ SPEC = OpSpec(
     bytes_moved=_bytes_moved,
     flops=_flops,
     output="tokens",
+    autocast="cast",
 )

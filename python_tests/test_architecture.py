@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout holds: one name on every floor, imports go down, references resolve."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import uhd_ops
+from uhd_ops.reference import SPECS
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "uhd_ops"
+
+TOP_LEVEL = {
+    *("setup.py", "csrc", "uhd_ops", "python_tests", "benchmarks", "examples", "README.md"),
+    *("CMakeLists.txt", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md"),
+    *("CONTRIBUTING.md", "docs", ".ci", ".gitignore", ".clang-format", "MANIFEST.in"),
+    "requirements-dev.txt",
+}
+# A floor may import the ones below it and those that stand aside; nothing of uhd_ops otherwise.
+FLOORS = ("cli", "retrofit", "nn", "ops", "_native")
+ASIDE = {
+    "cli": {"", "slicing", "flops", "grids", "_build_info", "reference"},  # "": public names
+    "retrofit": {"slicing", "flops", "grids", "reference"},
+    "nn": {"slicing", "grids", "reference"},
+    "ops": {"grids", "reference"},
+    "_native": set(),
+    "slicing": {"grids", "_native", "_host"},
+    "flops": {"grids"},
+    "grids": {"_native"},
+    "reference": set(),
+    "_build_info": {"_native", "_host", "reference", "ops", "slicing"},
+}
+COMPOSITE = {name for name, spec in SPECS.items() if "native" in spec.exempt}
+NATIVE = sorted(set(SPECS) - COMPOSITE)
+# What OpSpec documents.
+CHECKS = {"batch_invariance", "threads", "memory", "strides", "one_token", "non_finite"}
+CHECKS |= {"second_derivative", "native"}
+
+
+def sources(*suffixes, under=ROOT):
+    """Return the files of the repository: tracked ones, and new ones that git does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    paths = [ROOT / name for name in listed]
+    return sorted(p for p in paths if p.suffix in suffixes and under in p.parents and p.exists())
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+CODE = sources(".py", ".h", ".cpp", ".cu", ".cuh")
+PYTHON = [path for path in CODE if path.suffix == ".py"]
+KERNELS = [p for p in CODE if p.stem.endswith(("_cpu", "_cuda")) and p.suffix != ".py"]
+
+
+def test_top_level():
+    listed = {p.relative_to(ROOT).parts[0] for p in sources(*{p.suffix for p in ROOT.rglob("*")})}
+    assert listed <= TOP_LEVEL, f"not in the layout: {sorted(listed - TOP_LEVEL)}"
+    assert {"setup.py", "csrc", "uhd_ops", "python_tests", "CMakeLists.txt"} <= listed
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_one_name_on_every_floor(name):
+    assert SPECS[name].name == name
+    assert (PACKAGE / "ops" / f"{name}.py").is_file()
+    assert (PACKAGE / "reference" / f"{name}.py").is_file()
+    assert name in uhd_ops.__all__
+    public, definition = getattr(uhd_ops, name), getattr(uhd_ops.reference, name)
+    assert public.__module__ == f"uhd_ops.ops.{name}"
+    assert SPECS[name].reference is definition
+    signatures = [inspect.signature(function).parameters for function in (public, definition)]
+    kinds = [[(p.name, p.kind, p.default) for p in s.values()] for s in signatures]
+    assert kinds[0] == kinds[1]
+
+
+FOLDERS = sorted(p.name for p in (ROOT / "csrc").iterdir() if (p / f"{p.name}.cpp").exists())
+FOLDERS.remove("host")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_native_floor(name):
+    # The kernels of an operator, or of a part of one, whose Python side then has an underscore.
+    for suffix in (".h", ".cpp", "_cpu.cpp"):
+        assert (ROOT / "csrc" / name / f"{name}{suffix}").is_file(), f"csrc/{name}/{name}{suffix}"
+    assert (PACKAGE / "ops" / f"{name}.py").exists() != (PACKAGE / "ops" / f"_{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_operators_stand_on_kernels(name):
+    parts = {f"uhd_ops.ops._{folder}" for folder in FOLDERS}
+    used = {dotted.rpartition(".")[0] for dotted in imports(PACKAGE / "ops" / f"{name}.py")}
+    used |= imports(PACKAGE / "ops" / f"{name}.py")
+    assert name in FOLDERS or used & parts
+
+
+def test_no_operator_without_a_spec():
+    files = {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")}
+    assert files == set(SPECS)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_exemptions_have_reasons(name):
+    assert set(SPECS[name].exempt) <= CHECKS
+    assert all(len(reason.split()) >= 4 for reason in SPECS[name].exempt.values())
+
+
+def imports(path):
+    """Return the dotted names of all modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor_of(dotted):
+    return dotted.split(".")[1] if dotted.count(".") else ""
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PYTHON if PACKAGE in p.parents and p.parent != PACKAGE], ids=relative
+)
+def test_imports_go_down(path):
+    floor = path.relative_to(PACKAGE).parts[0]
+    below = set(FLOORS[FLOORS.index(floor) + 1 :]) if floor in FLOORS else set()
+    allowed = {floor, *below, *ASIDE.get(floor, set())}
+    used = {floor_of(name) for name in imports(path) if name.split(".")[0] == "uhd_ops"}
+    assert used <= allowed, f"{floor} must not import {sorted(used - allowed)}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "reference").glob("*.py")), ids=relative)
+def test_definitions_import_only_torch(path):
+    packages = {name.split(".")[0] for name in imports(path)}
+    assert packages <= {"torch", "uhd_ops", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=relative)
+def test_kernels_are_free_of_torch(path):
+    seen, waiting = set(), [path]
+    while waiting:
+        file = waiting.pop()
+        seen.add(file)
+        for name in re.findall(r'#include\s+[<"]([^>"]+)[>"]', file.read_text()):
+            assert not name.startswith(("torch/", "ATen/", "c10/")), f"{relative(file)}: {name}"
+            inner = ROOT / "csrc" / name
+            if inner.exists() and inner not in seen:
+                waiting.append(inner)
+
+
+@pytest.mark.parametrize("path", CODE, ids=relative)
+def test_files_are_short_and_licensed(path):
+    lines = path.read_text().splitlines()
+    mark = "#" if path.suffix == ".py" else "//"
+    assert lines[0] == f"{mark} SPDX-License-Identifier: Apache-2.0"
+    assert len(lines) <= 300
+
+
+PATHS = re.compile(
+    r"(?<![\w/.])((?:csrc|uhd_ops|python_tests|benchmarks|examples|docs)/[\w/.-]*\w\.(?:py|h|cpp|cu"
+    r"|md|png|jpg|sh))|((?:docs/adr/|ADR[ -])\d{4}[\w-]*)"
+)
+
+
+@pytest.mark.parametrize(
+    "path", sources(".py", ".h", ".cpp", ".cu", ".md", ".toml", ".txt"), ids=relative
+)
+def test_references_resolve(path):
+    for file, adr in PATHS.findall(path.read_text()):
+        if file:
+            assert (ROOT / file).exists(), f"{relative(path)} names {file}"
+        else:
+            number = re.search(r"\d{4}", adr).group()
+            assert list((ROOT / "docs" / "adr").glob(f"{number}-*.md")), f"{relative(path)}: {adr}"
+
+
+PUBLIC = [name for name in uhd_ops.__all__ if callable(getattr(uhd_ops, name))]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings(name):
+    thing = getattr(uhd_ops, name)
+    text = inspect.getdoc(thing) or ""
+    assert text.splitlines()[0].strip()
+    if not inspect.isfunction(thing):
+        return
+    assert "Returns:" in text
+    section = text.partition("Args:")[2].partition("Returns:")[0]
+    for parameter in inspect.signature(thing).parameters:
+        assert re.search(rf"^\s+{re.escape(parameter)}:", section, re.MULTILINE), parameter
+    if name in SPECS:
+        assert "Raises:" in text
+        assert "Example:" in text
+
+
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sources(".py", under=PACKAGE)
+    if ">>> " in path.read_text()
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings(module):
+    torch.manual_seed(0)
+    loaded = importlib.import_module(module.removesuffix(".__init__"))
+    folder = importlib.import_module(loaded.__package__)
+    names = {"torch": torch, "uhd_ops": uhd_ops, **vars(folder), **vars(loaded)}
+    result = doctest.testmod(loaded, extraglobs=names, optionflags=doctest.ELLIPSIS)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_import_is_light():
+    heavy = ("timm", "transformers", "PIL", "rich", "matplotlib", "torchvision", "safetensors")
+    code = f"import sys, uhd_ops; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``uhd_ops.build_info`` says what is true."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import uhd_ops
+from uhd_ops import _native
+
+native = pytest.mark.skipif(
+    _native.status["cpu"] == "disabled", reason="UHD_OPS_DISABLE_NATIVE is set"
+)
+
+
+def test_versions():
+    versions = uhd_ops.build_info().versions
+    assert versions["uhd_ops"] == uhd_ops.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions["numpy"] == np.__version__
+
+
+@native
+def test_native_build():
+    info = uhd_ops.build_info()
+    assert info.native == _native.status
+    assert info.native["cpu"] == info.native["host"] == "loaded"
+    assert info.cpu_isas_available == info.cpu_isas_built[: len(info.cpu_isas_available)]
+    assert info.cpu_isa in info.cpu_isas_available
+    assert re.fullmatch(r"2\.\d+", info.torch_target)
+    assert re.match(r"(GNU|Clang) \d+", info.compiler)
+
+
+@native
+def test_follows_the_instruction_set():
+    before = _native.cpu_isa()
+    try:
+        for isa in uhd_ops.build_info().cpu_isas_available:
+            _native.set_cpu_isa(isa)
+            info = uhd_ops.build_info()
+            assert info.cpu_isa == isa
+            assert info.backends["window_attention"]["cpu"] == f"native {isa}"
+            assert before in info.cpu_isas_available  # does not shrink with the choice
+    finally:
+        _native.set_cpu_isa(before)
+
+
+@native
+def test_every_operator_is_native_on_the_cpu():
+    backends = uhd_ops.build_info().backends
+    assert set(backends) == set(uhd_ops.reference.SPECS)
+    assert backends.pop("view_attention")["cpu"] == "torch scaled_dot_product_attention"
+    for op, devices in backends.items():
+        assert devices["cpu"].startswith("native "), op
+
+
+def test_text_and_json():
+    info = uhd_ops.build_info()
+    text = repr(info)
+    assert text.startswith("uhd_ops.build_info():\n")
+    for op, devices in info.backends.items():
+        for device, backend in devices.items():
+            assert re.search(rf"^  {op} on {device} +{re.escape(backend)}$", text, re.MULTILINE)
+    assert json.loads(json.dumps(info.to_dict())) == info.to_dict()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_says_why_cuda_is_not_used():
+    backend = uhd_ops.build_info().backends["window_attention"]["cuda"]
+    assert backend in ("none: no CUDA device", "none: torch has no CUDA")
+
+
+def test_without_native_libraries():
+    code = "import uhd_ops, json; print(json.dumps(uhd_ops.build_info().to_dict()))"
+    environment = {**os.environ, "UHD_OPS_DISABLE_NATIVE": "1"}
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    info = json.loads(output)
+    assert info["native"] == {"cpu": "disabled", "cuda": "disabled", "host": "disabled"}
+    assert info["cpu_isa"] is info["compiler"] is info["torch_target"] is None
+    assert info["cpu_isas_available"] == info["cpu_isas_built"] == info["cuda_archs"] == []
+    expected = "reference: native cpu library disabled"
+    assert all(
+        info["backends"][op]["cpu"] == expected for op in info["backends"] if op != "view_attention"
+    )

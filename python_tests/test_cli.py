@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import uhd_ops
+from uhd_ops.cli import main
+from uhd_ops.cli._bench_cases import CASES
+from uhd_ops.cli._picture import norm_map
+
+MODEL = "test_vit"  # timm's smallest: 6 blocks of width 64, patch 16, one class token
+SMALL = ["--grid", "4x6", "--dim", "16", "--heads", "2", "--mlp-hidden", "8", "--rounds", "2"]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def encode(photo, *options):
+    out = photo.parent / "out"
+    command = ["encode", str(photo), "--model", MODEL, "--layer", "2", "--out", str(out)]
+    return main([*command, *options]), out / "photo"
+
+
+def test_encode_writes_and_prints(photo, capsys):
+    code, folder = encode(photo)
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "RANDOM weights" in printed
+    backend = uhd_ops.build_info().backends["window_attention"]["cpu"]
+    for word in ("photo.png", backend, "GMACs", "seconds", "tokens.safetensors", "random (seed 0)"):
+        assert word in printed
+    assert {f.name for f in folder.iterdir()} == {
+        "tokens.safetensors",
+        "slices.png",
+        "summary.json",
+    }
+    with Image.open(folder / "slices.png") as picture:
+        assert min(picture.size) > 500
+    summary = json.loads((folder / "summary.json").read_text())
+    with safe_open(folder / "tokens.safetensors", "pt") as file:
+        tokens, grids, metadata = (
+            file.get_tensor("tokens"),
+            file.get_tensor("grids"),
+            file.metadata(),
+        )
+    assert tokens.shape == (summary["tokens"]["out"], 64)
+    assert tokens.isfinite().all()
+    assert int(grids.prod(1).sum()) == len(tokens)
+    plan = uhd_ops.SlicePlan.from_dict(json.loads(metadata["plan"]))
+    assert plan.image_size == (400, 300)
+    assert grids.tolist() == [[h // 2, w // 2] for h, w in plan.grids]
+
+
+def test_encode_json(photo, capsys):
+    code, folder = encode(photo, "--json", "--form", "tied")
+    assert code == 0
+    (summary,) = json.loads(capsys.readouterr().out)
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["image"] == str(photo)
+    assert summary["views"] == len(uhd_ops.SlicePlan.from_dict(summary["plan"]).grids) > 1
+    assert summary["tokens"]["in"] == 4 * summary["tokens"]["out"]
+    assert summary["giga_macs"]["with"] < summary["giga_macs"]["without"]
+    assert min(summary["seconds"].values()) > 0
+    assert summary["model"] == {
+        "name": MODEL,
+        "depth": 6,
+        "weights": "random (seed 0)",
+        "dtype": "float32",
+    }
+    assert summary["compressor"] == {"layer": 2, "form": "tied"}
+    assert set(summary["backends"]) == {"window_attention", "pixel_unshuffle_mlp"}
+
+
+def test_encode_equals_the_library(photo):
+    """The tokens are those of the public functions, called by hand."""
+    import timm
+
+    _, folder = encode(photo, "--max-slices", "4", "--seed", "3")
+    torch.manual_seed(3)
+    vit = uhd_ops.insert_early_compressor(timm.create_model(MODEL, num_classes=0).eval(), 2)
+    image = uhd_ops.load_image(photo)
+    plan = uhd_ops.plan_slices(*image.size, max_slices=4, scale_resolution=160, patch_size=16)
+    config = vit.pretrained_cfg
+    pixels, grids = uhd_ops.pack_views(
+        uhd_ops.slice_image(image, plan), 16, mean=config["mean"], std=config["std"]
+    )
+    with torch.no_grad():
+        expected = uhd_ops.nn.SliceEncoder(vit)(pixels, grids).tokens
+    with safe_open(folder / "tokens.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("tokens"), expected)
+
+
+def test_encode_two_images_of_one_name(photo, capsys):
+    other = photo.parent / "other"
+    other.mkdir()
+    Image.new("RGB", (50, 60), "red").save(other / "photo.png")
+    out = photo.parent / "out"
+    options = ["--model", MODEL, "--layer", "2", "--dtype", "bfloat16", "--json", "--out", str(out)]
+    assert main(["encode", str(photo), str(other / "photo.png"), *options]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["plan"]["grid"] is None, second["plan"]["grid"] is None) == (False, True)
+    assert (out / "photo-2" / "summary.json").is_file()
+    with safe_open(out / "photo" / "tokens.safetensors", "pt") as file:
+        assert file.get_tensor("tokens").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [(900, 20), (20, 900), (1, 1)])
+def test_encode_extreme_shapes(size, tmp_path):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", size, "teal").save(path)
+    code, folder = encode(path)
+    assert code == 0
+    with Image.open(folder / "slices.png") as picture:
+        assert min(picture.size) > 200
+        assert max(picture.size) < 3000
+
+
+def test_norm_map():
+    """Two by three slices of 1x2 tokens behind a thumbnail of four."""
+    norms = torch.arange(16.0)
+    expected = [[4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15]]
+    assert norm_map(norms, [(2, 2), *[(1, 2)] * 6], (2, 3)).tolist() == expected
+    assert norm_map(norms[:4], [(2, 2)], None).tolist() == [[0, 1], [2, 3]]
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == f"{uhd_ops.build_info()}\n"
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == uhd_ops.build_info().to_dict()
+
+
+def test_bench(capsys):
+    assert main(["bench", *SMALL, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["grid"] == [4, 6]
+    assert {row["case"].split()[0] for row in result["results"]} == {
+        "window_attention",
+        "pixel_unshuffle",
+        "window_mean",
+        "pixel_unshuffle_mlp",
+    }
+    for row in result["results"]:
+        assert row["milliseconds"] > 0
+        assert (row["ratio"] == 1) == (row["variant"] == "uhd_ops")
+    assert main(["bench", *SMALL]) == 0
+    assert "times ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_bench_rivals_compute_the_same(make):
+    torch.manual_seed(0)
+    case = make((4, 6), 16, 2, 8)
+    results = {name: function() for name, function in case.variants.items()}
+    ours = results.pop("uhd_ops")
+    # Values and scores are below 4. In float32, 64 terms of that size err by 64 * 4 * 2^-24 < 1e-4.
+    # bfloat16 rivals round a score (4 * 2^-9, which the exponential makes a relative error), a
+    # probability and the result (2^-9 of at most 4 each): 4 * (4 + 1 + 1) * 2^-9 < 0.05.
+    tolerance = 0.05 if "bfloat16" in case.name else 1e-4
+    for name, result in results.items():
+        assert torch.allclose(result.view_as(ours), ours, rtol=0, atol=tolerance), name
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["encode", "nope.jpg"], "No such file or directory: 'nope.jpg'"),
+        (["encode", "{photo}", "--model", "vit_tinny"], "timm has no model 'vit_tinny'; it has"),
+        (
+            ["encode", "{photo}", "--model", "resnet18"],
+            "vit must be a plain timm VisionTransformer",
+        ),
+        (["encode", "{photo}", "--model", "test_vit", "--layer", "6"], "layer must be in 0..5"),
+        (["encode", "{text}"], "cannot be read: it is in no format that Pillow knows"),
+        (
+            ["encode", "{photo}", "--model", "test_vit", "--layer", "2", "--out", "{text}"],
+            "cannot write the results",
+        ),
+        (
+            ["bench", "--dim", "10", "--heads", "3"],
+            "--dim must be a multiple of --heads, got 10 and 3",
+        ),
+    ],
+)
+def test_refuses(command, message, photo, capsys):
+    text = photo.parent / "text.jpg"
+    text.write_text("no image")
+    out = (
+        [] if "--out" in command or command[0] == "bench" else ["--out", str(photo.parent / "out")]
+    )
+    code = main([part.format(photo=photo, text=text) for part in command] + out)
+    assert code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"uhd-ops {command[0]}: error: ")
+    assert message in lines[0]
+    assert not (photo.parent / "out").exists()  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["encode", "x.jpg", "--layer", "-1"], "argument --layer: must be at least 0, got -1"),
+        (
+            ["encode", "x.jpg", "--max-slices", "0"],
+            "argument --max-slices: must be at least 1, got 0",
+        ),
+        (["encode", "x.jpg", "--seed", "a"], "argument --seed: must be an integer, got 'a'"),
+        (["bench", "--grid", "3x4"], "argument --grid: must have even sides of at least 2"),
+        (["bench", "--grid", "big"], "argument --grid: must look like 32x32, got 'big'"),
+    ],
+)
+def test_bad_arguments(command, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(command)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def run_python(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_pretrained_without_network(photo):
+    """One message, at once; the address answers nobody, and the cache is empty."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "uhd_ops.cli",
+            "encode",
+            str(photo),
+            "--pretrained",
+            "--model",
+            MODEL,
+        ],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(photo.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "Leave out --pretrained to run with random weights." in result.stderr
+
+
+def test_missing_packages(photo):
+    code = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('rich', 'timm') else find(name, *a)\n"
+        "from uhd_ops.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    result = run_python(code, "encode", str(photo))
+    assert result.returncode == 2
+    expected = "missing packages: rich, timm; install them with: pip install uhd_ops[cli]\n"
+    assert result.stderr == f"uhd-ops encode: error: {expected}"
+
+
+def test_reader_that_goes_away():
+    """As in ``uhd-ops info | head -1``: no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "-m", "uhd_ops.cli", "info"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
+def test_import_is_light():
+    heavy = "{'timm', 'PIL', 'rich', 'matplotlib', 'safetensors'}"
+    result = run_python(f"import sys, uhd_ops.cli; print({heavy} & set(sys.modules))")
+    assert result.stdout == "set()\n", result.stderr

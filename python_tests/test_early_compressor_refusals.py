@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which options and which blocks nn.EarlyCompressor refuses, and with what words."""
+
+import pytest
+from timm.layers import RmsNorm, SwiGLU
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock
+from torch import nn
+
+from uhd_ops.nn import EarlyCompressor
+
+DIM, HEADS = 32, 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"form": "sparse"}, ValueError, 'form must be "dense", "block" or "tied", got \'sparse\''),
+        ({"window": 1}, ValueError, "window must be at least 2, got 1"),
+        ({"window": True}, TypeError, "window must be an int, got bool"),
+        ({"attention": 1}, TypeError, "attention must be a bool, got int"),
+        ({"num_heads": 5}, ValueError, "num_heads must divide dim = 32, got 5"),
+        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
+        ({"hidden_dim": 1.5}, TypeError, "hidden_dim must be an int, got float"),
+        ({"drop_path": 1.5}, ValueError, "drop_path must be between 0 and 1, got 1.5"),
+        ({"activation": "mish"}, ValueError, "activation must be one of .*, got 'mish'"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        EarlyCompressor(**{"dim": DIM, "num_heads": HEADS, **options})
+
+
+def spoil(**parts):
+    block = Block(DIM, HEADS)
+    for name, part in parts.items():
+        owner, _, leaf = name.rpartition("__")
+        setattr(block.get_submodule(owner.replace("__", ".")), leaf, part)
+    return block
+
+
+class OtherBlock(Block):
+    pass
+
+
+REFUSED = {
+    "post-norm": (lambda: ResPostBlock(DIM, HEADS), "block must be timm's Block, got ResPostBlock"),
+    "parallel": (
+        lambda: ParallelScalingBlock(DIM, HEADS),
+        "block must be timm's Block, got ParallelScalingBlock",
+    ),
+    "subclass": (lambda: OtherBlock(DIM, HEADS), "block must be timm's Block, got OtherBlock"),
+    "no block": (lambda: nn.Linear(2, 2), "block must be timm's Block, got Linear"),
+    "GLU": (
+        lambda: spoil(mlp=SwiGLU(DIM, 64)),
+        "block.mlp must be Mlp, got SwiGLU",
+    ),
+    "differential attention": (
+        lambda: Block(DIM, HEADS, attn_layer="diff"),
+        "block.attn must be Attention, got DiffAttention",
+    ),
+    "norm in the MLP": (
+        lambda: Block(DIM, HEADS, scale_mlp_norm=True),
+        "block.mlp.norm must be Identity, got LayerNorm",
+    ),
+    "norm in the attention": (
+        lambda: Block(DIM, HEADS, scale_attn_norm=True),
+        "block.attn.norm must be Identity, got LayerNorm",
+    ),
+    "RMSNorm over the merged token": (
+        lambda: Block(DIM, HEADS, norm_layer=RmsNorm),
+        "block.norm2 must be LayerNorm or LayerNormFp32, got RmsNorm",
+    ),
+    "activation": (
+        lambda: Block(DIM, HEADS, act_layer=nn.Mish),
+        "block.mlp.act must be GELU or GELUTanh or QuickGELU or SiLU or ReLU, got Mish",
+    ),
+    "adapted Linear": (
+        lambda: spoil(attn__qkv=nn.utils.parametrizations.weight_norm(nn.Linear(DIM, 96))),
+        "block.attn.qkv must be Linear, got ParametrizedLinear",
+    ),
+    "other scale": (lambda: spoil(attn__scale=1.0), "block.attn.scale must be head_dim"),
+    "narrow projection": (
+        lambda: spoil(attn__proj=nn.Linear(16, DIM)),
+        r"block.attn.proj.weight must have shape \(32, 32\), got \(32, 16\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_refuses_what_it_does_not_understand(make, message):
+    with pytest.raises(NotImplementedError, match=message):
+        EarlyCompressor.from_block(make())

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_one_op():
+    output = run(sys.executable, EXAMPLES / "01_one_op.py")
+    assert "window_attention: (39, 2, 8) -> (39, 2, 8)" in output
+    assert "compiled equals eager: True" in output
+
+
+def test_retrofit_timm_vit():
+    output = run(sys.executable, EXAMPLES / "02_retrofit_timm_vit.py", "vit_tiny_patch16_224")
+    assert "tokens out: (1, 785, 192) -> (1, 197, 192)" in output
+    assert "bit for bit: True" in output
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "01_one_op.py",
+        "02_retrofit_timm_vit.py",
+    }
+
+
+def test_demo_picture():
+    path = EXAMPLES / "images" / "picos_de_europa.jpg"
+    with Image.open(path) as image:
+        assert image.width >= 2000
+        assert image.height >= 1500
+    assert path.stat().st_size < 2_000_000
+    credits = (EXAMPLES / "images" / "README.md").read_text()
+    for picture in (EXAMPLES / "images").glob("*.jpg"):
+        assert f"`{picture.name}`" in credits
+
+
+def test_demo(tmp_path):
+    """The script as `make demo` calls it, with a small model in front of its own arguments."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" --model test_vit --max-slices 2\n')
+    python.chmod(0o755)
+    output = run("bash", EXAMPLES / "demo.sh", python, tmp_path / "out")
+    assert "RANDOM weights" in output
+    summary = json.loads((tmp_path / "out" / "picos_de_europa" / "summary.json").read_text())
+    assert summary["plan"]["image_size"] == [3264, 2448]
+    for file in summary["files"]:
+        assert Path(file).is_file()
+
+
+@pytest.mark.parametrize("script", ["demo.sh"])
+def test_demo_needs_a_python(script):
+    result = subprocess.run(
+        ["bash", EXAMPLES / script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "usage: examples/demo.sh PYTHON" in result.stderr

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native libraries: present, self-contained, switchable, and dispensable."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from battery import ISAS
+
+import uhd_ops
+from uhd_ops import _native
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+PACKAGE = Path(uhd_ops.__file__).resolve().parent
+LIBRARY = PACKAGE / "libuhd_cpu.so"
+CALL = "uhd_ops.window_attention(*torch.ones(3, 6, 1, 2), [(2, 3)])"
+
+needs_library = pytest.mark.skipif(
+    _native.status["cpu"] == "disabled", reason="UHD_OPS_DISABLE_NATIVE is set"
+)
+
+
+def run_python(code, *options, package=PACKAGE.parent, **environment):
+    """Run ``code`` in a fresh interpreter that finds uhd_ops under ``package``."""
+    environment = {**os.environ, "PYTHONPATH": str(package), **environment}
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        env=environment,
+        cwd=package,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@needs_library
+def test_libraries_are_loaded():
+    assert _native.status["cpu"] == "loaded"
+    assert _native.status["host"] == "loaded"
+    assert _native.has_kernels(torch.device("cpu"))
+    assert not _native.has_kernels(torch.device("xpu"))
+
+
+@needs_library
+def test_library_uses_only_the_stable_abi():
+    # A mangled name of c10, at or torch would tie the library to one version of torch.
+    table = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1] for line in table.splitlines()]
+    assert any(symbol.startswith(("aoti_torch_", "torch_")) for symbol in symbols)
+    foreign = ("2at", "3c10", "5torch", "8caffe2")
+    assert [s for s in symbols if s.startswith("_Z") and any(part in s for part in foreign)] == []
+
+
+@needs_library
+def test_kernels_export_no_weak_symbols():
+    # The linker keeps one copy of a weak symbol. Were it the AVX-512 one, the scalar kernels would
+    # stop on a processor without it. Objects of a build tree show it before the linker hides it.
+    objects = [
+        path
+        for isa in ("scalar", "avx2", "avx512")
+        for path in (ROOT / "build" / "cmake" / "CMakeFiles" / f"kernels_{isa}.dir").rglob("*.o")
+    ]
+    tables = [["nm", "--defined-only", path] for path in objects]
+    if not tables:  # an installed package: the linked library is all there is
+        tables = [["nm", "-D", "--defined-only", LIBRARY]]
+    for command in tables:
+        table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        lines = [line.split() for line in table.splitlines()]
+        assert [line[-1] for line in lines if line[-2] in "WVwvu"] == [], command[-1]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_set_from_the_environment(isa):
+    code = f"import torch, uhd_ops; {CALL}; print(uhd_ops._native.cpu_isa())"
+    result = run_python(code, UHD_OPS_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [isa]
+
+
+@needs_library
+def test_unknown_instruction_set():
+    best = ISAS[-1]
+    message = (
+        "CPU instruction set must be scalar, avx2 or avx512, "
+        f"and not above {best} on this processor; got sse9"
+    )
+    result = run_python(f"import torch, uhd_ops; {CALL}", UHD_OPS_CPU_ISA="sse9")
+    assert result.returncode == 1, "no signal: an error that Python can catch"
+    assert message in result.stderr
+    active = _native.cpu_isa()
+    with pytest.raises(RuntimeError, match=message):
+        _native.set_cpu_isa("sse9")
+    assert _native.cpu_isa() == active
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [(b"not a library", "failed: "), (None, "absent")],
+    ids=["broken library", "no library"],
+)
+def test_without_a_usable_library_it_warns_once_and_falls_back(tmp_path, content, status):
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "uhd_ops", ignore=ignore)
+    if content:
+        (tmp_path / "uhd_ops" / "libuhd_cpu.so").write_bytes(content)
+    code = f"import torch, uhd_ops; {CALL}; print({CALL}); print(uhd_ops._native.status['cpu'])"
+    result = run_python(code, package=tmp_path, UHD_OPS_DISABLE_NATIVE="0")
+    assert result.returncode == 0, result.stderr
+    assert f"uhd_ops has no native CPU kernels ({status}" in result.stderr
+    assert result.stderr.count("RuntimeWarning") == 1
+    assert result.stdout.splitlines()[-1].startswith(status)
+    assert str(uhd_ops.window_attention(*torch.ones(3, 6, 1, 2), [(2, 3)])) in result.stdout
+
+
+def test_disabled_by_the_environment_says_so_without_a_warning():
+    code = f"import torch, uhd_ops; {CALL}; print(uhd_ops._native.status); uhd_ops.build_info()"
+    result = run_python(code, "-W", "error", UHD_OPS_DISABLE_NATIVE="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(dict.fromkeys(("cpu", "cuda", "host"), "disabled"))
+
+
+@needs_library
+def test_definitions_pass_the_value_checks_on_their_own():
+    # The same tests again, where every operator runs on its definition.
+    files = [str(path) for path in sorted(TESTS.glob("test_battery_*.py"))]
+    chosen = "equals or form or grids or gradcheck or bad or a_view_alone or written"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run(
+        [*command, *files, "-k", chosen, "--timeout=240"],
+        env={**os.environ, "UHD_OPS_DISABLE_NATIVE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("variable", ["0", "1"])
+def test_suite_refuses_to_run_without_the_library(tmp_path, variable):
+    # A package without libraries, found before the installed one.
+    shutil.copytree(
+        PACKAGE, tmp_path / "uhd_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["--rootdir", str(TESTS), "-c", str(ROOT / "pyproject.toml"), "--collect-only"]
+    result = subprocess.run(
+        [*command, str(TESTS / "test_grids.py")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "UHD_OPS_DISABLE_NATIVE": variable},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if variable == "1":
+        assert result.returncode == 0, result.stdout + result.stderr
+    else:
+        assert result.returncode == pytest.ExitCode.USAGE_ERROR
+        assert "the native CPU library is not loaded (absent): run `make build`" in result.stderr

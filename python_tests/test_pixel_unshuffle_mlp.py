@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is true of pixel_unshuffle_mlp and its two private operators alone."""
+
+import pytest
+import torch
+from battery import ISAS, assert_same_bits, gradients, make_call, using_isa
+from test_battery_memory import Allocations, nbytes
+from torch.nn import functional
+
+import uhd_ops
+from uhd_ops import _native
+from uhd_ops.ops._arguments import layout_of
+from uhd_ops.ops._linear_activation import linear_activation
+from uhd_ops.ops._unshuffle_norm import unshuffle_norm
+from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
+from uhd_ops.reference.pixel_unshuffle_mlp import pixel_unshuffle_mlp as definition
+
+native_only = pytest.mark.skipif(
+    _native.status["cpu"] == "disabled", reason="the private operators have no other kernels"
+)
+MANY = [(16, 16), (5, 7), (13, 11), (1, 9), (1, 1), (0, 3)]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+def tokens(grids, channels, dtype=torch.float32):
+    return torch.randn(sum(h * w for h, w in grids), channels).to(dtype)
+
+
+def norm_of(x, grids, weight=None, bias=None, factor=2):
+    return unshuffle_norm(
+        x, layout_of(x, "x", grids, factor, ("C",)), weight, bias, 1e-6, factor, True
+    )
+
+
+# ---- gather, LayerNorm and mean
+
+
+@native_only
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_equals_torch_layer_norm(factor, isa):
+    x = tokens(MANY, 37, torch.float64) + 3
+    weight, bias = torch.randn(2, factor**2 * 37, dtype=torch.float64)
+    with using_isa(isa):
+        z, mean = norm_of(x, MANY, weight, bias, factor)
+    merged = uhd_ops.pixel_unshuffle(x, MANY, factor)
+    expected = functional.layer_norm(merged, merged.shape[1:], weight, bias, 1e-6)
+    # Both add K numbers around 3 to a mean and divide by a deviation around 1: K roundings of 3.
+    bound = 3 * merged.shape[1] * torch.finfo(x.dtype).eps
+    assert (z - expected).abs().max() <= bound * expected.abs().max()
+    assert_same_bits(mean, uhd_ops.window_mean(x, MANY, factor))
+
+
+@native_only
+def test_statistics_survive_a_large_mean():
+    # E[x²] - E[x]² in float32 would lose all digits here. The centred squares lose those of
+    # x - mean: an epsilon of 1000 for every element, and some for the mean.
+    x = torch.randn(16, 33) + 1000
+    z, _ = norm_of(x, [(4, 4)])
+    merged = uhd_ops.pixel_unshuffle(x.double(), [(4, 4)])
+    expected = functional.layer_norm(merged, merged.shape[1:], eps=1e-6)
+    assert (z - expected).abs().max() <= 4 * 1000 * torch.finfo(torch.float32).eps
+
+
+@native_only
+@DTYPES
+@pytest.mark.parametrize("isa", ISAS)
+def test_norm_of_a_view_does_not_depend_on_its_neighbours(dtype, isa):
+    x = tokens(MANY, 21, dtype)
+    weight, bias = torch.randn(2, 84).to(dtype)
+    with using_isa(isa):
+        z, mean = norm_of(x, MANY, weight, bias)
+        token = row = 0
+        for h, w in MANY:
+            alone = norm_of(x[token : token + h * w], [(h, w)], weight, bias)
+            rows = slice(row, row + len(alone[0]))
+            assert_same_bits(z[rows], alone[0])
+            assert_same_bits(mean[rows], alone[1])
+            token, row = token + h * w, rows.stop
+
+
+@native_only
+@DTYPES
+def test_gradients_do_not_depend_on_the_threads(dtype):
+    grids = [(30, 31), (7, 8)]  # eight blocks of windows and a rest
+    tensors = tokens(grids, 16, dtype), *torch.randn(2, 64).to(dtype)
+    u = torch.randn(4 * 1000, 40).to(dtype)
+    bias, grad_h = torch.randn(40).to(dtype), torch.randn(1000, 40).to(dtype)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        z, mean = norm_of(leaves[0], grids, *leaves[1:])
+        grads = torch.autograd.grad((z, mean), leaves, (z.detach().sin(), mean.detach().cos()))
+        products = torch.ops.uhd_ops._linear_activation_backward(grad_h, u, bias, "gelu", 4, True)
+        results.append((z.detach(), mean.detach(), *grads, *products))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_same_bits(a, b)
+
+
+@native_only
+def test_norm_makes_no_temporaries():
+    grids = [(32, 32), (31, 33)]
+    x = tokens(grids, 64).requires_grad_()
+    weight, bias = (torch.randn(256, requires_grad=True) for _ in range(2))
+    norm_of(x, grids, weight, bias)  # the view table is made once
+    with Allocations() as forward:
+        z, mean = norm_of(x, grids, weight, bias)
+    statistics = 2 * len(z) * 4  # mean and rstd, kept for the backward pass
+    assert forward.peak <= nbytes([z, mean]) + statistics + 4096
+    grad_z, grad_mean = torch.randn_like(z), torch.randn_like(mean)
+    with Allocations() as backward:
+        grads = torch.autograd.grad((z, mean), (x, weight, bias), (grad_z, grad_mean))
+    # Two sums of f²C channels for every 32 windows, of which x holds 32 f²C.
+    assert backward.peak - nbytes(grads) <= nbytes([x]) / 8
+
+
+# ---- the layers
+
+
+def float64_activation(name, x):
+    x = x.double().requires_grad_()
+    y = ACTIVATIONS[name](x)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), slope
+
+
+@native_only
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_equal_torch(activation, isa):
+    x = torch.linspace(-14, 14, 20001)[:, None].requires_grad_()
+    with using_isa(isa):
+        y = linear_activation(x, torch.ones(1, 1), None, activation)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+    x = x.detach()
+    exact, exact_slope = float64_activation(activation, x)
+    # exp(a) has the relative error of its argument times a: four roundings. |a| is at most x²/2
+    # for erf, 2 x for the linear gates and 1.6 |x| (1 + 0.045 x²) for tanh. The polynomial of erfc,
+    # and the arithmetic around exp, are within 12 epsilons.
+    exponent = torch.maximum(x**2 / 2, 1.6 * x.abs() * (1 + 0.044715 * x**2)).double()
+    eps = torch.finfo(torch.float32).eps
+    smallest = torch.finfo(torch.float32).smallest_normal
+    # Far left exp leaves the normal numbers and the result is zero, while torch's 1 + erf and
+    # 1 + tanh keep a rounding of the one.
+    bound = (2 * exponent + 12) * eps * exact.abs() + 16 * smallest + x.abs() * 2**-52
+    assert ((y.double() - exact).abs() <= bound).all()
+    # The terms of a slope stay below 1.2, those that grow with |a| like a exp(-a) below one.
+    assert (slope.double() - exact_slope).abs().max() <= 8 * eps
+
+
+@native_only
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_at_the_limits(activation, dtype, isa):
+    inf = float("inf")
+    x = torch.tensor([inf, -inf, float("nan"), 1e30, -1e30, 0.0], dtype=dtype)[:, None]
+    x.requires_grad_()
+    with using_isa(isa):
+        y = linear_activation(x, torch.ones(1, 1, dtype=dtype), None, activation)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+    expected, _ = float64_activation(activation, x.detach())
+    torch.testing.assert_close(y.detach().double(), expected, equal_nan=True, rtol=1e-6, atol=0)
+    assert slope[3:5].flatten().tolist() == [1, 0]
+
+
+@native_only
+@pytest.mark.parametrize("group", [1, 4, 9])
+def test_rows_in_several_blocks(group):
+    rows = 9 * 4 * 150  # 5400: three blocks, the last one shorter
+    z, weight, bias = torch.randn(rows, 6).double(), torch.randn(5, 6).double(), torch.randn(5)
+    hidden = linear_activation(z, weight, bias.double(), "gelu", group)
+    expected = functional.gelu(functional.linear(z, weight, bias.double()))
+    expected = expected.unflatten(0, (-1, group)).mean(1)
+    # Six products and a bias, a dozen roundings in the activation, the mean over the group.
+    bound = (7 + 12 + group) * torch.finfo(torch.float64).eps * expected.abs().max()
+    assert (hidden - expected).abs().max() <= bound
+
+
+@native_only
+def test_the_products_of_all_rows_are_kept_only_for_gradients():
+    z, weight = torch.randn(4 * 4096, 8), torch.randn(32, 8)
+    everything = len(z) * 32 * 4
+    with Allocations() as inference:
+        linear_activation(z, weight, None, "gelu_tanh", 4)
+    assert inference.largest < everything
+    with Allocations() as training:
+        linear_activation(z, weight.requires_grad_(), None, "gelu_tanh", 4)
+    assert training.largest == everything
+
+
+@native_only
+def test_products_that_were_not_kept_are_made_again():
+    z, weight, bias = (torch.randn(s, requires_grad=True) for s in ((12, 6), (5, 6), (5,)))
+    results = []
+    for keep in (True, False):
+        h, _ = torch.ops.uhd_ops._linear_activation(z, weight, bias, "silu", 4, keep)
+        results.append(torch.autograd.grad(h.sum(), (z, weight, bias)))
+    for a, b in zip(*results, strict=True):
+        # The products are sums of six numbers, in whatever order.
+        torch.testing.assert_close(a, b, rtol=0, atol=6 * 2**-23 * float(b.abs().max()))
+
+
+# ---- the whole operator
+
+
+def test_relu():
+    # Not in the SPEC: a rounding may turn its gradient on or off. In float64 no sum is that small.
+    call = make_call("pixel_unshuffle_mlp", torch.float64, activation="relu")
+    out, grads = gradients(uhd_ops.pixel_unshuffle_mlp, call)
+    expected, expected_grads = gradients(definition, call)
+    bound = uhd_ops.reference.SPECS["pixel_unshuffle_mlp"].roundings(call) * 2**-52
+    for actual, wanted in ((out, expected), *((grads[k], expected_grads[k]) for k in grads)):
+        assert (actual - wanted).abs().max() <= bound * wanted.abs().max()
+
+
+@pytest.mark.parametrize("form", ["dense", "block", "tied"])
+def test_another_width_without_residual(form):
+    call = make_call("pixel_unshuffle_mlp", torch.float64, form=form, residual=False, bias=False)
+    fc2_weight = torch.cat([call.get(4)] * 2, dim=-2)
+    y = uhd_ops.pixel_unshuffle_mlp(*call.args, **call.kwargs)
+    wide = uhd_ops.pixel_unshuffle_mlp(*call.put(4, fc2_weight).args, **call.kwargs)
+    torch.testing.assert_close(wide, torch.cat([y, y], 1), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="fc2_weight must have shape"):
+        uhd_ops.pixel_unshuffle_mlp(
+            *call.put(4, fc2_weight).args, **call.kwargs | {"residual": True}
+        )
+
+
+@pytest.mark.parametrize("form", ["dense", "block", "tied"])
+def test_mean_is_all_that_remains_of_zero_weights(form):
+    call = make_call("pixel_unshuffle_mlp", form=form)
+    call = call.put(4, torch.zeros_like(call.get(4))).put(5, None)
+    y = uhd_ops.pixel_unshuffle_mlp(*call.args, **call.kwargs)
+    mean = uhd_ops.window_mean(call.get(0), call.get(1))
+    # The definition sums in another order where the kernels are not there: a few roundings.
+    torch.testing.assert_close(y, mean, rtol=0, atol=4 * 2**-23 * float(mean.abs().max()))
+
+
+# ---- autocast
+
+
+def mixed(form="dense", **kwargs):
+    call = make_call("pixel_unshuffle_mlp", form=form, **kwargs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return call, uhd_ops.pixel_unshuffle_mlp(*call.args, **call.kwargs)
+
+
+@native_only
+def test_autocast_runs_the_layers_in_its_dtype_and_the_rest_in_that_of_x():
+    call, y = mixed()
+    x, grids, *mlp = call.args
+    z, mean = norm_of(x, grids, call.get("norm_weight"), call.get("norm_bias"))
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = (tensor.bfloat16() for tensor in mlp)
+    hidden = linear_activation(z.bfloat16(), fc1_weight, fc1_bias, "gelu_tanh")
+    assert_same_bits(y, functional.linear(hidden, fc2_weight, fc2_bias).float() + mean)
+
+
+@pytest.mark.parametrize("form", ["dense", "block", "tied"])
+def test_autocast_dtypes(form):
+    assert mixed(form)[1].dtype == torch.float32
+    call, y = mixed(form, residual=False)
+    assert y.dtype == torch.bfloat16
+    # Tokens from a layer that autocast ran in bfloat16 meet weights in float32.
+    half = call.put(0, call.get(0).bfloat16()).put("residual", True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert uhd_ops.pixel_unshuffle_mlp(*half.args, **half.kwargs).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="fc1_weight must have the dtype of x"):
+        uhd_ops.pixel_unshuffle_mlp(*half.args, **half.kwargs)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the retrofit does not understand it refuses, and nothing has changed then."""
+
+import pytest
+import timm
+import torch
+from timm.layers import SwiGLU
+from timm.models._features import FeatureGetterNet
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from tiny_vits import images, snapshot, tiny_vit
+from torch import nn
+
+from uhd_ops import insert_early_compressor, remove_early_compressor
+
+LAYER = 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layer": -1}, ValueError, r"layer must be in 0\.\.3 for a model of 4 blocks, got -1"),
+        ({"layer": 4}, ValueError, r"layer must be in 0\.\.3 for a model of 4 blocks, got 4"),
+        ({}, ValueError, r"layer must be in 0\.\.3 for a model of 4 blocks, got 6"),
+        ({"layer": True}, TypeError, "layer must be an int, got bool"),
+        ({"layer": 1.0}, TypeError, "layer must be an int, got float"),
+        ({"layer": 1, "attention": 1}, TypeError, "attention must be a bool, got int"),
+        ({"layer": 1, "mlp": "random"}, NotImplementedError, "mlp must be \"reuse\", got 'random'"),
+        ({"layer": 1, "form": "thin"}, ValueError, 'form must be "dense", "block" or "tied"'),
+        ({"layer": 1, "window": 1}, ValueError, "window must be at least 2, got 1"),
+        ({"layer": 1, "window": 2.0}, TypeError, "window must be an int, got float"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    vit = tiny_vit()
+    before = snapshot(vit)
+    with pytest.raises(error, match=message):
+        insert_early_compressor(vit, **options)
+    assert snapshot(vit) == before
+
+
+class OwnForward(VisionTransformer):
+    def forward_features(self, x, **options):
+        return super().forward_features(x, **options)
+
+
+REFUSED = {
+    "Eva": (
+        lambda: timm.create_model("eva02_tiny_patch14_224", depth=2, embed_dim=48, num_heads=3),
+        "vit must be one of VisionTransformer .*, got Eva",
+    ),
+    "Beit": (
+        lambda: timm.create_model("beit_base_patch16_224", depth=2, embed_dim=24, num_heads=2),
+        "got Beit",
+    ),
+    "NaFlexVit": (
+        lambda: timm.create_model("naflexvit_base_patch16_gap", depth=2, embed_dim=24, num_heads=2),
+        "got NaFlexVit",
+    ),
+    "ResNet": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), "got Sequential$"),
+    "features_only": (
+        lambda: FeatureGetterNet(tiny_vit(), out_indices=(1,)),
+        "got FeatureGetterNet; its 'model' is one: pass that",
+    ),
+    "compiled": (
+        lambda: torch.compile(tiny_vit()),
+        "got OptimizedModule; its '_orig_mod' is one: pass that",
+    ),
+    "parallel blocks": (
+        lambda: tiny_vit(block_fn=ParallelScalingBlock),
+        "block must be timm's Block, got ParallelScalingBlock",
+    ),
+    "SwiGLU": (lambda: tiny_vit(mlp_layer=SwiGLU), "block.mlp must be Mlp, got SwiGLU"),
+    "differential attention": (
+        lambda: tiny_vit(attn_layer="diff"),
+        "block.attn must be Attention, got DiffAttention",
+    ),
+    "own forward": (
+        lambda: tiny_vit(OwnForward),
+        "leave VisionTransformer.forward_features as it is, but OwnForward replaces it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_refuses_other_models(make, message):
+    vit = make()
+    before = list(vit.state_dict()), repr(vit)
+    with pytest.raises(NotImplementedError, match=message):
+        insert_early_compressor(vit, 1)
+    assert (list(vit.state_dict()), repr(vit)) == before
+
+
+def test_patched_instance():
+    vit = tiny_vit()
+    vit.forward_features = lambda x: x
+    with pytest.raises(NotImplementedError, match=r"leave VisionTransformer\.forward_features"):
+        insert_early_compressor(vit, LAYER)
+
+
+@pytest.mark.parametrize("function", [insert_early_compressor, remove_early_compressor])
+def test_no_module(function):
+    with pytest.raises(TypeError, match=r"vit must be a torch.nn.Module, got str"):
+        function("vit_tiny_patch16_224")
+
+
+def test_masks_are_refused():
+    vit = insert_early_compressor(tiny_vit(), LAYER)
+    x = images(vit)
+    with pytest.raises(NotImplementedError, match="attn_mask must be None in a model with a"):
+        vit(x, attn_mask=torch.zeros(50, 50))
+    with pytest.raises(NotImplementedError, match="is_causal must be False in a model with a"):
+        vit.forward_intermediates(x, is_causal=True)
+
+
+def test_patch_dropout_is_refused_in_training():
+    vit = insert_early_compressor(tiny_vit(patch_drop_rate=0.5), LAYER)
+    x = images(vit)
+    vit(x)
+    with pytest.raises(NotImplementedError, match=r"set vit.patch_drop to torch.nn.Identity"):
+        vit.train()(x)
+
+
+def test_blocks_outside_the_model():
+    vit = insert_early_compressor(tiny_vit(), LAYER)
+    with pytest.raises(RuntimeError, match="the patch grid of these tokens is not known"):
+        vit.blocks(torch.zeros(1, 50, 32))
+
+
+def test_other_number_of_tokens():
+    vit = insert_early_compressor(tiny_vit(), LAYER)
+    vit.blocks[0].register_forward_hook(lambda block, args, out: out[:, :-1])
+    with pytest.raises(
+        ValueError, match=r"1 prefix tokens and 7 x 7 patches, 50 tokens, got shape \(2, 49, 32\)"
+    ):
+        vit(images(vit))

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is true of window_attention alone; the rest is in test_battery_*.py."""
+
+import pytest
+import torch
+from battery import ISAS, assert_same_bits, using_isa
+from torch.nn import functional
+
+from uhd_ops import window_attention
+from uhd_ops.reference import _windows
+
+GRIDS = [(4, 6), (3, 5), (1, 1), (7, 2)]
+TOKENS = sum(h * w for h, w in GRIDS)
+
+
+def qkv(dtype=torch.float32, heads=2, head_dim=8):
+    return torch.randn(TOKENS, 3, heads, head_dim, dtype=torch.float64).to(dtype).unbind(1)
+
+
+def test_one_window_per_view_is_attention_inside_the_view():
+    # Written with torch's own attention, view by view: nothing shared with the definition.
+    q, k, v = qkv(torch.float64)
+    out = window_attention(q, k, v, GRIDS, window=7)
+    start = 0
+    for h, w in GRIDS:
+        rows = slice(start, start + h * w)
+        own = [x[rows].transpose(0, 1) for x in (q, k, v)]
+        wanted = functional.scaled_dot_product_attention(*own).transpose(0, 1)
+        torch.testing.assert_close(out[rows], wanted, rtol=1e-12, atol=1e-12)
+        start += h * w
+
+
+def test_full_windows_are_a_permuted_attention():
+    q, k, v = (x[:24] for x in qkv(torch.float64))
+
+    def windows(x):  # (h*w, H, D) -> (M, H, 4, D)
+        return x.view(2, 2, 3, 2, 2, 8).permute(0, 2, 4, 1, 3, 5).reshape(6, 2, 4, 8)
+
+    wanted = functional.scaled_dot_product_attention(windows(q), windows(k), windows(v))
+    torch.testing.assert_close(
+        windows(window_attention(q, k, v, (4, 6))), wanted, rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 9])
+def test_window_order_is_a_permutation_of_raster_order(window):
+    q, k, v = qkv()
+    raster = window_attention(q, k, v, GRIDS, window)
+    tokens, present = _windows.window_tokens(GRIDS, window)
+    permuted = window_attention(q, k, v, GRIDS, window, order="window")
+    assert_same_bits(permuted, raster[tokens[present]])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_window_of_one_token_copies_v(isa, dtype):
+    q, k, v = qkv(dtype)
+    with using_isa(isa):
+        assert_same_bits(window_attention(q, k, v, GRIDS, window=1), v.contiguous())
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_equal_keys_average_the_values(window):
+    q, _, v = qkv(torch.float64)
+    out = window_attention(q, torch.ones_like(q), v, GRIDS, window)
+    tokens, present = _windows.window_tokens(GRIDS, window)
+    masked = v[tokens].masked_fill(~present[..., None, None], 0)
+    mean = masked.sum(1) / present.sum(1)[:, None, None]
+    for window_mean, row, there in zip(mean, tokens, present, strict=True):
+        for token in row[there]:
+            torch.testing.assert_close(out[token], window_mean, rtol=1e-12, atol=1e-12)
+
+
+def test_one_hot_values_show_who_attends_to_whom():
+    # The value of token t is 1 in channel t: a result may only touch channels of its own window.
+    q, k, _ = qkv(heads=1, head_dim=TOKENS)
+    v = torch.eye(TOKENS)[:, None]
+    out = window_attention(q, k, v, GRIDS, window=3)[:, 0]
+    tokens, present = _windows.window_tokens(GRIDS, 3)
+    allowed = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+    for row, there in zip(tokens, present, strict=True):
+        members = row[there]
+        allowed[members[:, None], members] = True
+    assert torch.equal(out != 0, allowed)
+
+
+def test_scale():
+    q, k, v = qkv(torch.float64)
+    default = window_attention(q, k, v, GRIDS)
+    assert_same_bits(window_attention(q, k, v, GRIDS, scale=8**-0.5), default)
+    uniform = window_attention(q, k, v, GRIDS, scale=0)
+    torch.testing.assert_close(uniform, window_attention(q * 0, k, v, GRIDS))
+    negative = window_attention(q, k, v, GRIDS, scale=-0.3)
+    torch.testing.assert_close(negative, window_attention(-q, k, v, GRIDS, scale=0.3))
+
+
+def test_no_heads_or_no_channels():
+    for shape in ((TOKENS, 0, 8), (TOKENS, 2, 0)):
+        q = torch.randn(shape, requires_grad=True)
+        out = window_attention(q, q, q, GRIDS)
+        assert out.shape == shape
+        out.sum().backward()
+        assert q.grad.shape == shape
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("head_dim", [1, 15, 16, 17, 31, 33, 64, 72, 96, 128, 200])
+def test_every_head_size(isa, head_dim):
+    # Around the width of a vector of each instruction set, where the masked rest begins.
+    q, k, v = qkv(torch.float64, heads=1, head_dim=head_dim)
+    wanted = window_attention(q, k, v, GRIDS)
+    with using_isa(isa):
+        out = window_attention(q.float(), k.float(), v.float(), GRIDS)
+    # A score has head_dim + 1 roundings relative to about sqrt(head_dim); eight more follow.
+    error = 2 * ((head_dim + 1) * head_dim**0.5 + 8) * torch.finfo(torch.float32).eps
+    assert (out.double() - wanted).abs().max() <= error * wanted.abs().max()
+
+
+def test_slices_of_a_packed_projection_are_not_copied():
+    packed = torch.randn(1024, 3, 4, 64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        window_attention(*packed.unbind(1), (32, 32))
+    sizes = [
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    one = packed[:, 0].numel() * 4
+    assert [size for size in sizes if size >= one] == [one], "the result and nothing else"

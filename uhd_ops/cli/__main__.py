@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m uhd_ops.cli`` is ``uhd-ops``."""
+
+import sys
+
+from uhd_ops.cli import main
+
+sys.exit(main())

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``uhd-ops info``: what is installed and what would run, as plain text for bug reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import uhd_ops
+
+SUMMARY = "show versions, native libraries and the backend of every operator"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print :func:`uhd_ops.build_info`."""
+    info = uhd_ops.build_info()
+    print(json.dumps(info.to_dict(), indent=2) if arguments.json else info)

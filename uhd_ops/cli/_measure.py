@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one ViT over packed views, without and with the compressor, and time both."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from uhd_ops import flops
+from uhd_ops.grids import PackedGrids
+from uhd_ops.nn import SliceEncoder
+from uhd_ops.retrofit import insert_early_compressor, remove_early_compressor
+
+
+class Run(NamedTuple):
+    """One timed pass of the encoder."""
+
+    tokens: torch.Tensor  # (M, C), without prefix tokens
+    grids: PackedGrids
+    seconds: float
+    giga_macs: float
+
+
+class Comparison(NamedTuple):
+    """The same views through the same weights, without and with the compressor.
+
+    Attributes:
+        without: The pass without it.
+        compressed: The pass with it.
+        norms_before: Norms ``(N,)`` of the tokens that entered the compressor.
+        norms_after: Norms ``(M,)`` of the tokens that left it.
+    """
+
+    without: Run
+    compressed: Run
+    norms_before: torch.Tensor
+    norms_after: torch.Tensor
+
+
+def check_compressor(vit: nn.Module, layer: int, form: str) -> None:
+    """Try what :func:`compare` will do to the ViT, so that a wrong layer costs no minutes later.
+
+    Raises:
+        NotImplementedError: The ViT is of a kind that takes no compressor.
+        ValueError: It has no such layer.
+    """
+    SliceEncoder(vit)
+    remove_early_compressor(insert_early_compressor(vit, layer, form=form))
+
+
+def compare(
+    vit: nn.Module, pixels: torch.Tensor, grids: PackedGrids, *, layer: int, form: str
+) -> Comparison:
+    """Encode the views without and with the compressor, with the same host weights.
+
+    Each variant encodes the thumbnail first, to warm up, and then all views, once, timed.
+
+    Args:
+        vit: A timm ViT without a compressor; it is handed back without one.
+        pixels: Patches of all views, (N, 3, p, p).
+        grids: Patch grids of the views, thumbnail first.
+        layer: Block after which the compressor runs.
+        form: Weight form of its MLP.
+    """
+    with torch.inference_mode(), _progress(vit) as begin:
+        without = _timed(vit, pixels, grids, begin, "without compressor")
+        insert_early_compressor(vit, layer, form=form)
+        passed = {}
+        # Tokens are only kept here and their norms are taken later, outside the timed pass.
+        vit.blocks[layer].compressor.register_forward_hook(
+            lambda module, inputs, output: passed.update(before=inputs[0], after=output)
+        )
+        try:
+            compressed = _timed(vit, pixels, grids, begin, f"compressor after layer {layer}")
+        finally:
+            remove_early_compressor(vit)
+        norms = (tokens.float().norm(dim=-1) for tokens in (passed["before"], passed["after"]))
+    return Comparison(without, compressed, *norms)
+
+
+def _timed(
+    vit: nn.Module,
+    pixels: torch.Tensor,
+    grids: PackedGrids,
+    begin: Callable[[str], None],
+    name: str,
+) -> Run:
+    encoder = SliceEncoder(vit)
+    thumbnail = PackedGrids([grids[0]])
+    begin(f"{name}, warm-up")
+    encoder(pixels[: thumbnail.num_tokens], thumbnail)
+    begin(name)
+    start = time.perf_counter()
+    result = encoder(pixels, grids)
+    seconds = time.perf_counter() - start
+    return Run(result.tokens, result.grids, seconds, flops.of_vit(vit, grids).giga)
+
+
+@contextlib.contextmanager
+def _progress(vit: nn.Module) -> Iterator[Callable[[str], None]]:
+    """Show one bar per pass; it moves with every block."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+
+        def begin(name: str) -> None:
+            progress.add_task(name, total=len(vit.blocks))
+
+        def advance(*_: object) -> None:
+            progress.advance(progress.task_ids[-1])
+
+        # On the MLPs: the slice encoder runs the parts of a block, not the block itself.
+        hooks = [block.mlp.register_forward_hook(advance) for block in vit.blocks]
+        try:
+            yield begin
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: errors meant for the user, optional packages, argument types."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """Something that the user can put right; shown as one line, without a traceback."""
+
+
+def require(*packages: str) -> None:
+    """Raise a UserError that names the extra if a package is not installed; imports none."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"missing packages: {', '.join(missing)}; install them with: pip install uhd_ops[cli]"
+        )
+
+
+@contextlib.contextmanager
+def user_errors(*errors: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Turn ``errors`` into a UserError that starts with ``prefix``."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: an int of at least 1."""
+    value = non_negative_int(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """Argparse type: an int of at least 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode all views of one or many images as one packed sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.nn import timm_embedding
+from uhd_ops.nn.regularization import drop_path
+from uhd_ops.ops.view_attention import view_attention
+
+
+@dataclass(frozen=True, eq=False)
+class SliceTokens:
+    """What a slice encoder returns.
+
+    Attributes:
+        tokens: Tokens of all views, ``(M, C)``: merged tokens if the model has a compressor.
+        grids: Their grids, one for each view.
+        prefix: Class and register tokens of each view, ``(S, P, C)``; P may be 0.
+        views_per_image: Number of views of each image, in order.
+    """
+
+    tokens: torch.Tensor
+    grids: PackedGrids
+    prefix: torch.Tensor
+    views_per_image: tuple[int, ...]
+
+    def per_view(self) -> list[torch.Tensor]:
+        """The tokens of each view, ``(h * w, C)``, without a copy."""
+        return list(self.tokens.split(_lengths(self.grids)))
+
+    def per_image(self) -> list[torch.Tensor]:
+        """The tokens of each image, those of its views one after the other, without a copy."""
+        lengths, images, first = _lengths(self.grids), [], 0
+        for views in self.views_per_image:
+            images.append(sum(lengths[first : first + views]))
+            first += views
+        return list(self.tokens.split(images))
+
+
+class SliceEncoder(nn.Module):
+    """Run a vision transformer on views of different sizes, packed into one sequence.
+
+    No view is padded and none sees another: attention stays inside a view, everything else works on
+    the packed tokens. Each view has its own class and register tokens, and position embeddings
+    resampled to its own grid as timm's ``resample_abs_pos_embed`` does, whether or not the model
+    was made with ``dynamic_img_size``. If :func:`uhd_ops.insert_early_compressor` was called on the
+    model, the blocks behind the compressor work on merged tokens. Each view's result is that of
+    ``vit.forward_features`` on the view alone, up to rounding.
+
+    Args:
+        vit: timm's ``VisionTransformer``, with or without a compressor. It becomes a submodule; its
+            parameters are shared, not copied.
+
+    Raises:
+        ImportError: timm is not installed.
+        NotImplementedError: The model, its patch embedding or one of its blocks is not understood.
+
+    Source:
+        LLaVA-UHD v4, section 3.1: slice encoding.
+
+    Example:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> from uhd_ops import insert_early_compressor
+        >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> encoder = SliceEncoder(insert_early_compressor(vit, layer=0))
+        >>> result = encoder([torch.randn(3, 32, 48), torch.randn(3, 24, 16)])
+        >>> result.grids, result.tokens.shape, result.prefix.shape
+        (PackedGrids([(2, 3), (2, 1)]), torch.Size([8, 32]), torch.Size([2, 1, 32]))
+    """
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        timm_embedding.check_host(vit)
+        self.vit = vit
+
+    def forward(
+        self,
+        views: torch.Tensor | Sequence[torch.Tensor],
+        grids: Grids | None = None,
+        *,
+        views_per_image: Sequence[int] | None = None,
+    ) -> SliceTokens:
+        """Encode views.
+
+        Args:
+            views: Normalised pixels in the dtype of the model: packed patches ``(N, 3, p, p)`` in
+                raster order, as ``pack_views`` makes them, with their ``grids``; or a sequence of
+                views ``(3, H, W)`` without ``grids``.
+            grids: Patch grids of the packed patches.
+            views_per_image: Number of views of each image, in order; None means that all views
+                belong to one image.
+
+        Raises:
+            NotImplementedError: In training, if the model has patch dropout or attention dropout.
+            TypeError: An argument has the wrong type.
+            ValueError: Shapes, grids or numbers do not fit together.
+        """
+        if grids is None:
+            _check_views(views)
+            pixels, grids = timm_embedding.to_patches(self.vit, views)
+        else:
+            pixels, grids = views, timm_embedding.check_patches(self.vit, views, grids)
+        counts = _views_per_image(views_per_image, len(grids))
+        self._refuse_dropout()
+        prefix, patches = timm_embedding.embed(self.vit, pixels, grids)
+        tokens = _join(prefix, patches, grids)
+        for block in self.vit.blocks:
+            if self.vit.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(self._run, block, tokens, grids, use_reentrant=False)
+            else:
+                tokens = self._run(block, tokens, grids)
+            compressor = getattr(block, "compressor", None)
+            grids = grids if compressor is None else grids.merged(compressor.window)
+        prefix, patches = self._split(self.vit.norm(tokens), grids)
+        return SliceTokens(patches, grids, prefix, counts)
+
+    def _run(self, block: nn.Module, x: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
+        """Run one block on the packed sequence, and its compressor if it has one."""
+        lengths = _lengths(grids, self.vit.num_prefix_tokens)
+        branch = block.ls1(_attend(block.attn, block.norm1(x), lengths))
+        x = x + _drop_path(branch, block.drop_path1, lengths)
+        branch = block.ls2(block.mlp(block.norm2(x)))
+        x = x + _drop_path(branch, block.drop_path2, lengths)
+        compressor = getattr(block, "compressor", None)
+        if compressor is None:
+            return x
+        prefix, patches = self._split(x, grids)
+        return _join(prefix, compressor(patches, grids), grids.merged(compressor.window))
+
+    def _split(self, x: torch.Tensor, grids: PackedGrids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Undo :func:`_join`: the prefix tokens ``(S, P, C)`` and the patch tokens ``(N, C)``."""
+        prefix = self.vit.num_prefix_tokens
+        if prefix == 0 or len(grids) == 0:
+            return x.new_empty((len(grids), prefix, x.shape[1])), x
+        views = x.split(_lengths(grids, prefix))
+        return torch.stack([v[:prefix] for v in views]), torch.cat([v[prefix:] for v in views])
+
+    def _refuse_dropout(self) -> None:
+        if not self.vit.training:
+            return
+        if getattr(self.vit.patch_drop, "prob", 0.0):
+            raise NotImplementedError(
+                "patch dropout leaves no grid: set vit.patch_drop to torch.nn.Identity()"
+            )
+        if any(block.attn.attn_drop.p for block in self.vit.blocks):
+            raise NotImplementedError(
+                "packed views have no attention dropout in training: set attn.attn_drop.p = 0 in "
+                "every block of vit, or call vit.eval()"
+            )
+
+
+def _attend(attention: nn.Module, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Timm's Attention on packed views."""
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
+    # Under autocast a norm returns float32.
+    q, k = attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype)
+    y = view_attention(q, k, v, PackedGrids.of([(1, length) for length in lengths]))
+    return attention.proj_drop(attention.proj(y.flatten(-2)))
+
+
+def _drop_path(branch: torch.Tensor, module: nn.Module, lengths: list[int]) -> torch.Tensor:
+    """Run timm's DropPath, or the Identity in its place, on packed views."""
+    probability = getattr(module, "drop_prob", 0.0) if module.training else 0.0
+    return drop_path(branch, probability or 0.0, lengths)
+
+
+def _join(prefix: torch.Tensor, patches: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
+    """Put each view's prefix tokens in front of its patches."""
+    if prefix.shape[0] * prefix.shape[1] == 0:
+        return patches
+    views = zip(prefix, patches.split(_lengths(grids)), strict=True)
+    return torch.cat([tokens for view in views for tokens in view])
+
+
+def _lengths(grids: PackedGrids, prefix: int = 0) -> list[int]:
+    return [prefix + height * width for height, width in grids]
+
+
+def _check_views(views: Sequence[torch.Tensor]) -> None:
+    if isinstance(views, torch.Tensor) or not isinstance(views, Sequence):
+        raise TypeError(
+            "views must be a sequence of (3, H, W) tensors, or packed patches with their grids; "
+            f"got {type(views).__name__} without grids"
+        )
+
+
+def _views_per_image(counts: Sequence[int] | None, views: int) -> tuple[int, ...]:
+    if counts is None:
+        return (views,)
+    counts = tuple(counts)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+        raise TypeError(f"views_per_image must hold ints, got {counts}")
+    if any(n < 0 for n in counts) or sum(counts) != views:
+        raise ValueError(f"views_per_image must add up to {views} views, got {counts}")
+    return counts

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixel-unshuffle, LayerNorm and MLP: the f x f tokens of a window become one merged token."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from uhd_ops import _native, reference
+from uhd_ops.grids import Grids
+from uhd_ops.ops import _arguments as arguments
+from uhd_ops.ops._linear_activation import linear_activation
+from uhd_ops.ops._unshuffle_norm import unshuffle_norm
+from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS, mlp_form
+
+
+def pixel_unshuffle_mlp(
+    x: torch.Tensor,
+    grids: Grids,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    factor: int = 2,
+    activation: str = "gelu_tanh",
+    residual: bool = True,
+) -> torch.Tensor:
+    """Merge each window of tokens into one: ``mean(x) + fc2(activation(fc1(norm(unshuffle(x)))))``.
+
+    The ``factor²`` tokens of a window, in raster order, are concatenated to one row of
+    ``factor² * C`` channels, which a LayerNorm normalises as a whole; a ragged window at the right
+    or bottom edge repeats the nearest token that is present. The residual is the mean over the
+    tokens present.
+
+    The MLP has one of three weight forms, which the shape of ``fc1_weight`` tells apart:
+
+    ======  ==================  ============  ==================  ===============================
+    form    ``fc1_weight``      ``fc1_bias``  ``fc2_weight``      hidden layer
+    ======  ==================  ============  ==================  ===============================
+    dense   ``(J, f²C)``        ``(J,)``      ``(C_out, J)``      every patch sees every channel
+    block   ``(f², I, C)``      ``(f², I)``   ``(f², C_out, I)``  patch p has blocks p; outputs add
+    tied    ``(I, C)``          ``(I,)``      ``(C_out, I)``      one FFN for all patches; hidden
+                                                                  averaged over the f² patches
+    ======  ==================  ============  ==================  ===============================
+
+    With ``factor=1`` dense and tied are the same network. :mod:`uhd_ops.nn.mlp_forms` converts
+    between the forms.
+
+    The normalised window and the mean depend on the window's own tokens only, bit for bit. The two
+    layers are torch's matrix products: the same call gives the same bits, but a window may differ
+    in its last bits where the number of windows or threads is another.
+
+    Args:
+        x: Packed tokens ``(N, C)``, or ``(B, h*w, C)`` with one ``(h, w)`` grid; C >= 1. float32,
+            float64, bfloat16 or float16. All other tensors have the dtype of ``x``, except under
+            autocast.
+        grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or
+            one pair.
+        fc1_weight: Weight of the first layer, see the table.
+        fc1_bias: Its bias or None.
+        fc2_weight: Weight of the second layer; ``C_out`` must be C where ``residual`` is set.
+        fc2_bias: Its bias ``(C_out,)`` or None; added once in every form.
+        norm_weight: Scale ``(f²C,)`` of the LayerNorm, or None for ones.
+        norm_bias: Shift ``(f²C,)`` of the LayerNorm, or None for zeros.
+        eps: Added to the variance, which is over all f²C channels.
+        factor: Side f of a window, in tokens.
+        activation: ``"gelu_tanh"``, ``"gelu"`` (the exact one, with erf), ``"quick_gelu"``,
+            ``"silu"`` or ``"relu"``.
+        residual: Whether to add the mean of the window's tokens.
+
+    Returns:
+        Merged tokens ``(M, C_out)``, or ``(B, M / B, C_out)`` for batched ``x``, in the dtype of
+        ``x``. Under autocast the normalisation and the residual keep the precision of ``x``, the
+        two layers and the activation run in the autocast dtype, and so does the result if there is
+        no residual.
+
+    Raises:
+        TypeError: A tensor has another dtype than ``x`` or none of the four, or an argument has the
+            wrong type.
+        ValueError: Shapes, devices or grids do not fit, the shapes of the weights are no weight
+            form, ``factor < 1``, ``eps`` is negative or not finite, or the activation is unknown.
+
+    Source:
+        LLaVA-UHD v4, section 3.2: the reused MLP of the intra-ViT compressor.
+
+    Example:
+        >>> x, grids = torch.randn(4 * 6 + 3 * 5, 8), [(4, 6), (3, 5)]
+        >>> fc1, fc2 = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)  # tied: one FFN per patch
+        >>> pixel_unshuffle_mlp(x, grids, fc1.weight, fc1.bias, fc2.weight, fc2.bias).shape
+        torch.Size([12, 8])
+    """
+    _check_options(eps, factor, activation, residual)
+    arguments.check_tensor(x, "x")
+    layout = arguments.layout_of(x, "x", grids, factor, ("C",))
+    mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    form = _check_parameters(x, mlp, (norm_weight, norm_bias), factor, residual)
+    if not _native.has_kernels(x.device):
+        return reference.pixel_unshuffle_mlp(
+            x,
+            grids,
+            *mlp,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            factor=factor,
+            activation=activation,
+            residual=residual,
+        )
+    z, mean = unshuffle_norm(
+        layout.pack(x), layout, norm_weight, norm_bias, float(eps), factor, residual
+    )
+    y = _mlp(*arguments.autocast(z, *mlp), form, factor, activation)
+    return layout.unpack_windows(y.to(x.dtype) + mean if residual else y)
+
+
+def _mlp(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, form, factor, activation) -> torch.Tensor:
+    if form == "dense":
+        hidden = linear_activation(z, fc1_weight, fc1_bias, activation)
+        return functional.linear(hidden, fc2_weight, fc2_bias)
+    patches, channels = factor**2, z.shape[1] // factor**2
+    if form == "tied":
+        rows = z.view(-1, channels)
+        hidden = linear_activation(rows, fc1_weight, fc1_bias, activation, group=patches)
+        return functional.linear(hidden, fc2_weight, fc2_bias)
+    # Blocks of z and of the weights are views, and one patch's hidden layer is alive at a time.
+    y = None
+    for p, patch in enumerate(z.split(channels, dim=1)):
+        bias = None if fc1_bias is None else fc1_bias[p]
+        hidden = linear_activation(patch, fc1_weight[p], bias, activation)
+        if y is None:
+            y = functional.linear(hidden, fc2_weight[p], fc2_bias)
+        else:
+            y = torch.addmm(y, hidden, fc2_weight[p].mT)
+    return y
+
+
+def _check_options(eps, factor, activation, residual) -> None:
+    arguments.check_positive_int(factor, "factor")
+    if arguments.check_finite(eps, "eps") < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
+        raise ValueError(f"activation must be one of {names}, got {activation!r}")
+    if not isinstance(residual, bool):
+        raise TypeError(f"residual must be a bool, got {type(residual).__name__}")
+
+
+def _check_parameters(x, mlp, norm, factor, residual) -> str:
+    """Check the weights against ``x`` and each other; return their form."""
+    channels, patches = x.shape[-1], factor**2
+    if channels == 0:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = mlp
+    _check_parameter(fc1_weight, "fc1_weight", x)
+    form = mlp_form(fc1_weight, channels, factor)
+    if form is None:
+        raise ValueError(
+            f"fc1_weight must be dense (J, {patches * channels}), block ({patches}, I, {channels}) "
+            f"or tied (I, {channels}) for C = {channels} and factor = {factor}, "
+            f"got shape {tuple(fc1_weight.shape)}"
+        )
+    hidden, blocks = fc1_weight.shape[-2], fc1_weight.shape[:-2]
+    _check_parameter(fc2_weight, "fc2_weight", x)
+    width = channels if residual or fc2_weight.dim() < 2 else fc2_weight.shape[-2]
+    expected = (*blocks, width, hidden)
+    if fc2_weight.shape != expected:
+        raise ValueError(
+            f"fc2_weight must have shape {expected} to follow fc1_weight of shape "
+            f"{tuple(fc1_weight.shape)}, got shape {tuple(fc2_weight.shape)}"
+        )
+    _check_vector(fc1_bias, "fc1_bias", x, (*blocks, hidden))
+    _check_vector(fc2_bias, "fc2_bias", x, (width,))
+    for name, vector in zip(("norm_weight", "norm_bias"), norm, strict=True):
+        _check_vector(vector, name, x, (patches * channels,))
+    return form
+
+
+def _check_vector(vector, name, x, shape) -> None:
+    if vector is None:
+        return
+    _check_parameter(vector, name, x)
+    if vector.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got shape {tuple(vector.shape)}")
+
+
+def _check_parameter(parameter, name, x) -> None:
+    arguments.check_tensor(parameter, name)
+    # Autocast casts everything but float64 to one dtype, so there the dtypes may differ.
+    if not _autocast_applies(x) or parameter.dtype == torch.float64:
+        arguments.check_like(parameter, name, x, "x")
+    elif parameter.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {parameter.device}")
+
+
+def _autocast_applies(x) -> bool:
+    device = x.device.type
+    return (
+        x.dtype != torch.float64 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    )

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full attention inside each view of a packed sequence, on torch's own kernels."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch.nn import functional
+
+from uhd_ops.grids import Grids, pairs_of
+from uhd_ops.ops import _arguments as arguments
+
+
+def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Grids) -> torch.Tensor:
+    """Attend inside each view only: ``softmax(D ** -0.5 * q kᵀ) v`` over all tokens of the view.
+
+    Views with the same number of tokens share one call of torch's ``scaled_dot_product_attention``,
+    whichever backend torch chooses for it; no mask is built and no token is padded. Views of equal
+    length that follow each other, such as the slices of one image, are passed without a copy.
+
+    Args:
+        q: Queries ``(N, H, D)`` for packed tokens, or ``(B, h*w, H, D)`` with one ``(h, w)`` grid.
+            float32, float64, bfloat16 or float16. Under autocast, q, k and v are cast to the
+            autocast dtype.
+        k: Keys, like ``q``.
+        v: Values, like ``q``.
+        grids: Grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or one
+            pair. Only the number of tokens ``h*w`` matters: a view with class or register tokens
+            in front is ``(1, length)``.
+
+    Returns:
+        Tensor with the shape and dtype of ``q``.
+
+    Raises:
+        TypeError: A tensor has another dtype than ``q`` or none of the four, or an argument has
+            the wrong type.
+        ValueError: Shapes, devices or grids do not fit.
+
+    Source:
+        LLaVA-UHD v4, section 3.1: slices are encoded independently of each other.
+
+    Example:
+        >>> qkv = torch.randn(4 * 6 + 3 * 5, 3, 2, 8)
+        >>> view_attention(*qkv.unbind(1), [(4, 6), (3, 5)]).shape
+        torch.Size([39, 2, 8])
+    """
+    arguments.check_tensor(q, "q")
+    for name, x in (("k", k), ("v", v)):
+        arguments.check_like(x, name, q, "q")
+        arguments.check_same_shape(x, name, q, "q")
+    layout = arguments.layout_of(q, "q", grids, 1, ("H", "D"))
+    q, k, v = arguments.autocast(q, k, v)
+    if layout.batch is not None:
+        return _attend(q, k, v)
+    return _attend_by_length(q, k, v, [height * width for height, width in pairs_of(grids)])
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of equally long views, ``(S, L, H, D)`` to ``(S, L, H, D)``."""
+    if q.numel() == 0:  # some backends refuse empty tensors
+        return q * k * v
+    heads_first = (x.transpose(-2, -3) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(*heads_first).transpose(-2, -3)
+
+
+def _attend_by_length(q, k, v, lengths: list[int]) -> torch.Tensor:
+    """Attention of packed views of these lengths, one call for each distinct length."""
+    views_of = {}  # number of tokens -> indices of the views
+    for view, length in enumerate(lengths):
+        views_of.setdefault(length, []).append(view)
+    if not views_of:
+        return q * k * v
+    starts = [0, *itertools.accumulate(lengths)]
+    out = [None] * len(lengths)
+    for length, views in views_of.items():
+        batch = [_gather(x, views, starts, length) for x in (q, k, v)]
+        for view, result in zip(views, _attend(*batch).unbind(0), strict=True):
+            out[view] = result
+    return torch.cat(out)
+
+
+def _gather(x: torch.Tensor, views: list[int], starts: list[int], length: int) -> torch.Tensor:
+    """Stack the tokens of equally long views, ``(V, L, H, D)``; no copy for a run of neighbours."""
+    first, last = views[0], views[-1]
+    if last - first + 1 == len(views):
+        run = x[starts[first] : starts[last] + length]
+        return run.unflatten(0, (len(views), length))
+    return torch.stack([x[starts[view] : starts[view] + length] for view in views])
