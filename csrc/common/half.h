@@ -46,8 +46,18 @@ inline Vec<S> splat(S value) {
 
 // In all of these the pointer only selects the type.
 
+inline WordVec zero_extend(HalfVec bits) {
+  // g++ 12 splits __builtin_convertvector into two halves and joins them again.
+#if defined(UHD_ISA_AVX512)
+  return (WordVec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
+#elif defined(UHD_ISA_AVX2)
+  return (WordVec)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, WordVec);
+#endif
+}
 inline Vec<float> widen(const BFloat16*, HalfVec bits) {
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, WordVec) << 16);
+  return reinterpret_cast<Vec<float>>(zero_extend(bits) << 16);
 }
 // Rounds to nearest even on the bits; a NaN keeps a set mantissa bit instead of becoming infinity.
 inline HalfVec narrow(BFloat16*, Vec<float> v) {

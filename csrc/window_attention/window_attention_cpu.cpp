@@ -21,6 +21,10 @@ namespace {
 
 // ---- forward
 
+// Heads go through the stages of a 2 x 2 window in groups: a softmax is a long chain of dependent
+// instructions, and those of several heads overlap. The rows of a group stay in L1.
+constexpr int kHeadGroup = 4;
+
 template <class T, int kDim>
 void forward_2x2(const WindowAttention& args, const Window& window, const Window& out_window) {
   using S = AccumulateT<T>;
@@ -28,13 +32,17 @@ void forward_2x2(const WindowAttention& args, const Window& window, const Window
   Quad<const T> k(static_cast<const T*>(args.k), args.k_strides, window);
   Quad<const T> v(static_cast<const T*>(args.v), args.v_strides, window);
   Quad<T> out(static_cast<T*>(args.out), contiguous_strides(args), out_window);
-  for (int64_t head = 0; head < args.heads; ++head) {
-    Tile<S> p;
-    dot_tile<T, kDim>(q.rows(), k.rows(), args.head_dim, static_cast<S>(args.scale), p);
-    softmax_tile(p);
-    const auto weight = [&](int i, int j) { return p.at[i][j]; };
-    mix_tile<T, kDim>(v.rows(), weight, args.head_dim, out.rows());
-    q.next_head(), k.next_head(), v.next_head(), out.next_head();
+  for (int64_t left = args.heads; left > 0; left -= kHeadGroup) {
+    const int heads = static_cast<int>(left < kHeadGroup ? left : kHeadGroup);
+    Tile<S> p[kHeadGroup];
+    for (int i = 0; i < heads; ++i, q.next_head(), k.next_head()) {
+      dot_tile<T, kDim>(q.rows(), k.rows(), args.head_dim, static_cast<S>(args.scale), p[i]);
+    }
+    for (int i = 0; i < heads; ++i) softmax_tile(p[i]);
+    for (int i = 0; i < heads; ++i, v.next_head(), out.next_head()) {
+      const auto weight = [&](int row, int column) { return p[i].at[row][column]; };
+      mix_tile<T, kDim>(v.rows(), weight, args.head_dim, out.rows());
+    }
   }
 }
 
@@ -109,20 +117,29 @@ void backward_2x2(const WindowAttention& args, const Window& window, const Windo
   Quad<T> grad_q(static_cast<T*>(args.grad_q), contiguous, window);
   Quad<T> grad_k(static_cast<T*>(args.grad_k), contiguous, window);
   Quad<T> grad_v(static_cast<T*>(args.grad_v), contiguous, window);
-  for (int64_t head = 0; head < args.heads; ++head) {
-    Tile<S> p, ds;
-    dot_tile<T, kDim>(q.rows(), k.rows(), dim, scale, p);
-    softmax_tile(p);
-    dot_tile<T, kDim>(grad_out.rows(), v.rows(), dim, S(1), ds);
-    softmax_tile_backward(p, scale, ds);
-    const auto ds_row = [&](int i, int j) { return ds.at[i][j]; };
-    const auto ds_column = [&](int i, int j) { return ds.at[j][i]; };
-    const auto p_column = [&](int i, int j) { return p.at[j][i]; };
-    mix_tile<T, kDim>(k.rows(), ds_row, dim, grad_q.rows());
-    mix_tile<T, kDim>(q.rows(), ds_column, dim, grad_k.rows());
-    mix_tile<T, kDim>(grad_out.rows(), p_column, dim, grad_v.rows());
-    q.next_head(), k.next_head(), v.next_head(), grad_out.next_head();
-    grad_q.next_head(), grad_k.next_head(), grad_v.next_head();
+  for (int64_t left = args.heads; left > 0; left -= kHeadGroup) {
+    const int heads = static_cast<int>(left < kHeadGroup ? left : kHeadGroup);
+    Tile<S> p[kHeadGroup], ds[kHeadGroup];
+    Quad<const T> q_again = q, k_again = k, grad_out_again = grad_out;
+    for (int i = 0; i < heads; ++i) {
+      dot_tile<T, kDim>(q.rows(), k.rows(), dim, scale, p[i]);
+      dot_tile<T, kDim>(grad_out.rows(), v.rows(), dim, S(1), ds[i]);
+      q.next_head(), k.next_head(), v.next_head(), grad_out.next_head();
+    }
+    for (int i = 0; i < heads; ++i) {
+      softmax_tile(p[i]);
+      softmax_tile_backward(p[i], scale, ds[i]);
+    }
+    for (int i = 0; i < heads; ++i) {
+      const auto ds_row = [&](int row, int column) { return ds[i].at[row][column]; };
+      const auto ds_column = [&](int row, int column) { return ds[i].at[column][row]; };
+      const auto p_column = [&](int row, int column) { return p[i].at[column][row]; };
+      mix_tile<T, kDim>(k_again.rows(), ds_row, dim, grad_q.rows());
+      mix_tile<T, kDim>(q_again.rows(), ds_column, dim, grad_k.rows());
+      mix_tile<T, kDim>(grad_out_again.rows(), p_column, dim, grad_v.rows());
+      q_again.next_head(), k_again.next_head(), grad_out_again.next_head();
+      grad_q.next_head(), grad_k.next_head(), grad_v.next_head();
+    }
   }
 }
 
