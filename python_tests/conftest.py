@@ -3,12 +3,19 @@
 
 import os
 import random
+import tempfile
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+# torch.compile keeps what it compiled between processes, by the schema of an operator but not by
+# its
+# fake: after an operator has changed, an old entry would be run. A folder of this run's own, then.
+_COMPILE_CACHE = tempfile.TemporaryDirectory(prefix="uhd_ops-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILE_CACHE.name
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)  # pytest_configure says it better
