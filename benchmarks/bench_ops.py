@@ -46,8 +46,12 @@ def check(name, result, expected, dtype):
     assert error < SANE[dtype], f"{name}: relative error {error:.2e}"
 
 
-def record(name, dtype, benchmark, ours, others, *, moved=None, flops=None, rounds=31):
-    result = harness.interleave(benchmark, ours, others, rounds)
+def record(name, dtype, benchmark, ours, others, *, moved=None, flops=None, rounds=31, leaves=()):
+    def prepare():
+        for leaf in leaves:
+            leaf.grad = None
+
+    result = harness.interleave(benchmark, ours, others, rounds, prepare)
     row = {"case": name, "dtype": str(dtype).removeprefix("torch."), **result}
     if moved:
         row["gb_per_s"] = moved / result["ours_ms"] / 1e6
@@ -61,15 +65,9 @@ def with_copy(others, moved):
     return {**others, "copy of the same bytes": harness.copy_of(moved)}
 
 
-def backward_of(function, leaves, grad):
-    """Forward and backward, with fresh gradients, as one provider."""
-
-    def run():
-        for leaf in leaves:
-            leaf.grad = None
-        function().backward(grad)
-
-    return run
+def backward_of(function, grad):
+    """Forward and backward as one provider."""
+    return lambda: function().backward(grad)
 
 
 # ---- window attention
@@ -108,7 +106,7 @@ def test_window_attention_forward_backward(benchmark, dtype):
     leaves = [x.clone().requires_grad_() for x in attention_call(dtype).args[:3]]
     grad = randn(*leaves[0].shape, dtype=dtype)
     others = {
-        name: backward_of(lambda f=f: f(*leaves, GRID), leaves, grad)
+        name: backward_of(lambda f=f: f(*leaves, GRID), grad)
         for name, f in rivals.ATTENTION.items()
     }
     # Forward moves q, k, v, out; backward q, k, v, grad_out and three gradients.
@@ -117,9 +115,10 @@ def test_window_attention_forward_backward(benchmark, dtype):
         "window_attention forward + backward",
         dtype,
         benchmark,
-        backward_of(lambda: uhd_ops.window_attention(*leaves, GRIDS), leaves, grad),
+        backward_of(lambda: uhd_ops.window_attention(*leaves, GRIDS), grad),
         with_copy(others, moved),
         moved=moved,
+        leaves=leaves,
     )
 
 
@@ -142,10 +141,18 @@ def test_rows_per_window(benchmark, dtype, name, forms, backward):
     if backward:
         x.requires_grad_()
         grad = randn(*expected.shape, dtype=dtype)
-        others = {key: backward_of(f, [x], grad) for key, f in others.items()}
-        ours = backward_of(ours, [x], grad)
+        others = {key: backward_of(f, grad) for key, f in others.items()}
+        ours = backward_of(ours, grad)
     title = f"{name} {'forward + backward' if backward else 'forward'}"
-    record(title, dtype, benchmark, ours, with_copy(others, moved), moved=moved)
+    record(
+        title,
+        dtype,
+        benchmark,
+        ours,
+        with_copy(others, moved),
+        moved=moved,
+        leaves=[x] if backward else [],
+    )
 
 
 # ---- MLP

@@ -50,7 +50,13 @@ def environment() -> dict[str, object]:
     }
 
 
-def interleave(benchmark, ours: Provider, rivals: Mapping[str, Provider], rounds: int) -> dict:
+def interleave(
+    benchmark,
+    ours: Provider,
+    rivals: Mapping[str, Provider],
+    rounds: int,
+    prepare: Provider = lambda: None,
+) -> dict:
     """Time ``ours`` with pytest-benchmark and every rival once per round.
 
     Args:
@@ -58,6 +64,7 @@ def interleave(benchmark, ours: Provider, rivals: Mapping[str, Provider], rounds
         ours: What is measured.
         rivals: What it is compared with; each is warmed up (compiled) before the first round.
         rounds: Number of rounds.
+        prepare: Run before every call, ours or a rival's, outside its time.
 
     Returns:
         ``{"ours_ms": median, "rivals_ms": {name: median}, "ratios": {name: median of the rounds'
@@ -67,12 +74,14 @@ def interleave(benchmark, ours: Provider, rivals: Mapping[str, Provider], rounds
 
     def run_rivals() -> None:
         for name, rival in rivals.items():
+            prepare()
             start = time.perf_counter()
             rival()
             times[name].append(time.perf_counter() - start)
+        prepare()
 
-    for provider in (ours, *rivals.values()):
-        provider()
+    for provider in (ours, *rivals.values()) * 2:
+        prepare()
         provider()
     benchmark.pedantic(ours, setup=run_rivals, rounds=rounds, iterations=1)
     mine = benchmark.stats.stats.data
