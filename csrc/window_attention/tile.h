@@ -87,8 +87,8 @@ inline void mix_tile(const T* const* b, Weight&& weight, int64_t dim, T* const* 
 }
 
 // ---- softmax over the four keys of each row
-// A row is four neighbouring lanes of
-// a vector, so that its sum and maximum are two exchanges inside the vector.
+// A row is four neighbouring lanes of a vector, so that its sum and maximum are two exchanges
+// inside the vector.
 
 template <class S, int kDistance, int... kLane>
 inline Vec<S> exchange(Vec<S> v, std::integer_sequence<int, kLane...>) {

@@ -6,9 +6,8 @@ Two ways of counting:
 * ``"macs"``: multiply-accumulates of the matrix products, and nothing else; half of what PyTorch's
   ``FlopCounterMode`` reports. A window attends to its own tokens.
 * ``"paper"``: the counting that reproduces the tables of LLaVA-UHD v4: the same products plus a few
-operations per
-  element of scores, norms, activations and residuals, and the window attention counted as if it
-  were full attention.
+  operations per element of scores, norms, activations and residuals, and the window attention
+  counted as if it were full attention.
 
 Example:
     >>> from uhd_ops import flops
