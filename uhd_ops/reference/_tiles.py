@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from uhd_ops.reference._bad_inputs import bad, bad_count, bad_tensor
 from uhd_ops.reference._spec import BadInput, Call, random_tensor
 
 
@@ -38,39 +39,23 @@ def bytes_moved(call: Call, copies: int) -> int:
     return (1 + copies) * call.args[0].numel() * call.args[0].element_size()
 
 
-def _bad(label, key, change, error, message):
-    return BadInput(label, lambda call: call.put(key, change(call.get(key))), error, message)
-
-
 def bad_inputs(name: str) -> tuple[BadInput, ...]:
     """Calls that an operator on the tensor ``name`` must refuse, whatever its shape."""
-    return (
-        _bad("list", 0, torch.Tensor.tolist, TypeError, f"{name} must be a torch.Tensor, got list"),
-        _bad(
-            "int",
-            0,
-            torch.Tensor.long,
-            TypeError,
-            f"{name} must be float32, float64, bfloat16 or float16, got torch.int64",
-        ),
-        _bad("tiles 0", "tiles", lambda _: 0, ValueError, "tiles must be at least 1, got 0"),
-        _bad("tiles 2.0", "tiles", lambda _: 2.0, TypeError, "tiles must be an int, got float"),
-        _bad("tiles True", "tiles", lambda _: True, TypeError, "tiles must be an int, got bool"),
-    )
+    return (*bad_tensor(name), *bad_count("tiles"))
 
 
 def bad_matrix() -> tuple[BadInput, ...]:
     """Calls that an operator on an ``(O, I)`` weight must refuse."""
     return (
         *bad_inputs("weight"),
-        _bad(
+        bad(
             "one dimension",
             0,
             lambda weight: weight[0],
             ValueError,
             "weight must be (O, I), got shape (7,)",
         ),
-        _bad(
+        bad(
             "three dimensions",
             0,
             lambda weight: weight[None],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from uhd_ops.reference._bad_inputs import bad, bad_count, bad_tensor
 from uhd_ops.reference._spec import BadInput, Call, OpSpec, random_tensor
 from uhd_ops.reference._windows import packed, unpacked, window_tokens
 
@@ -160,27 +161,23 @@ def _flops(call: Call) -> int:
     return 2 * windows * (fc1_weight.numel() * (factor**2 if tied else 1) + fc2_weight.numel())
 
 
-def _bad(label, key, change, error, message):
-    return BadInput(label, lambda call: call.put(key, change(call.get(key))), error, message)
-
-
 _BAD_INPUTS = (
-    _bad("x list", 0, lambda x: x.tolist(), TypeError, "x must be a torch.Tensor, got list"),
-    _bad(
+    *bad_tensor("x"),
+    bad(
         "x dimensions",
         0,
         lambda x: x[0],
         ValueError,
         "x must be (N, C), or (B, h*w, C) with one (h, w) grid, got shape (6,)",
     ),
-    _bad(
+    bad(
         "no channels",
         0,
         lambda x: x[:, :0],
         ValueError,
         "x must have at least one channel, got shape (39, 0)",
     ),
-    _bad(
+    bad(
         "fc1_weight shape",
         2,
         lambda w: w[:, 1:],
@@ -188,21 +185,21 @@ _BAD_INPUTS = (
         "fc1_weight must be dense (J, 24), block (4, I, 6) or tied (I, 6) for C = 6 and "
         "factor = 2, got shape (40, 23)",
     ),
-    _bad(
+    bad(
         "fc1_weight dtype",
         2,
         lambda w: w.double(),
         TypeError,
         "fc1_weight must have the dtype of x, torch.float32, got torch.float64",
     ),
-    _bad(
+    bad(
         "fc1_bias shape",
         3,
         lambda b: b[:10],
         ValueError,
         "fc1_bias must have shape (40,), got shape (10,)",
     ),
-    _bad(
+    bad(
         "fc2_weight shape",
         4,
         lambda w: w[:, :-1],
@@ -210,36 +207,36 @@ _BAD_INPUTS = (
         "fc2_weight must have shape (6, 40) to follow fc1_weight of shape (40, 24), "
         "got shape (6, 39)",
     ),
-    _bad(
+    bad(
         "fc2_weight None",
         4,
         lambda _: None,
         TypeError,
         "fc2_weight must be a torch.Tensor, got NoneType",
     ),
-    _bad(
+    bad(
         "fc2_bias shape",
         5,
         lambda b: b[None],
         ValueError,
         "fc2_bias must have shape (6,), got shape (1, 6)",
     ),
-    _bad(
+    bad(
         "norm_weight shape",
         "norm_weight",
         lambda w: w[:6],
         ValueError,
         "norm_weight must have shape (24,), got shape (6,)",
     ),
-    _bad("factor 0", "factor", lambda _: 0, ValueError, "factor must be at least 1, got 0"),
-    _bad(
+    *bad_count("factor"),
+    bad(
         "activation",
         "activation",
         lambda _: "tanh",
         ValueError,
         'activation must be one of "gelu_tanh", "gelu", "quick_gelu", "silu", "relu", got \'tanh\'',
     ),
-    _bad("residual", "residual", lambda _: 1, TypeError, "residual must be a bool, got int"),
+    bad("residual", "residual", lambda _: 1, TypeError, "residual must be a bool, got int"),
     BadInput(
         "eps",
         lambda call: Call(call.args, {**call.kwargs, "eps": -1e-6}),

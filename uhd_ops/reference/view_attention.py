@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._spec import BadInput, Call, OpSpec, random_tensor
+from uhd_ops.reference._bad_inputs import bad_attention
+from uhd_ops.reference._spec import Call, OpSpec, random_tensor
 from uhd_ops.reference._windows import as_pairs, packed, unpacked
 
 
@@ -56,12 +57,6 @@ def _flops(call: Call) -> int:
     return 4 * sum((h * w) ** 2 for h, w in as_pairs(call.args[3])) * heads * dim
 
 
-def _bad(label, position, change, error, message):
-    return BadInput(
-        label, lambda call: call.put(position, change(call.get(position))), error, message
-    )
-
-
 # Properties of torch's scaled_dot_product_attention on CPU, measured with torch 2.14.
 _TORCH_KERNELS = {
     "native": "it has no kernels of its own but calls scaled_dot_product_attention",
@@ -79,43 +74,7 @@ SPEC = OpSpec(
     reference=view_attention,
     make=_make,
     options={"head_dim": (8, 1, 7, 64, 72), "heads": (2, 1, 3)},
-    bad_inputs=(
-        _bad("q list", 0, lambda q: q.tolist(), TypeError, "q must be a torch.Tensor, got list"),
-        _bad(
-            "q int",
-            0,
-            lambda q: q.long(),
-            TypeError,
-            "q must be float32, float64, bfloat16 or float16, got torch.int64",
-        ),
-        _bad(
-            "k dtype",
-            1,
-            lambda k: k.double(),
-            TypeError,
-            "k must have the dtype of q, torch.float32, got torch.float64",
-        ),
-        _bad(
-            "v shape",
-            2,
-            lambda v: v[..., :-1],
-            ValueError,
-            "v must have the shape of q, (39, 2, 8), got (39, 2, 7)",
-        ),
-        BadInput(
-            "dimensions",
-            lambda call: Call((*(x.flatten(1) for x in call.args[:3]), call.args[3])),
-            ValueError,
-            "q must be (N, H, D), or (B, h*w, H, D) with one (h, w) grid, got shape (39, 16)",
-        ),
-        _bad(
-            "too many tokens",
-            3,
-            lambda grids: [*grids, (1, 1)],
-            ValueError,
-            "q must be (N, H, D) with N = 40 tokens (sum of h*w over grids), got shape (39, 2, 8)",
-        ),
-    ),
+    bad_inputs=bad_attention(),
     roundings=_roundings,
     bytes_moved=_bytes_moved,
     flops=_flops,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from uhd_ops.reference._bad_inputs import bad, bad_attention, bad_count
 from uhd_ops.reference._spec import BadInput, Call, OpSpec, random_tensor
 from uhd_ops.reference._windows import packed, unpacked, window_tokens
 
@@ -69,12 +70,6 @@ def _flops(call: Call) -> int:
     return int(4 * (present.sum(1) ** 2).sum()) * heads * dim
 
 
-def _bad(label, position, change, error, message):
-    return BadInput(
-        label, lambda call: call.put(position, change(call.get(position))), error, message
-    )
-
-
 SPEC = OpSpec(
     name="window_attention",
     reference=window_attention,
@@ -86,45 +81,9 @@ SPEC = OpSpec(
         "order": ("raster", "window"),
     },
     bad_inputs=(
-        _bad("q list", 0, lambda q: q.tolist(), TypeError, "q must be a torch.Tensor, got list"),
-        _bad(
-            "q int",
-            0,
-            lambda q: q.long(),
-            TypeError,
-            "q must be float32, float64, bfloat16 or float16, got torch.int64",
-        ),
-        _bad(
-            "k dtype",
-            1,
-            lambda k: k.double(),
-            TypeError,
-            "k must have the dtype of q, torch.float32, got torch.float64",
-        ),
-        _bad(
-            "v shape",
-            2,
-            lambda v: v[..., :-1],
-            ValueError,
-            "v must have the shape of q, (39, 2, 8), got (39, 2, 7)",
-        ),
-        BadInput(
-            "dimensions",
-            lambda call: Call((*(x.flatten(1) for x in call.args[:3]), call.args[3]), call.kwargs),
-            ValueError,
-            "q must be (N, H, D), or (B, h*w, H, D) with one (h, w) grid, got shape (39, 16)",
-        ),
-        _bad(
-            "too many tokens",
-            3,
-            lambda grids: [*grids, (1, 1)],
-            ValueError,
-            "q must be (N, H, D) with N = 40 tokens (sum of h*w over grids), got shape (39, 2, 8)",
-        ),
-        _bad("window 0", "window", lambda _: 0, ValueError, "window must be at least 1, got 0"),
-        _bad("window 2.0", "window", lambda _: 2.0, TypeError, "window must be an int, got float"),
-        _bad("window True", "window", lambda _: True, TypeError, "window must be an int, got bool"),
-        _bad(
+        *bad_attention(),
+        *bad_count("window"),
+        bad(
             "order",
             "order",
             lambda _: "rows",

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._spec import BadInput, Call, OpSpec, random_tensor
+from uhd_ops.reference._bad_inputs import bad_count, bad_tokens
+from uhd_ops.reference._spec import Call, OpSpec, random_tensor
 from uhd_ops.reference._windows import packed, unpacked, window_tokens
 
 
@@ -43,54 +44,14 @@ def _bytes_moved(call: Call) -> int:
     return (x.shape[0] + windows) * x.shape[1] * x.element_size()
 
 
-def _bad(label, key, change, error, message):
-    return BadInput(label, lambda call: call.put(key, change(call.get(key))), error, message)
-
-
 SPEC = OpSpec(
     name="window_mean",
     reference=window_mean,
     make=_make,
     options={"channels": (8, 1, 7, 72, 100), "window": (2, 1, 3, 5)},
-    bad_inputs=(
-        _bad("x list", 0, lambda x: x.tolist(), TypeError, "x must be a torch.Tensor, got list"),
-        _bad(
-            "x int",
-            0,
-            lambda x: x.long(),
-            TypeError,
-            "x must be float32, float64, bfloat16 or float16, got torch.int64",
-        ),
-        _bad(
-            "dimensions",
-            0,
-            lambda x: x[:, 0],
-            ValueError,
-            "x must be (N, C), or (B, h*w, C) with one (h, w) grid, got shape (39,)",
-        ),
-        _bad(
-            "too many tokens",
-            1,
-            lambda grids: [*grids, (1, 1)],
-            ValueError,
-            "x must be (N, C) with N = 40 tokens (sum of h*w over grids), got shape (39, 8)",
-        ),
-        _bad(
-            "batched, several grids",
-            0,
-            lambda x: x[None],
-            ValueError,
-            "x of shape (1, 39, 8) is batched, so grids must be one (h, w) pair; "
-            "pack the views into (N, C) for several grids",
-        ),
-        _bad("window 0", "window", lambda _: 0, ValueError, "window must be at least 1, got 0"),
-        _bad("window 2.0", "window", lambda _: 2.0, TypeError, "window must be an int, got float"),
-        _bad("window True", "window", lambda _: True, TypeError, "window must be an int, got bool"),
-    ),
+    bad_inputs=(*bad_tokens(), *bad_count("window")),
     roundings=_roundings,
     bytes_moved=_bytes_moved,
-    flops=lambda call: call.args[
-        0
-    ].numel(),  # one addition per token and channel, the division of each mean aside
+    flops=lambda call: call.args[0].numel(),  # an addition for each; the divisions aside
     output="windows",
 )
