@@ -30,6 +30,16 @@ def test_one_window_per_view_is_attention_inside_the_view():
         start += h * w
 
 
+def test_a_window_larger_than_every_view_needs_no_more_memory():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    wanted = window_attention(q, k, v, GRIDS, window=7)
+    grads = torch.autograd.grad(wanted.sum(), (q, k, v))
+    out = window_attention(q, k, v, GRIDS, window=2**31 - 1)  # squared, it would be 2**62 tokens
+    assert_same_bits(out, wanted)
+    for grad, same in zip(torch.autograd.grad(out.sum(), (q, k, v)), grads, strict=True):
+        assert_same_bits(grad, same)
+
+
 def test_full_windows_are_a_permuted_attention():
     q, k, v = (x[:24] for x in qkv(torch.float64))
 

@@ -22,7 +22,7 @@ ViewTable view_table(const Tensor& views, int64_t window) {
                         row.height >= 0 && row.width >= 0,
                     "views: row ", i, " does not continue the rows above it");
     token += row.height * row.width;
-    first_window += (row.height + window - 1) / window * ((row.width + window - 1) / window);
+    first_window += ceil_div(row.height, window) * ceil_div(row.width, window);
   }
 #endif
   return table;
@@ -42,7 +42,7 @@ class TableWriter {
     STD_TORCH_CHECK(height >= 0 && width >= 0, "grids must not be negative");
     *row_++ = {token_, height, width, first_window_};
     token_ += height * width;
-    first_window_ += (height + window_ - 1) / window_ * ((width + window_ - 1) / window_);
+    first_window_ += ceil_div(height, window_) * ceil_div(width, window_);
   }
   void finish() { *row_ = {token_, 0, 0, first_window_}; }
 

@@ -10,6 +10,9 @@
 
 namespace uhd {
 
+// For a >= 0 and b >= 1 of any size: nothing here can overflow.
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
 struct ViewRow {
   int64_t token_begin, height, width, window_begin;
 };
@@ -56,11 +59,11 @@ class WindowCursor {
       index_ = 0;
       row = &table_.rows[++view_];
     }
-    const int64_t f = table_.window, across = (row->width + f - 1) / f;
+    const int64_t f = table_.window, across = ceil_div(row->width, f);
     const int64_t top = index_ / across * f, left = index_ % across * f;
     ++index_;
-    const int64_t rows = top + f <= row->height ? f : row->height - top;
-    const int64_t cols = left + f <= row->width ? f : row->width - left;
+    const int64_t rows = row->height - top < f ? row->height - top : f;
+    const int64_t cols = row->width - left < f ? row->width - left : f;
     const int64_t in_view = top * row->width;
     return {row->token_begin + in_view + left, row->width, rows, cols,
             row->token_begin + in_view + left * rows};

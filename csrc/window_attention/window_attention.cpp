@@ -57,10 +57,21 @@ WindowAttention arguments(const Tensor& q, const Tensor& k, const Tensor& v, con
 // Windows cost about the same; fewer than this many are not worth a second thread.
 constexpr int64_t kLeastWindowsPerThread = 16;
 
+// Tokens of the largest window that there is: an absurdly large window asks for no absurd memory.
+int64_t largest_window(const ViewTable& views) {
+  int64_t largest = 0;
+  for (int64_t i = 0; i < views.num_views; ++i) {
+    const ViewRow& view = views.rows[i];
+    largest =
+        std::max(largest, std::min(views.window, view.height) * std::min(views.window, view.width));
+  }
+  return largest;
+}
+
 template <class Kernel>
 void run(const WindowAttention& args, const Tensor& like, Kernel&& kernel) {
   if (args.views.num_tokens() == 0 || args.heads == 0 || args.head_dim == 0) return;
-  const int64_t each = window_attention_scratch(args);
+  const int64_t each = window_attention_scratch(largest_window(args.views), args.head_dim);
   const bool wide = args.dtype == DType::kFloat64;
   Tensor scratch =
       new_empty(like, {max_chunks() * each}, wide ? ScalarType::Double : ScalarType::Float);

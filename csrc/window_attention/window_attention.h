@@ -29,8 +29,9 @@ struct WindowAttention {
   void *grad_q, *grad_k, *grad_v;  // (N, H, D) contiguous
 };
 
-// Elements of float (double for float64) that one thread needs beside its registers.
-int64_t window_attention_scratch(const WindowAttention& args);
+// Elements of float (double for float64) that one thread needs beside its registers, when no window
+// holds more than `tokens` tokens.
+int64_t window_attention_scratch(int64_t tokens, int64_t head_dim);
 
 // Both process the windows [begin, end) and write every output token of those windows once.
 UHD_PER_ISA(void window_attention_forward(const WindowAttention& args, int64_t begin, int64_t end,

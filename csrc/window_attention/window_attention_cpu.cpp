@@ -9,10 +9,9 @@
 namespace uhd {
 
 #ifdef UHD_ISA_SCALAR
-int64_t window_attention_scratch(const WindowAttention& args) {
-  const int64_t tokens = args.views.window * args.views.window;
+int64_t window_attention_scratch(int64_t tokens, int64_t head_dim) {
   const int64_t padded = (tokens + 15) / 16 * 16;  // whole vectors of scores
-  return 2 * kTile * padded + 2 * tokens * args.head_dim;
+  return 2 * kTile * padded + 2 * tokens * head_dim;
 }
 #endif
 
