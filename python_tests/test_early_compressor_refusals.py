@@ -2,9 +2,11 @@
 """Which options and which blocks nn.EarlyCompressor refuses, and with what words."""
 
 import pytest
+import torch
 from timm.layers import RmsNorm, SwiGLU
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock
 from torch import nn
+from torch.nn.utils import prune
 
 from uhd_ops.nn import EarlyCompressor
 
@@ -22,12 +24,33 @@ DIM, HEADS = 32, 2
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
         ({"hidden_dim": 1.5}, TypeError, "hidden_dim must be an int, got float"),
         ({"drop_path": 1.5}, ValueError, "drop_path must be between 0 and 1, got 1.5"),
+        ({"bias": None}, TypeError, "bias must be a bool, got NoneType"),
+        ({"qk_norm": 1}, TypeError, "qk_norm must be a bool, got int"),
+        ({"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
+        ({"layer_scale": "0.1"}, TypeError, "layer_scale must be a number, got str"),
         ({"activation": "mish"}, ValueError, "activation must be one of .*, got 'mish'"),
     ],
 )
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         EarlyCompressor(**{"dim": DIM, "num_heads": HEADS, **options})
+
+
+@pytest.mark.parametrize(
+    ("x", "grids", "error", "message"),
+    [
+        (torch.zeros(15, 31), [(3, 5)], ValueError, r"x must have C = 32 .* got shape \(15, 31\)"),
+        (torch.zeros(14, 32), [(3, 5)], ValueError, r"x must be \(N, C\) with N = 15 tokens"),
+        (torch.zeros(2, 15, 32), [(3, 5)] * 2, ValueError, r"x of shape \(2, 15, 32\) is batched"),
+        (torch.zeros(15, 32).int(), [(3, 5)], TypeError, "x must be float32"),
+        (None, [(3, 5)], TypeError, "x must be a torch.Tensor, got NoneType"),
+        (torch.zeros(15, 32), None, TypeError, "grids must be a PackedGrids"),
+    ],
+)
+@pytest.mark.parametrize("attention", [True, False])
+def test_bad_calls(x, grids, error, message, attention):
+    with pytest.raises(error, match=message):
+        EarlyCompressor(DIM, HEADS, attention=attention)(x, grids)
 
 
 def spoil(**parts):
@@ -77,6 +100,26 @@ REFUSED = {
     "adapted Linear": (
         lambda: spoil(attn__qkv=nn.utils.parametrizations.weight_norm(nn.Linear(DIM, 96))),
         "block.attn.qkv must be Linear, got ParametrizedLinear",
+    ),
+    "pruned Linear": (
+        lambda: spoil(mlp__fc1=prune.l1_unstructured(nn.Linear(DIM, 128), "weight", 0.5)),
+        "block.mlp.fc1 must hold its weight as a plain parameter, got weight_mask, weight_orig",
+    ),
+    "spectral norm in a hook": (
+        lambda: spoil(attn__proj=nn.utils.spectral_norm(nn.Linear(DIM, DIM))),
+        "block.attn.proj must hold its weight as a plain parameter, got weight_orig, weight_u",
+    ),
+    "patched block": (
+        lambda: spoil(forward=lambda x: x),
+        "block must have the forward of its class, got one of its own",
+    ),
+    "patched attention": (
+        lambda: spoil(attn__forward=lambda x: x),
+        "block.attn must have the forward of its class",
+    ),
+    "patched Linear": (
+        lambda: spoil(attn__qkv__forward=lambda x: x),
+        "block.attn.qkv must have the forward of its class",
     ),
     "other scale": (lambda: spoil(attn__scale=1.0), "block.attn.scale must be head_dim"),
     "narrow projection": (

@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import images, snapshot, tiny_distilled, tiny_vit
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
 from uhd_ops.retrofit import EarlyCompressorConfig
@@ -83,6 +84,21 @@ def test_removing_twice():
         remove_early_compressor(vit)
 
 
+@pytest.mark.parametrize("name", ["", "blocks.1"], ids=["model", "block"])
+def test_removal_leaves_alone_what_was_extended_since(name):
+    vit = insert_early_compressor(tiny_vit(), LAYER)
+    module = vit.get_submodule(name)
+    module.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    parametrize.register_parametrization(module, "extra", torch.nn.Identity())
+    before = snapshot(vit)
+    with pytest.raises(NotImplementedError, match="the insertion gave them, got Parametrized"):
+        remove_early_compressor(vit)
+    assert snapshot(vit) == before
+    parametrize.remove_parametrizations(module, "extra")
+    remove_early_compressor(vit)
+    assert type(vit) is VisionTransformer
+
+
 def test_repr_shows_the_configuration():
     text = repr(insert_early_compressor(tiny_vit(), LAYER, form="tied", attention=False))
     assert text.startswith("CompressedVisionTransformer(\n  early_compressor=EarlyCompressorConfig")
@@ -117,6 +133,14 @@ def test_deepcopy_uses_its_own_weights(make):
     assert torch.equal(twin(x), wanted)
     remove_early_compressor(twin)
     assert type(vit).__name__.startswith("Compressed")
+
+
+def test_deepcopy_keeps_an_extension_of_the_class():
+    vit = insert_early_compressor(tiny_vit(), LAYER)
+    vit.__class__ = type("Extended", (type(vit),), {})
+    twin, x = copy.deepcopy(vit), images(vit)
+    assert type(twin) is type(vit)
+    assert torch.equal(twin(x), vit(x))
 
 
 def test_pickle_in_a_fresh_process(tmp_path):

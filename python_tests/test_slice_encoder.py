@@ -111,6 +111,10 @@ def test_no_views(vit):
     assert result.tokens.shape == (0, 32)
     assert result.prefix.shape == (0, vit.num_prefix_tokens, 32)
     assert [len(x) for x in result.per_image()] == [0, 0]
+    # Data-parallel training waits for a gradient of every parameter, from a rank without views too.
+    result.tokens.sum().backward()
+    unused = {name for name, p in vit.named_parameters() if p.grad is None}
+    assert {name.partition(".")[0] for name in unused} <= {"head", "fc_norm"}
 
 
 def test_gradients_with_and_without_checkpointing():
@@ -153,6 +157,12 @@ class OtherEmbedding(VisionTransformer):
         return super()._pos_embed(x)
 
 
+def patched_vit(**methods):
+    vit = tiny_vit()
+    vars(vit).update(methods)
+    return vit
+
+
 BACKBONE = nn.Conv2d(3, 8, 4, 4)
 REFUSED = {
     "no ViT": (lambda: nn.Linear(2, 2), "vit must be timm's VisionTransformer, got Linear"),
@@ -163,6 +173,10 @@ REFUSED = {
     "other positions": (
         lambda: tiny_vit(OtherEmbedding),
         "vit must leave VisionTransformer._pos_embed as it is, but OtherEmbedding replaces it",
+    ),
+    "patched positions": (
+        lambda: patched_vit(_pos_embed=lambda x: x),
+        "vit must leave VisionTransformer._pos_embed as it is, but it has one of its own",
     ),
     "convolutional stem": (
         lambda: tiny_vit(
@@ -226,7 +240,18 @@ BAD_CALLS = {
         TypeError,
         "views_per_image must hold ints",
     ),
+    "one count": (
+        (PATCHES, [(4, 5)]),
+        {"views_per_image": 1},
+        TypeError,
+        "views_per_image must hold ints, got 1",
+    ),
 }
+
+
+def test_counts_may_be_any_integers():
+    result = SliceEncoder(tiny_vit())(PATCHES, [(4, 5)], views_per_image=torch.tensor([0, 1]))
+    assert result.views_per_image == (0, 1)
 
 
 @pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)

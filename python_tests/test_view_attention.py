@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import uhd_ops
 from uhd_ops import PackedGrids
@@ -68,6 +69,34 @@ def test_views_do_not_see_each_other():
     assert torch.equal(again[:6], out[:6])
     assert torch.equal(again[11:], out[11:])
     assert not torch.equal(again[6:11], out[6:11])
+
+
+class WholeTensors(TorchDispatchMode):
+    """Counts the tensors of one size that operators return."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        outputs = out if isinstance(out, (tuple, list)) else [out]
+        self.count += sum(isinstance(x, torch.Tensor) and x.numel() == self.numel for x in outputs)
+        return out
+
+
+@pytest.mark.parametrize(
+    "make", [lambda n: [(1, 5), (2, 3)] * n, lambda n: [(1, 1 + i) for i in range(n)]]
+)
+def test_backward_is_linear_in_the_number_of_views(make):
+    counts = []
+    for views in (make(4), make(16)):
+        q, k, v = (x.requires_grad_() for x in qkv(PackedGrids(views).num_tokens))
+        out = uhd_ops.view_attention(q, k, v, views)
+        with WholeTensors(q.numel()) as whole:
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        counts.append(whole.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_compiles_to_one_graph():

@@ -15,7 +15,7 @@ from uhd_ops.nn.regularization import (
     pixel_unshuffle_mlp_with_dropout,
     window_attention_with_dropout,
 )
-from uhd_ops.ops._arguments import check_positive_int
+from uhd_ops.ops._arguments import check_positive_int, check_tensor, layout_of
 from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean
@@ -58,7 +58,7 @@ class EarlyCompressor(nn.Module):
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: ``form`` or ``activation`` is unknown, a size is below 1, ``window`` below 2, a
-            probability outside 0..1, or ``num_heads`` does not divide ``dim``.
+            probability outside 0..1, ``eps`` negative, or ``num_heads`` does not divide ``dim``.
 
     Shape:
         x: ``(N, C)`` packed tokens, or ``(B, h*w, C)`` with one ``(h, w)`` grid.
@@ -181,7 +181,15 @@ class EarlyCompressor(nn.Module):
         Returns:
             Merged tokens ``(M, C)``, or ``(B, M / B, C)``, on the grids
             ``PackedGrids(grids).merged(window)``.
+
+        Raises:
+            TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
+            ValueError: ``x`` has another number of tokens or channels.
         """
+        check_tensor(x, "x")
+        layout_of(x, "x", grids, self.window, ("C",))
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x must have C = {self.dim} channels, got shape {tuple(x.shape)}")
         if self.attention:
             branch = self.ls1(self._attend(self.norm1(x), grids))
             x = x + self._drop_path(branch, self.drop_path1, grids)

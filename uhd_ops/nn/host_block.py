@@ -102,6 +102,13 @@ class HostBlock:
         """Make a block with torch's own initialisation; arguments as for EarlyCompressor."""
         _check_rates(attention_dropout=attention_dropout, dropout=dropout, drop_path=drop_path)
         _check_activation(activation)
+        for name, value in (("bias", bias), ("qk_norm", qk_norm)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        if check_finite(eps, "eps") < 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        if layer_scale is not None:
+            check_finite(layer_scale, "layer_scale")
         head_dim, hidden_dim = _check_sizes(dim, num_heads, head_dim, hidden_dim)
         fc1 = nn.Linear(dim, hidden_dim, bias, **factory)
         fc2 = nn.Linear(hidden_dim, dim, bias, **factory)

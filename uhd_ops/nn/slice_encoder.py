@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ class SliceEncoder(nn.Module):
     resampled to its own grid as timm's ``resample_abs_pos_embed`` does, whether or not the model
     was made with ``dynamic_img_size``. If :func:`uhd_ops.insert_early_compressor` was called on the
     model, the blocks behind the compressor work on merged tokens. Each view's result is that of
-    ``vit.forward_features`` on the view alone, up to rounding.
+    ``vit.forward_features`` on the view alone, up to rounding. Forward hooks of the model, its
+    blocks and their attention do not run.
 
     Args:
         vit: timm's ``VisionTransformer``, with or without a compressor. It becomes a submodule; its
@@ -174,8 +176,10 @@ def _drop_path(branch: torch.Tensor, module: nn.Module, lengths: list[int]) -> t
 
 def _join(prefix: torch.Tensor, patches: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
     """Put each view's prefix tokens in front of its patches."""
-    if prefix.shape[0] * prefix.shape[1] == 0:
+    if prefix.shape[1] == 0:
         return patches
+    if prefix.shape[0] == 0:  # class and register tokens get their zero gradient all the same
+        return torch.cat([patches, prefix.flatten(0, 1)])
     views = zip(prefix, patches.split(_lengths(grids)), strict=True)
     return torch.cat([tokens for view in views for tokens in view])
 
@@ -192,12 +196,19 @@ def _check_views(views: Sequence[torch.Tensor]) -> None:
         )
 
 
+def _count(number: int) -> int:
+    if isinstance(number, bool):
+        raise TypeError("a bool is no number of views")
+    return operator.index(number)
+
+
 def _views_per_image(counts: Sequence[int] | None, views: int) -> tuple[int, ...]:
     if counts is None:
         return (views,)
-    counts = tuple(counts)
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
-        raise TypeError(f"views_per_image must hold ints, got {counts}")
+    try:
+        counts = tuple(_count(n) for n in counts)
+    except TypeError as error:
+        raise TypeError(f"views_per_image must hold ints, got {counts!r}") from error
     if any(n < 0 for n in counts) or sum(counts) != views:
         raise ValueError(f"views_per_image must add up to {views} views, got {counts}")
     return counts

@@ -9,6 +9,18 @@ from torch import nn
 from uhd_ops.nn.host_block import HostBlock
 from uhd_ops.nn.mlp_forms import MlpWeights
 
+# The parts of a block that hold the weights to reuse.
+_WITH_WEIGHTS = (
+    "norm1",
+    "attn.qkv",
+    "attn.q_norm",
+    "attn.k_norm",
+    "attn.proj",
+    "norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+)
+
 
 def import_timm_vision_transformer():
     """Return the module ``timm.models.vision_transformer``, or say which extra installs it."""
@@ -30,6 +42,8 @@ def read_timm_block(block: nn.Module) -> HostBlock:
     cls = getattr(type(block), "body_class", type(block))
     if cls is not timm.Block:
         raise NotImplementedError(f"block must be timm's Block, got {cls.__name__}")
+    for name in ("", "attn", "mlp"):
+        _require_own_forward(block.get_submodule(name), f"block.{name}".rstrip("."))
     attention, mlp = block.attn, block.mlp
     _require_exactly(attention, "block.attn", (timm.Attention,))
     _require_exactly(mlp, "block.mlp", (timm.Mlp,))
@@ -43,6 +57,8 @@ def read_timm_block(block: nn.Module) -> HostBlock:
     norms = (*layer_norms, layers.RmsNorm)
     _require_exactly(block.norm1, "block.norm1", norms)
     _require_exactly(block.norm2, "block.norm2", layer_norms)
+    for name in _WITH_WEIGHTS:
+        _require_plain(block.get_submodule(name), f"block.{name}")
     host = HostBlock(
         num_heads=attention.num_heads,
         norm1=block.norm1,
@@ -71,6 +87,23 @@ def _require_exactly(module: nn.Module, name: str, classes: tuple[type, ...]) ->
     if type(module) not in classes:
         known = " or ".join(dict.fromkeys(cls.__name__ for cls in classes))
         raise NotImplementedError(f"{name} must be {known}, got {type(module).__name__}")
+
+
+def _require_own_forward(module: nn.Module, name: str) -> None:
+    # A forward set on the instance hides that of the class, which is the one understood.
+    if "forward" in vars(module):
+        raise NotImplementedError(f"{name} must have the forward of its class, got one of its own")
+
+
+def _require_plain(module: nn.Module, name: str) -> None:
+    _require_own_forward(module, name)
+    # torch.nn.utils.prune, weight_norm and spectral_norm keep the class, but compute the weight
+    # from other parameters in a hook, which a copy would leave behind.
+    other = (module._parameters.keys() | module._buffers.keys()) - {"weight", "bias"}
+    if other:
+        raise NotImplementedError(
+            f"{name} must hold its weight as a plain parameter, got {', '.join(sorted(other))}"
+        )
 
 
 def _head_norm(norm: nn.Module, name: str, classes: tuple[type, ...]) -> nn.Module | None:

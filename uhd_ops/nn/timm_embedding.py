@@ -30,6 +30,11 @@ def check_host(vit: nn.Module) -> None:
                 f"vit must leave VisionTransformer.{min(replaced)} as it is, but {cls.__name__} "
                 "replaces it"
             )
+    patched = {"forward_features", "_pos_embed"} & vars(vit).keys()
+    if patched:
+        raise NotImplementedError(
+            f"vit must leave VisionTransformer.{min(patched)} as it is, but it has one of its own"
+        )
     conv = getattr(vit.patch_embed, "proj", None)
     if type(vit.patch_embed) is not timm.PatchEmbed or conv.kernel_size != conv.stride:
         raise NotImplementedError(

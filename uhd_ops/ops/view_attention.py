@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch.nn import functional
 
@@ -66,24 +64,35 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _attend_by_length(q, k, v, lengths: list[int]) -> torch.Tensor:
     """Attention of packed views of these lengths, one call for each distinct length."""
-    views_of = {}  # number of tokens -> indices of the views
-    for view, length in enumerate(lengths):
-        views_of.setdefault(length, []).append(view)
-    if not views_of:
+    if not lengths:
         return q * k * v
-    starts = [0, *itertools.accumulate(lengths)]
-    out = [None] * len(lengths)
-    for length, views in views_of.items():
-        batch = [_gather(x, views, starts, length) for x in (q, k, v)]
-        for view, result in zip(views, _attend(*batch).unbind(0), strict=True):
-            out[view] = result
-    return torch.cat(out)
+    runs = _runs(lengths)
+    runs_of = {}  # number of tokens of a view -> indices of its runs
+    for run, (_, length) in enumerate(runs):
+        runs_of.setdefault(length, []).append(run)
+    # One split, not a slice for each view: the gradient of a slice is as large as all tokens, so
+    # the backward pass would be quadratic in the number of views.
+    pieces = [x.split([count * length for count, length in runs]) for x in (q, k, v)]
+    out = [None] * len(runs)
+    for indices in runs_of.values():
+        batch = [_stack([x[i].unflatten(0, runs[i]) for i in indices]) for x in pieces]
+        results = _attend(*batch).split([runs[i][0] for i in indices])
+        for i, result in zip(indices, results, strict=True):
+            out[i] = result.unbind(0)
+    return torch.cat([view for run in out for view in run])
 
 
-def _gather(x: torch.Tensor, views: list[int], starts: list[int], length: int) -> torch.Tensor:
-    """Stack the tokens of equally long views, ``(V, L, H, D)``; no copy for a run of neighbours."""
-    first, last = views[0], views[-1]
-    if last - first + 1 == len(views):
-        run = x[starts[first] : starts[last] + length]
-        return run.unflatten(0, (len(views), length))
-    return torch.stack([x[starts[view] : starts[view] + length] for view in views])
+def _runs(lengths: list[int]) -> list[tuple[int, int]]:
+    """Neighbours of equal length: how many views, and the tokens of each."""
+    runs = []
+    for length in lengths:
+        if runs and runs[-1][1] == length:
+            runs[-1] = (runs[-1][0] + 1, length)
+        else:
+            runs.append((1, length))
+    return runs
+
+
+def _stack(runs: list[torch.Tensor]) -> torch.Tensor:
+    """``(V, L, H, D)`` tensors of equally long views in one; no copy of a single run."""
+    return runs[0] if len(runs) == 1 else torch.cat(runs)

@@ -37,8 +37,9 @@ def insert_early_compressor(
 
     The model stays what it was for its users: ``forward``, ``forward_features``,
     ``forward_intermediates`` (whose maps from block ``layer`` on are coarse; ``feature_info`` says
-    so), gradient checkpointing, ``copy.deepcopy``, pickling and ``torch.compile`` work as before.
-    Refused at run time are attention masks, causal attention, and patch dropout in training.
+    so), gradient checkpointing (not the reentrant kind), ``copy.deepcopy``, pickling and
+    ``torch.compile`` work as before. Refused at run time are attention masks, causal attention, and
+    patch dropout in training.
 
     Args:
         vit: timm's ``VisionTransformer`` (SigLIP, CLIP, DeiT, DINOv2, AugReg and others built on

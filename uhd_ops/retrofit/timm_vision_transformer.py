@@ -78,8 +78,8 @@ class CompressedBlock(Block):
         if layout is None:
             raise RuntimeError(
                 "the patch grid of these tokens is not known: a block with a compressor runs in "
-                "the forward pass of its model; if single blocks are checkpointed, with "
-                "use_reentrant=False"
+                "the forward pass of its model; if it is checkpointed, then alone or with the "
+                "whole model, with use_reentrant=False and no save_on_cpu around it"
             )
         return layout
 
@@ -87,6 +87,7 @@ class CompressedBlock(Block):
 class CompressedVisionTransformer(VisionTransformer):
     """The methods that a compressed model replaces; mixed into the model's own class."""
 
+    original_class: type[VisionTransformer] = VisionTransformer
     early_compressor: EarlyCompressorConfig
 
     def forward_features(
@@ -182,9 +183,11 @@ class CompressedVisionTransformer(VisionTransformer):
         return f"early_compressor={self.early_compressor}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
+        if "original_class" not in vars(type(self)):  # somebody extended ours: that is theirs
+            return super().__reduce_ex__(protocol)
         # The class is made at run time, so it is pickled by the class that it extends.
         _, _, *state = super().__reduce_ex__(max(int(protocol), 2))
-        return _new, (_original_class(type(self)),), *state
+        return _new, (self.original_class,), *state
 
 
 def insert(vit: VisionTransformer, config: EarlyCompressorConfig) -> VisionTransformer:
@@ -206,15 +209,21 @@ def insert(vit: VisionTransformer, config: EarlyCompressorConfig) -> VisionTrans
 
 def remove(vit: VisionTransformer) -> VisionTransformer:
     """Undo :func:`insert`."""
-    config = vit.early_compressor
-    for block in vit._compressed_blocks():
+    config, blocks = vit.early_compressor, vit._compressed_blocks()
+    for module, ours in ((vit, "original_class"), *((block, "body_class") for block in blocks)):
+        if ours not in vars(type(module)):
+            raise NotImplementedError(
+                "vit and its blocks must have the classes that the insertion gave them, got "
+                f"{type(module).__name__}: undo what extended it (a parametrization, say) first"
+            )
+    for block in blocks:
         del block.compressor
         vars(block).pop("layout_while_tracing", None)
         block.__class__ = block.body_class
     for info in vit.feature_info[config.layer :]:
         info["reduction"] //= config.window
     del vit.early_compressor
-    vit.__class__ = _original_class(type(vit))
+    vit.__class__ = vit.original_class
     return vit
 
 
@@ -250,12 +259,8 @@ def _compressed_class(cls: type[VisionTransformer]) -> type[VisionTransformer]:
     if cls is VisionTransformer:
         return CompressedVisionTransformer
     name = f"Compressed{cls.__name__}"
-    return type(name, (CompressedVisionTransformer, cls), {"__module__": cls.__module__})
-
-
-def _original_class(cls: type[VisionTransformer]) -> type[VisionTransformer]:
-    """Undo :func:`_compressed_class`."""
-    return cls.__bases__[-1]
+    namespace = {"__module__": cls.__module__, "original_class": cls}
+    return type(name, (CompressedVisionTransformer, cls), namespace)
 
 
 def _new(cls: type[VisionTransformer]) -> VisionTransformer:
