@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from uhd_ops import PackedGrids
+from uhd_ops import PackedGrids, window_attention
 from uhd_ops.reference import _windows
 
 GRIDS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6)
@@ -137,3 +138,27 @@ def test_sides_are_not_truncated_to_32_bits():
 def test_other_types_are_refused(grids):
     with pytest.raises(TypeError, match=r"^grids must be a PackedGrids, a sequence of"):
         PackedGrids(grids)
+
+
+def test_inference_mode_does_not_reach_later_training():
+    grids = [(5, 7)]  # in no other test: the tables of these grids must be made here
+    x = torch.randn(35, 2, 3, requires_grad=True)
+    with torch.inference_mode():
+        window_attention(x, x, x, grids)
+        merged = PackedGrids.of(grids).merged(3).cu_seqlens()
+    assert not merged.is_inference()
+    window_attention(x, x, x, grids).sum().backward()  # saves the table
+    assert x.grad is not None
+
+
+def test_fake_tensors_do_not_reach_later_calls():
+    grids = [(5, 8)]
+    with FakeTensorMode():
+        assert PackedGrids.of(grids).cu_seqlens().tolist() == [0, 40]
+    table = PackedGrids.of(grids).view_table(2, torch.device("cpu"))
+    assert table.tolist() == [[0, 5, 8, 0], [40, 0, 0, 12]]
+
+
+def test_the_default_device_does_not_matter():
+    with torch.device("meta"):
+        assert PackedGrids([(5, 9)]).cu_seqlens().tolist() == [0, 45]

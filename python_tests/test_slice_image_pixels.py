@@ -149,6 +149,12 @@ def test_pixels_are_rounded_once(dtype):
         assert torch.equal(pixels[0, channel], expected)
 
 
+def test_pixels_are_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        pixels, _ = pack_views([random_image(28, 28)], 14)
+    assert pixels.device.type == "cpu"
+
+
 def test_no_views():
     pixels, grids = pack_views([], 14)
     assert pixels.shape == (0, 3, 14, 14)
@@ -175,6 +181,7 @@ def test_no_views():
         ({"mean": float("nan")}, ValueError, "mean must be one or three finite numbers, got nan"),
         ({"mean": [0.5, 0.5]}, ValueError, r"mean must be one or three finite numbers, got \[0.5"),
         ({"mean": "half"}, TypeError, "mean must be a number or three numbers, got 'half'"),
+        ({"mean": "123"}, TypeError, "mean must be a number or three numbers, got '123'"),
         ({"mean": None}, TypeError, "mean must be a number or three numbers, got None"),
         ({"std": 0}, ValueError, "std must be above zero, got 0"),
         ({"std": [1, 1, -1]}, ValueError, r"std must be above zero, got \[1, 1, -1\]"),

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from battery import assert_same_bits
 from torch.nn import functional
 
 from uhd_ops import PackedGrids, window_mean
@@ -64,6 +65,13 @@ def test_rows_match_the_merged_grids():
         grids.merged(3).num_tokens,
         2,
     )
+
+
+def test_windows_beyond_32_bits_are_refused():
+    x = torch.randn(15, 2)
+    assert_same_bits(window_mean(x, (3, 5), 2**31 - 1), window_mean(x, (3, 5), 5))
+    with pytest.raises(ValueError, match=r"^window must be at most 2147483647, got 2147483648$"):
+        window_mean(x, (3, 5), 2**31)
 
 
 def test_second_derivative():

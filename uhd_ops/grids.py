@@ -7,12 +7,14 @@ from a device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 Grids: TypeAlias = "PackedGrids | Sequence[Sequence[int]] | Sequence[int] | torch.Tensor"
 
@@ -55,7 +57,8 @@ class PackedGrids:
         put("_windows", {f: _count_windows(pairs, f) for f in _COMMON_WINDOWS})
         # The extra last row keeps the length above one: torch.compile specialises on "exactly one
         # view" otherwise.
-        put("_rows", torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"))
+        with _outlives_modes():
+            put("_rows", torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"))
         put("_tables", {})
 
     @classmethod
@@ -87,8 +90,10 @@ class PackedGrids:
         """Return where each view starts, ``(S + 1,)`` int32, for variable-length attention."""
         key = ("cu_seqlens", torch.device(device))
         if key not in self._tables:
-            lengths = torch.tensor([0, *(h * w for h, w in self._pairs)], dtype=torch.int64)
-            self._tables[key] = lengths.cumsum(0).to(dtype=torch.int32, device=device)
+            lengths = [0, *(h * w for h, w in self._pairs)]
+            with _outlives_modes():
+                starts = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
+                self._tables[key] = starts.to(dtype=torch.int32, device=device)
         return self._tables[key]
 
     def view_table(self, window: int, device: torch.device) -> torch.Tensor:
@@ -101,8 +106,9 @@ class PackedGrids:
             return table if device.type == "cpu" else table.to(device, non_blocking=True)
         key = (window, device)
         if key not in self._tables:
-            table = torch.ops.uhd_ops._view_table_from_rows(self._rows, window)
-            self._tables[key] = table.to(device)
+            with _outlives_modes():
+                table = torch.ops.uhd_ops._view_table_from_rows(self._rows, window)
+                self._tables[key] = table.to(device)
         return self._tables[key]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -131,6 +137,20 @@ class PackedGrids:
 
     def __reduce__(self) -> tuple[type[PackedGrids], tuple[list[tuple[int, int]]]]:
         return PackedGrids, (list(self._pairs),)
+
+
+@contextlib.contextmanager
+def _outlives_modes() -> Iterator[None]:
+    """Make tensors that are kept for later calls independent of the modes of this call.
+
+    A table made under inference mode could not be saved for a backward pass, one made under
+    FakeTensorMode would hold no data.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
 
 
 def is_single_pair(grids: Grids) -> bool:

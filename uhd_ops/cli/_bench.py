@@ -13,7 +13,7 @@ import torch
 
 import uhd_ops
 from uhd_ops.cli._bench_cases import CASES, Case
-from uhd_ops.cli._support import UserError, positive_int, require
+from uhd_ops.cli._support import UserError, positive_int, require, threads
 
 SUMMARY = "time the operators against plain PyTorch"
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hidden width of the host's MLP (default: %(default)s)",
     )
     add("--rounds", type=positive_int, default=10, help="timed calls each (default: %(default)s)")
-    add("--threads", type=positive_int, help="CPU threads (default: as many as PyTorch chooses)")
+    add("--threads", type=threads, help="CPU threads (default: as many as PyTorch chooses)")
     add("--json", action="store_true", help="print JSON")
 
 

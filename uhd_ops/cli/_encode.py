@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from uhd_ops.cli import _report
-from uhd_ops.cli._support import non_negative_int, positive_int, require, user_errors
+from uhd_ops.cli._support import (
+    non_negative_int,
+    positive_int,
+    require,
+    seed,
+    threads,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the results, one subfolder per image (default: %(default)s)",
     )
-    add("--seed", type=non_negative_int, default=0, help="of random weights (default: %(default)s)")
-    add("--threads", type=positive_int, help="CPU threads (default: as many as PyTorch chooses)")
+    add("--seed", type=seed, default=0, help="of random weights (default: %(default)s)")
+    add("--threads", type=threads, help="CPU threads (default: as many as PyTorch chooses)")
     add("--json", action="store_true", help="print a JSON list with one summary per image")
 
 

@@ -39,6 +39,22 @@ def positive_int(text: str) -> int:
     return value
 
 
+def threads(text: str) -> int:
+    """Argparse type: a number of CPU threads; many thousands would crash the process."""
+    return _at_most(positive_int(text), 1024)
+
+
+def seed(text: str) -> int:
+    """Argparse type: a seed of torch's random generator."""
+    return _at_most(non_negative_int(text), 2**64 - 1)
+
+
+def _at_most(value: int, largest: int) -> int:
+    if value > largest:
+        raise argparse.ArgumentTypeError(f"must be at most {largest}, got {value}")
+    return value
+
+
 def non_negative_int(text: str) -> int:
     """Argparse type: an int of at least 0."""
     try:

@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 from uhd_ops import _native
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair, pairs_of
 
+# Sums of two such options and a side stay far below 2**63, in which kernels compute.
+LARGEST_INT = 2**31 - 1
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -101,11 +103,13 @@ def check_same_shape(x: torch.Tensor, name: str, other: torch.Tensor, other_name
 
 
 def check_positive_int(value: object, name: str) -> None:
-    """``value`` is an int of at least 1."""
+    """``value`` is an int in [1, LARGEST_INT]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if value > LARGEST_INT:
+        raise ValueError(f"{name} must be at most {LARGEST_INT}, got {value}")
 
 
 def check_finite(value: object, name: str) -> float:

@@ -178,9 +178,9 @@ def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
         raise TypeError(
             f"image tensor must be dense and hold data, got {tensor.layout} on {tensor.device}"
         )
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()  # NumPy has no bfloat16
+    tensor = tensor.detach().cpu().resolve_neg()
+    if tensor.is_floating_point() and tensor.element_size() < 4:
+        tensor = tensor.float()  # NumPy has neither bfloat16 nor the 8-bit types
     array = tensor.numpy()
     return array if array.ndim == 2 else np.moveaxis(array, 0, -1)
 

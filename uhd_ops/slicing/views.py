@@ -128,7 +128,8 @@ def pack_views(
     arrays = [_view_array(view, index, patch_size) for index, view in enumerate(views)]
     grids = [(a.shape[0] // patch_size, a.shape[1] // patch_size) for a in arrays]
     num_tokens = sum(height * width for height, width in grids)
-    pixels = torch.empty((num_tokens, 3, patch_size, patch_size), dtype=table.dtype)
+    shape = (num_tokens, 3, patch_size, patch_size)
+    pixels = torch.empty(shape, dtype=table.dtype, device="cpu")  # whatever the default device is
     start = 0
     for array, (height, width) in zip(arrays, grids, strict=True):
         end = start + height * width
@@ -182,6 +183,8 @@ def _normalised_values(mean: Any, std: Any) -> np.ndarray:
 
 def _per_channel(name: str, value: Any) -> np.ndarray:
     try:
+        if isinstance(value, (str, bytes)):  # "123" is iterable, and float("1") a number
+            raise TypeError
         values = [float(v) for v in value] if isinstance(value, Iterable) else [float(value)] * 3
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number or three numbers, got {value!r}") from None
