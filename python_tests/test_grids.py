@@ -162,3 +162,14 @@ def test_fake_tensors_do_not_reach_later_calls():
 def test_the_default_device_does_not_matter():
     with torch.device("meta"):
         assert PackedGrids([(5, 9)]).cu_seqlens().tolist() == [0, 45]
+
+
+def test_cu_seqlens_belongs_to_the_caller():
+    PackedGrids.of([(4, 5)]).cu_seqlens().add_(7)
+    assert PackedGrids.of([(4, 5)]).cu_seqlens().tolist() == [0, 20]
+
+
+def test_rows_of_tensors_and_arrays_are_pairs():
+    wanted = PackedGrids([(4, 6), (3, 5)])
+    assert PackedGrids(list(np.array([[4, 6], [3, 5]]))) == wanted
+    assert PackedGrids(list(torch.tensor([[4, 6], [3, 5]]))) == wanted

@@ -269,3 +269,14 @@ def test_autocast_dtypes(form):
         assert uhd_ops.pixel_unshuffle_mlp(*half.args, **half.kwargs).dtype == torch.bfloat16
     with pytest.raises(TypeError, match="fc1_weight must have the dtype of x"):
         uhd_ops.pixel_unshuffle_mlp(*half.args, **half.kwargs)
+
+
+def test_norm_weights_may_be_wider_than_half_tokens():
+    call = make_call("pixel_unshuffle_mlp").map_tensors(torch.Tensor.bfloat16)
+    weight, bias = torch.randn(2, 24).bfloat16().unbind(0)
+    norm = call.put("norm_weight", weight).put("norm_bias", bias)
+    wide = call.put("norm_weight", weight.float()).put("norm_bias", bias.float())
+    assert_same_bits(
+        uhd_ops.pixel_unshuffle_mlp(*wide.args, **wide.kwargs),
+        uhd_ops.pixel_unshuffle_mlp(*norm.args, **norm.kwargs),
+    )

@@ -289,3 +289,10 @@ def test_missing_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"pip install uhd_ops\[image\]"):
         load_image(RGB)
+
+
+def test_a_view_that_pillow_calls_a_bomb_is_a_value_error():
+    image = Image.new("RGB", (4000, 3000))
+    plan = plan_slices(4000, 3000, patch_size=4096)
+    with pytest.raises(ValueError, match="a view of the plan has too many pixels"):
+        slice_image(image, plan)

@@ -6,7 +6,7 @@ import torch
 from battery import ISAS, assert_same_bits, using_isa
 from torch.nn import functional
 
-from uhd_ops import window_attention
+from uhd_ops import reference, window_attention
 from uhd_ops.reference import _windows
 
 GRIDS = [(4, 6), (3, 5), (1, 1), (7, 2)]
@@ -137,3 +137,20 @@ def test_slices_of_a_packed_projection_are_not_copied():
     ]
     one = packed[:, 0].numel() * 4
     assert [size for size in sizes if size >= one] == [one], "the result and nothing else"
+
+
+def test_autocast_takes_what_it_casts_to_one_dtype():
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = window_attention(q.bfloat16(), k, v, GRIDS)
+        assert_same_bits(out, window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), GRIDS))
+        with pytest.raises(TypeError, match="k must have the dtype of q"):
+            window_attention(q, k.double(), v, GRIDS)
+    with pytest.raises(TypeError, match="k must have the dtype of q"):
+        window_attention(q.bfloat16(), k, v, GRIDS)
+
+
+def test_definition_needs_no_more_memory_for_a_larger_window():
+    q, k, v = qkv(torch.float64)
+    wanted = reference.window_attention(q, k, v, GRIDS, 7)
+    assert torch.equal(reference.window_attention(q, k, v, GRIDS, 2**31 - 1), wanted)

@@ -89,12 +89,11 @@ class PackedGrids:
     def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return where each view starts, ``(S + 1,)`` int32, for variable-length attention."""
         key = ("cu_seqlens", torch.device(device))
-        if key not in self._tables:
-            lengths = [0, *(h * w for h, w in self._pairs)]
-            with _outlives_modes():
-                starts = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
-                self._tables[key] = starts.to(dtype=torch.int32, device=device)
-        return self._tables[key]
+        with _outlives_modes():
+            if key not in self._tables:
+                lengths = torch.tensor([0, *(h * w for h, w in self._pairs)], device="cpu")
+                self._tables[key] = lengths.cumsum(0).to(dtype=torch.int32, device=device)
+            return self._tables[key].clone()  # the caller may change it
 
     def view_table(self, window: int, device: torch.device) -> torch.Tensor:
         """Return the kernels' table ``(S + 1, 4)`` for one window side.
@@ -208,6 +207,8 @@ def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:
 
 
 def _pair(pair: Sequence[int]) -> tuple[int, int]:
+    if hasattr(pair, "shape") and hasattr(pair, "tolist"):  # a row of a tensor or array
+        pair = pair.tolist()
     if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(side) for side in pair):
         raise TypeError(f"{_EXPECTED}; got the entry {pair!r}")
     height, width = (s if isinstance(s, (int, torch.SymInt)) else operator.index(s) for s in pair)

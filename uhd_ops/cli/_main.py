@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import uhd_ops
 from uhd_ops.cli import _bench, _encode, _info
 from uhd_ops.cli._support import UserError
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="uhd-ops",
         description="Encode high-resolution images, compressing tokens inside the transformer.",
     )
+    parser.add_argument("--version", action="version", version=f"uhd_ops {uhd_ops.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in (("encode", _encode), ("info", _info), ("bench", _bench)):
         summary = module.SUMMARY

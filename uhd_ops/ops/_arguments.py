@@ -83,9 +83,13 @@ def _is_transformed(x: torch.Tensor) -> bool:
 
 
 def check_like(x: object, name: str, other: torch.Tensor, other_name: str) -> None:
-    """``x`` is a tensor with the dtype and device of ``other``."""
+    """``x`` is a tensor with the device of ``other`` and its dtype.
+
+    Where autocast is on, any two dtypes do that it casts to the same one: all but float64.
+    """
     check_tensor(x, name)
-    if x.dtype != other.dtype:
+    cast = torch.float64 not in (x.dtype, other.dtype) and _autocast_dtype(other) is not None
+    if x.dtype != other.dtype and not cast:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
     if x.device != other.device:
         raise ValueError(
@@ -123,14 +127,20 @@ def check_finite(value: object, name: str) -> float:
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Cast float32 and half tensors to the autocast dtype of their device, where autocast is on."""
-    device = tensors[0].device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    dtype = _autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(
         x.to(dtype) if x is not None and x.dtype != torch.float64 and x.is_floating_point() else x
         for x in tensors
     )
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def layout_of(

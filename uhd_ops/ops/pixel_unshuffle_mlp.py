@@ -64,8 +64,9 @@ def pixel_unshuffle_mlp(
         fc1_bias: Its bias or None.
         fc2_weight: Weight of the second layer; ``C_out`` must be C where ``residual`` is set.
         fc2_bias: Its bias ``(C_out,)`` or None; added once in every form.
-        norm_weight: Scale ``(f²C,)`` of the LayerNorm, or None for ones.
-        norm_bias: Shift ``(f²C,)`` of the LayerNorm, or None for zeros.
+        norm_weight: Scale ``(f²C,)`` of the LayerNorm, or None for ones; may be float32 beside an
+            ``x`` in half precision.
+        norm_bias: Shift ``(f²C,)`` of the LayerNorm, or None for zeros; likewise.
         eps: Added to the variance, which is over all f²C channels.
         factor: Side f of a window, in tokens.
         activation: ``"gelu_tanh"``, ``"gelu"`` (the exact one, with erf), ``"quick_gelu"``,
@@ -155,7 +156,7 @@ def _check_parameters(x, mlp, norm, factor, residual) -> str:
     if channels == 0:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = mlp
-    _check_parameter(fc1_weight, "fc1_weight", x)
+    arguments.check_like(fc1_weight, "fc1_weight", x, "x")
     form = mlp_form(fc1_weight, channels, factor)
     if form is None:
         raise ValueError(
@@ -164,7 +165,7 @@ def _check_parameters(x, mlp, norm, factor, residual) -> str:
             f"got shape {tuple(fc1_weight.shape)}"
         )
     hidden, blocks = fc1_weight.shape[-2], fc1_weight.shape[:-2]
-    _check_parameter(fc2_weight, "fc2_weight", x)
+    arguments.check_like(fc2_weight, "fc2_weight", x, "x")
     width = channels if residual or fc2_weight.dim() < 2 else fc2_weight.shape[-2]
     expected = (*blocks, width, hidden)
     if fc2_weight.shape != expected:
@@ -175,29 +176,16 @@ def _check_parameters(x, mlp, norm, factor, residual) -> str:
     _check_vector(fc1_bias, "fc1_bias", x, (*blocks, hidden))
     _check_vector(fc2_bias, "fc2_bias", x, (width,))
     for name, vector in zip(("norm_weight", "norm_bias"), norm, strict=True):
-        _check_vector(vector, name, x, (patches * channels,))
+        # The norm is computed in float32: models in half precision often keep its weights so.
+        wide = isinstance(vector, torch.Tensor) and vector.dtype == torch.float32
+        like = vector if wide and x.dtype != torch.float64 and vector.device == x.device else x
+        _check_vector(vector, name, like, (patches * channels,))
     return form
 
 
 def _check_vector(vector, name, x, shape) -> None:
     if vector is None:
         return
-    _check_parameter(vector, name, x)
+    arguments.check_like(vector, name, x, "x")
     if vector.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got shape {tuple(vector.shape)}")
-
-
-def _check_parameter(parameter, name, x) -> None:
-    arguments.check_tensor(parameter, name)
-    # Autocast casts everything but float64 to one dtype, so there the dtypes may differ.
-    if not _autocast_applies(x) or parameter.dtype == torch.float64:
-        arguments.check_like(parameter, name, x, "x")
-    elif parameter.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {parameter.device}")
-
-
-def _autocast_applies(x) -> bool:
-    device = x.device.type
-    return (
-        x.dtype != torch.float64 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    )

@@ -55,6 +55,11 @@ def _split(grid: torch.Tensor, f: int) -> torch.Tensor:
     return grid.view(height // f, f, width // f, f).transpose(1, 2).reshape(-1, f * f)
 
 
+def clamped_window(grids, window: int) -> int:
+    """``window``, or a smaller side that cuts these views into the same windows."""
+    return min(window, max((max(pair) for pair in as_pairs(grids)), default=1) or 1)
+
+
 def packed(x: torch.Tensor, grids, feature_dims: int) -> tuple[torch.Tensor, list, int | None]:
     """``(B, h*w, ...)`` with one grid to ``(B*h*w, ...)`` with B grids; packed tokens as they are.
 

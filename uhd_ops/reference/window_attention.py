@@ -7,7 +7,12 @@ import torch
 
 from uhd_ops.reference._bad_inputs import bad, bad_attention, bad_count
 from uhd_ops.reference._spec import BadInput, Call, OpSpec, random_tensor
-from uhd_ops.reference._windows import packed, unpacked, window_tokens
+from uhd_ops.reference._windows import (
+    clamped_window,
+    packed,
+    unpacked,
+    window_tokens,
+)
 
 
 def window_attention(q, k, v, grids, window=2, *, scale=None, order="raster"):
@@ -15,7 +20,7 @@ def window_attention(q, k, v, grids, window=2, *, scale=None, order="raster"):
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     q, pairs, batch = packed(q, grids, 2)
     k, v = packed(k, grids, 2)[0], packed(v, grids, 2)[0]
-    tokens, present = window_tokens(pairs, window, q.device)
+    tokens, present = window_tokens(pairs, clamped_window(pairs, window), q.device)
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
 

@@ -7,13 +7,18 @@ import torch
 
 from uhd_ops.reference._bad_inputs import bad_count, bad_tokens
 from uhd_ops.reference._spec import Call, OpSpec, random_tensor
-from uhd_ops.reference._windows import packed, unpacked, window_tokens
+from uhd_ops.reference._windows import (
+    clamped_window,
+    packed,
+    unpacked,
+    window_tokens,
+)
 
 
 def window_mean(x, grids, window=2):
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.window_mean`."""
     x, pairs, batch = packed(x, grids, 1)
-    tokens, present = window_tokens(pairs, window, x.device)
+    tokens, present = window_tokens(pairs, clamped_window(pairs, window), x.device)
     slots = x[tokens].masked_fill(~present[..., None], 0)  # (M, f*f, C)
     total = slots.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
     mean = total / present.sum(1, keepdim=True)

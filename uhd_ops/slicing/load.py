@@ -106,7 +106,7 @@ def require_pillow() -> Any:
 
 
 @contextlib.contextmanager
-def _readable_errors(name: str) -> Iterator[None]:
+def readable_errors(name: str) -> Iterator[None]:
     """Turn what Pillow raises on data it cannot or will not decode into one ValueError."""
     image_module = require_pillow()
     bombs = (image_module.DecompressionBombError, image_module.DecompressionBombWarning)
@@ -126,7 +126,7 @@ def _readable_errors(name: str) -> Iterator[None]:
 def _read(file: BinaryIO, name: str) -> Image.Image:
     from PIL import ImageOps
 
-    with _readable_errors(name):
+    with readable_errors(name):
         image = require_pillow().open(file)
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -134,7 +134,7 @@ def _read(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    with _readable_errors(name):
+    with readable_errors(name):
         image.load()  # a Pillow image that the caller opened may not be decoded yet
     if 0 in image.size:
         raise ValueError(f"{name} must have at least one pixel, got {image.width}x{image.height}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from uhd_ops.slicing import _checks
-from uhd_ops.slicing.load import load_image, require_pillow
+from uhd_ops.slicing.load import load_image, readable_errors, require_pillow
 from uhd_ops.slicing.plan import SlicePlan
 
 if TYPE_CHECKING:
@@ -62,10 +62,11 @@ def slice_image(image: ImageSource, plan: SlicePlan) -> list[Image.Image]:
             + hint
         )
     bicubic = require_pillow().Resampling.BICUBIC
-    views = [rgb.resize(plan.thumbnail, bicubic)]
-    if plan.resized_size is not None:
-        resized = rgb.resize(plan.resized_size, bicubic)
-        views += [resized.crop(box) for box in plan.boxes]
+    with readable_errors("a view of the plan"):  # crop refuses what open would call a bomb
+        views = [rgb.resize(plan.thumbnail, bicubic)]
+        if plan.resized_size is not None:
+            resized = rgb.resize(plan.resized_size, bicubic)
+            views += [resized.crop(box) for box in plan.boxes]
     return views
 
 
