@@ -78,5 +78,9 @@ def test_second_derivative():
 @pytest.mark.parametrize("factor", [2**31, 2**32, 2**62])
 def test_absurd_factor_allocates_nothing(factor):
     # factor**2 * 4 wraps around to 0 in 64 bits.
+    x = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match="factor must be at most 2147483647"):
+        pixel_unshuffle(x, (2, 2), factor)
+    views = PackedGrids([(2, 2)]).view_table(factor, x.device)
     with pytest.raises(RuntimeError, match="does not fit in 64 bits"):
-        pixel_unshuffle(torch.zeros(4, 4), (2, 2), factor)
+        torch.ops.uhd_ops.pixel_unshuffle(x, views, factor, 1)
