@@ -17,12 +17,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(uhd_ops, m) {
 namespace uhd {
 namespace {
 
-// The kernels read D contiguous elements at any token and head stride, so views of a packed qkv
-// need no copy.
-Tensor with_contiguous_channels(const Tensor& x) {
-  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
-}
-
 TokenStrides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1)}; }
 
 void check(const Tensor& x, const Tensor& q, int64_t num_tokens, const char* name) {
@@ -85,9 +79,9 @@ void run(const WindowAttention& args, const Tensor& like, Kernel&& kernel) {
 
 Tensor forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& views,
                int64_t window, double scale, bool window_order) {
-  const Tensor q = with_contiguous_channels(q_any);
-  const Tensor k = with_contiguous_channels(k_any);
-  const Tensor v = with_contiguous_channels(v_any);
+  const Tensor q = with_contiguous_rows(q_any);
+  const Tensor k = with_contiguous_rows(k_any);
+  const Tensor v = with_contiguous_rows(v_any);
   WindowAttention args = arguments(q, k, v, views, window, scale, window_order);
   Tensor out = new_empty(q, {q.size(0), q.size(1), q.size(2)});
   args.out = out.mutable_data_ptr();
@@ -101,10 +95,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out_any, const Te
                                             const Tensor& k_any, const Tensor& v_any,
                                             const Tensor& views, int64_t window, double scale,
                                             bool window_order) {
-  const Tensor q = with_contiguous_channels(q_any);
-  const Tensor k = with_contiguous_channels(k_any);
-  const Tensor v = with_contiguous_channels(v_any);
-  const Tensor grad_out = with_contiguous_channels(grad_out_any);
+  const Tensor q = with_contiguous_rows(q_any);
+  const Tensor k = with_contiguous_rows(k_any);
+  const Tensor v = with_contiguous_rows(v_any);
+  const Tensor grad_out = with_contiguous_rows(grad_out_any);
   WindowAttention args = arguments(q, k, v, views, window, scale, window_order);
   check(grad_out, q, args.views.num_tokens(), "grad_out");
   args.grad_out = grad_out.const_data_ptr();
