@@ -17,16 +17,14 @@ from battery import (
     run,
 )
 from battery.calls import batched
+from battery.marks import native_only
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from uhd_ops import PackedGrids, _native
+from uhd_ops import PackedGrids
 from uhd_ops.reference import SPECS
 
 pytestmark = [
-    pytest.mark.skipif(
-        _native.status["cpu"] == "disabled",
-        reason="the definition reads grids as data, which is not meant to be compiled",
-    ),
+    native_only("the definition reads grids as data, which is not meant to be compiled"),
     # torch's own code, under dynamo
     pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
     pytest.mark.filterwarnings("ignore:.*is deprecated.*:DeprecationWarning"),

@@ -21,15 +21,13 @@ from battery import (
     run,
 )
 from battery.calls import batched
+from battery.marks import native_only
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from uhd_ops import _native
 from uhd_ops.reference import SPECS
 
-native_only = pytest.mark.skipif(
-    _native.status["cpu"] == "disabled", reason="without the native library nothing is registered"
-)
+kernels_only = native_only("without the native library nothing is registered")
 HELPERS = {  # operators behind no SPEC, with arguments to check them on
     "_view_table": ([4, 6, 3, 5], 2, 2),
     "_view_table_from_rows": (torch.tensor([(4, 6), (3, 5), (0, 0)]), 2),
@@ -67,7 +65,7 @@ def fresh(value, requires_grad):
     return value.requires_grad_(requires_grad and value.is_floating_point())
 
 
-@native_only
+@kernels_only
 # opcheck itself reads .grad of its own intermediate tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @per_case(NATIVE)
@@ -82,13 +80,13 @@ def test_opcheck(name, options):
         )
 
 
-@native_only
+@kernels_only
 @pytest.mark.parametrize("op", HELPERS)
 def test_opcheck_of_helpers(op):
     torch.library.opcheck(getattr(torch.ops.uhd_ops, op).default, HELPERS[op])
 
 
-@native_only
+@kernels_only
 def test_no_registered_operator_escapes():
     registered = {
         op.removeprefix("uhd_ops::")

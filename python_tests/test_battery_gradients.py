@@ -18,15 +18,13 @@ from battery import (
     run,
 )
 from battery.calls import random_like
+from battery.marks import native_only
 from torch.autograd import forward_ad
 
 import uhd_ops
-from uhd_ops import _native
 from uhd_ops.reference import SPECS
 
-native_only = pytest.mark.skipif(
-    _native.status["cpu"] == "disabled", reason="the definition itself is tested by its users"
-)
+kernels_only = native_only("the definition itself is tested by its users")
 
 
 def as_function(name, call):
@@ -104,7 +102,7 @@ def test_expanded_inputs(name):
     assert_same(name, "strides", call, grads, wanted_grads, "gradient")
 
 
-@native_only
+@kernels_only
 @pytest.mark.parametrize("name", not_exempt("second_derivative"))
 def test_second_derivatives_are_right_or_refused(name):
     call = make_call(name, torch.float64, [(2, 3), (1, 1)])

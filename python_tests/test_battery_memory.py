@@ -4,37 +4,12 @@
 import pytest
 import torch
 from battery import GRIDDED, gradients, make_call, not_exempt, public, run
+from battery.allocations import Allocations, nbytes
 from battery.calls import random_like
-from torch.profiler import ProfilerActivity, profile
+from battery.marks import native_only
 
-from uhd_ops import _native
-
-pytestmark = pytest.mark.skipif(
-    _native.status["cpu"] == "disabled", reason="the definition is not meant to be lean"
-)
+pytestmark = native_only("the definition is not meant to be lean")
 SMALL, LARGE = [(32, 32), (31, 33)], [(32, 32), (31, 33)] * 4
-
-
-class Allocations:
-    """Counts what the body allocates on the CPU."""
-
-    def __enter__(self):
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._profile.__exit__(*error)
-        events = self._profile.profiler.kineto_results.events()
-        events = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        self.largest = self.peak = live = 0
-        for _, size in sorted(events, key=lambda event: event[0]):
-            live += size
-            self.largest, self.peak = max(self.largest, size), max(self.peak, live)
-
-
-def nbytes(tensors):
-    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def measure(name, grids, **options):

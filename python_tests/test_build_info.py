@@ -8,15 +8,13 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 import torch
+from battery.marks import native_only
 
 import uhd_ops
 from uhd_ops import _native
 
-native = pytest.mark.skipif(
-    _native.status["cpu"] == "disabled", reason="UHD_OPS_DISABLE_NATIVE is set"
-)
+native = native_only("UHD_OPS_DISABLE_NATIVE is set")
 
 
 def test_versions():
@@ -70,8 +68,8 @@ def test_text_and_json():
     assert json.loads(json.dumps(info.to_dict())) == info.to_dict()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_says_why_cuda_is_not_used():
+def test_says_why_cuda_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     backend = uhd_ops.build_info().backends["window_attention"]["cuda"]
     assert backend in ("none: no CUDA device", "none: torch has no CUDA")
 

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from battery.marks import native_only
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,7 +44,7 @@ def test_every_token_is_in_one_window(pairs, window):
 
 
 @given(pairs=GRIDS, window=st.integers(1, 6))
-@pytest.mark.skipif(not hasattr(torch.ops.uhd_ops, "_view_table"), reason="no native library")
+@native_only("the definitions read no table")
 def test_view_table(pairs, window):
     table = PackedGrids(pairs).view_table(window, torch.device("cpu"))
     assert table.shape == (len(pairs) + 1, 4)

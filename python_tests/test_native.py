@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from battery import ISAS
+from battery.marks import native_only
 
 import uhd_ops
 from uhd_ops import _native
@@ -20,9 +21,7 @@ PACKAGE = Path(uhd_ops.__file__).resolve().parent
 LIBRARY = PACKAGE / "libuhd_cpu.so"
 CALL = "uhd_ops.window_attention(*torch.ones(3, 6, 1, 2), [(2, 3)])"
 
-needs_library = pytest.mark.skipif(
-    _native.status["cpu"] == "disabled", reason="UHD_OPS_DISABLE_NATIVE is set"
-)
+needs_library = native_only("UHD_OPS_DISABLE_NATIVE is set")
 
 
 def run_python(code, *options, package=PACKAGE.parent, **environment):

@@ -3,13 +3,12 @@
 
 import pytest
 import torch
+from battery.marks import native_only
 from torch.nn import functional
 
-from uhd_ops import PackedGrids, _native, pixel_unshuffle, window_mean
+from uhd_ops import PackedGrids, pixel_unshuffle, window_mean
 
-needs_kernels = pytest.mark.skipif(
-    _native.status["cpu"] != "loaded", reason="checks the native library's own guard"
-)
+needs_kernels = native_only("checks the native library's own guard")
 
 
 def image_of(x, height, width):

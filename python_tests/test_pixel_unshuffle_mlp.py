@@ -4,20 +4,18 @@
 import pytest
 import torch
 from battery import ISAS, assert_same_bits, gradients, make_call, using_isa
-from test_battery_memory import Allocations, nbytes
+from battery.allocations import Allocations, nbytes
+from battery.marks import native_only
 from torch.nn import functional
 
 import uhd_ops
-from uhd_ops import _native
 from uhd_ops.ops._arguments import layout_of
 from uhd_ops.ops._linear_activation import linear_activation
 from uhd_ops.ops._unshuffle_norm import unshuffle_norm
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 from uhd_ops.reference.pixel_unshuffle_mlp import pixel_unshuffle_mlp as definition
 
-native_only = pytest.mark.skipif(
-    _native.status["cpu"] == "disabled", reason="the private operators have no other kernels"
-)
+kernels_only = native_only("the private operators have no other kernels")
 MANY = [(16, 16), (5, 7), (13, 11), (1, 9), (1, 1), (0, 3)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
@@ -35,7 +33,7 @@ def norm_of(x, grids, weight=None, bias=None, factor=2):
 # ---- gather, LayerNorm and mean
 
 
-@native_only
+@kernels_only
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_equals_torch_layer_norm(factor, isa):
@@ -51,7 +49,7 @@ def test_equals_torch_layer_norm(factor, isa):
     assert_same_bits(mean, uhd_ops.window_mean(x, MANY, factor))
 
 
-@native_only
+@kernels_only
 def test_statistics_survive_a_large_mean():
     # E[x²] - E[x]² in float32 would lose all digits here. The centred squares lose those of
     # x - mean: an epsilon of 1000 for every element, and some for the mean.
@@ -62,7 +60,7 @@ def test_statistics_survive_a_large_mean():
     assert (z - expected).abs().max() <= 4 * 1000 * torch.finfo(torch.float32).eps
 
 
-@native_only
+@kernels_only
 @DTYPES
 @pytest.mark.parametrize("isa", ISAS)
 def test_norm_of_a_view_does_not_depend_on_its_neighbours(dtype, isa):
@@ -79,7 +77,7 @@ def test_norm_of_a_view_does_not_depend_on_its_neighbours(dtype, isa):
             token, row = token + h * w, rows.stop
 
 
-@native_only
+@kernels_only
 @DTYPES
 def test_gradients_do_not_depend_on_the_threads(dtype):
     grids = [(30, 31), (7, 8)]  # eight blocks of windows and a rest
@@ -99,7 +97,7 @@ def test_gradients_do_not_depend_on_the_threads(dtype):
             assert_same_bits(a, b)
 
 
-@native_only
+@kernels_only
 def test_norm_makes_no_temporaries():
     grids = [(32, 32), (31, 33)]
     x = tokens(grids, 64).requires_grad_()
@@ -126,7 +124,7 @@ def float64_activation(name, x):
     return y.detach(), slope
 
 
-@native_only
+@kernels_only
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_equal_torch(activation, isa):
@@ -150,7 +148,7 @@ def test_activations_equal_torch(activation, isa):
     assert (slope.double() - exact_slope).abs().max() <= 8 * eps
 
 
-@native_only
+@kernels_only
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -166,7 +164,7 @@ def test_activations_at_the_limits(activation, dtype, isa):
     assert slope[3:5].flatten().tolist() == [1, 0]
 
 
-@native_only
+@kernels_only
 @pytest.mark.parametrize("group", [1, 4, 9])
 def test_rows_in_several_blocks(group):
     rows = 9 * 4 * 150  # 5400: three blocks, the last one shorter
@@ -179,7 +177,7 @@ def test_rows_in_several_blocks(group):
     assert (hidden - expected).abs().max() <= bound
 
 
-@native_only
+@kernels_only
 def test_the_products_of_all_rows_are_kept_only_for_gradients():
     z, weight = torch.randn(4 * 4096, 8), torch.randn(32, 8)
     everything = len(z) * 32 * 4
@@ -191,7 +189,7 @@ def test_the_products_of_all_rows_are_kept_only_for_gradients():
     assert training.largest == everything
 
 
-@native_only
+@kernels_only
 def test_products_that_were_not_kept_are_made_again():
     z, weight, bias = (torch.randn(s, requires_grad=True) for s in ((12, 6), (5, 6), (5,)))
     results = []
@@ -248,7 +246,7 @@ def mixed(form="dense", **kwargs):
         return call, uhd_ops.pixel_unshuffle_mlp(*call.args, **call.kwargs)
 
 
-@native_only
+@kernels_only
 def test_autocast_runs_the_layers_in_its_dtype_and_the_rest_in_that_of_x():
     call, y = mixed()
     x, grids, *mlp = call.args

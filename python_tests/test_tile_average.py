@@ -3,12 +3,11 @@
 
 import pytest
 import torch
+from battery.marks import native_only
 
-from uhd_ops import _native, tile_average
+from uhd_ops import tile_average
 
-needs_kernels = pytest.mark.skipif(
-    _native.status["cpu"] != "loaded", reason="checks the native library's own guard"
-)
+needs_kernels = native_only("checks the native library's own guard")
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 4, 9])

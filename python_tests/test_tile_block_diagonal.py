@@ -3,12 +3,11 @@
 
 import pytest
 import torch
+from battery.marks import native_only
 
-from uhd_ops import _native, tile_block_diagonal
+from uhd_ops import tile_block_diagonal
 
-needs_kernels = pytest.mark.skipif(
-    _native.status["cpu"] != "loaded", reason="checks the native library's own guard"
-)
+needs_kernels = native_only("checks the native library's own guard")
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 4, 9])

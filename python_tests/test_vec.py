@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from battery import ISAS
+from battery.marks import native_only
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {  # as in CMakeLists.txt, which test_flags_are_those_of_the_build checks
@@ -22,7 +23,7 @@ HALVES = {"half": torch.float16, "bf16": torch.bfloat16}
 COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
 
 # This module needs a build, and a build needs a compiler: it never skips where the kernels are.
-pytestmark = pytest.mark.skipif(ISAS == ("reference",), reason="UHD_OPS_DISABLE_NATIVE is set")
+pytestmark = native_only("the definitions have no vectors")
 
 
 @pytest.fixture(scope="module", params=ISAS)

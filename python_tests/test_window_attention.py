@@ -4,6 +4,7 @@
 import pytest
 import torch
 from battery import ISAS, assert_same_bits, using_isa
+from battery.allocations import Allocations
 from torch.nn import functional
 
 from uhd_ops import reference, window_attention
@@ -128,15 +129,12 @@ def test_every_head_size(isa, head_dim):
 
 def test_slices_of_a_packed_projection_are_not_copied():
     packed = torch.randn(1024, 3, 4, 64)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with Allocations() as allocations:
         window_attention(*packed.unbind(1), (32, 32))
-    sizes = [
-        event.nbytes()
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
     one = packed[:, 0].numel() * 4
-    assert [size for size in sizes if size >= one] == [one], "the result and nothing else"
+    assert [size for size in allocations.sizes if size >= one] == [one], (
+        "the result and nothing else"
+    )
 
 
 def test_autocast_takes_what_it_casts_to_one_dtype():
