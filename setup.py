@@ -82,9 +82,9 @@ class CMakeBuild(build_ext):
     def run(self):
         installed = set()
         try:
-            installed = self.cmake()
+            installed = self.cmake_with_or_without_cuda()
         except (subprocess.CalledProcessError, OSError) as error:
-            if switch("UHD_OPS_REQUIRE_NATIVE"):
+            if switch("UHD_OPS_REQUIRE_NATIVE") or switch("UHD_OPS_CUDA"):
                 raise
             boxed_warning(
                 f"the native build FAILED ({error}); the operators will run on the PyTorch "
@@ -94,10 +94,29 @@ class CMakeBuild(build_ext):
             for stale in self.present_libraries() - installed:
                 stale.unlink()  # of an earlier build that this one did not renew
 
-    def cmake(self):
+    def cmake_with_or_without_cuda(self):
+        cuda = switch("UHD_OPS_CUDA")
+        nvcc = find_nvcc()
+        if cuda and not nvcc:
+            raise OSError("UHD_OPS_CUDA=1 but no nvcc was found; set CUDACXX or CUDA_HOME")
+        if not nvcc or cuda is False:
+            return self.cmake(None)
+        try:
+            return self.cmake(nvcc)
+        except subprocess.CalledProcessError as error:
+            if cuda or switch("UHD_OPS_REQUIRE_NATIVE"):
+                raise
+            boxed_warning(
+                f"the build with CUDA FAILED ({error}); building without it. Operators on CUDA "
+                "tensors will run on the PyTorch reference (slow). UHD_OPS_CUDA=1 makes this an "
+                "error, UHD_OPS_CUDA=0 skips CUDA."
+            )
+            return self.cmake(None)
+
+    def cmake(self, nvcc):
         build = Path(os.environ.get("UHD_OPS_BUILD_DIR") or ROOT / "build" / "cmake")
         try:
-            subprocess.run([*self.configure_command(build)], check=True)
+            subprocess.run([*self.configure_command(build, nvcc)], check=True)
         except subprocess.CalledProcessError:
             # A failed configure (a bad CXX, say) would be remembered for ever.
             (build / "CMakeCache.txt").unlink(missing_ok=True)
@@ -110,7 +129,7 @@ class CMakeBuild(build_ext):
         manifest = (build / "install_manifest.txt").read_text().split("\n")
         return {Path(line) for line in manifest if line}
 
-    def configure_command(self, build):
+    def configure_command(self, build, nvcc):
         import pybind11
 
         include = torch_include()
@@ -119,14 +138,11 @@ class CMakeBuild(build_ext):
         for tool in ("cmake", "ninja"):
             if not shutil.which(tool):
                 raise OSError(f"{tool} is not on PATH (pip install {tool})")
-        nvcc, cuda = find_nvcc(), switch("UHD_OPS_CUDA")
-        if cuda and not nvcc:
-            raise OSError("UHD_OPS_CUDA=1 but no nvcc was found; set CUDACXX or CUDA_HOME")
         yield from ("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja")
         # Said every time: the ninja of an isolated build is gone when the next one reads the cache.
         yield f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"
         yield f"-DUHD_TORCH_INCLUDE={include}"
-        yield f"-DUHD_CUDA={'ON' if nvcc and cuda is not False else 'OFF'}"
+        yield f"-DUHD_CUDA={'ON' if nvcc else 'OFF'}"
         yield f"-DUHD_SANITIZE={'ON' if switch('UHD_OPS_SANITIZE') else 'OFF'}"
         yield f"-DUHD_VERSION={self.distribution.get_version()}"
         yield f"-DPython_EXECUTABLE={sys.executable}"

@@ -31,7 +31,8 @@ ASIDE = {
     "cli": {"", "slicing", "flops", "grids", "_build_info", "reference"},  # "": public names
     "retrofit": {"slicing", "flops", "grids", "reference"},
     "nn": {"slicing", "grids", "reference"},
-    "ops": {"grids", "reference"},
+    "ops": {"grids", "padded_grids", "reference"},
+    "padded_grids": {"grids"},
     "_native": set(),
     "slicing": {"grids", "_native", "_host"},
     "flops": {"grids"},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from battery.marks import native_only
 
@@ -72,6 +73,58 @@ def test_says_why_cuda_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     backend = uhd_ops.build_info().backends["window_attention"]["cuda"]
     assert backend in ("none: no CUDA device", "none: torch has no CUDA")
+
+
+@native
+@pytest.mark.parametrize(("value", "word"), [("1", "on"), ("0", "off"), ("", "off"), (None, "off")])
+@pytest.mark.parametrize(
+    ("version", "text"), [(130101, "13.1.1"), (120804, "12.8.4"), (0, None), (-1, None)]
+)
+def test_cublaslt(monkeypatch, version, text, value, word):
+    monkeypatch.setitem(_native.status, "cuda", "loaded")
+    monkeypatch.setattr(torch.ops.uhd_ops, "_cublaslt_version", lambda: version, raising=False)
+    if value is None:
+        monkeypatch.delenv("UHD_OPS_CUBLASLT", raising=False)
+    else:
+        monkeypatch.setenv("UHD_OPS_CUBLASLT", value)
+    if text:
+        assert _native._find_cublaslt() == f"{word}: {text}"
+        return
+    why = {0: "absent: not loaded by torch", -1: "absent: built without cublasLt.h"}[version]
+    if word == "on":
+        with pytest.warns(UserWarning, match=f"UHD_OPS_CUBLASLT has no effect.*{why}"):
+            assert _native._find_cublaslt() == why
+    else:
+        assert _native._find_cublaslt() == why
+
+
+@native
+def test_cublaslt_that_refuses(monkeypatch):
+    def refuse():
+        raise RuntimeError("status 7")
+
+    monkeypatch.setitem(_native.status, "cuda", "loaded")
+    monkeypatch.setattr(torch.ops.uhd_ops, "_cublaslt_version", refuse, raising=False)
+    monkeypatch.setenv("UHD_OPS_CUBLASLT", "0")
+    assert _native._find_cublaslt() == "absent: status 7"
+
+
+def test_cublaslt_of_this_installation():
+    """The library looks for it among torch's own and makes a descriptor, which needs no GPU."""
+    code = "import uhd_ops; print(uhd_ops.build_info().cublaslt, uhd_ops._native.cublaslt_enabled)"
+    for value, word in (("0", "off"), ("1", "on")):
+        environment = {**os.environ, "UHD_OPS_CUBLASLT": value}
+        text = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        if _native.status["cuda"] == "loaded":
+            assert re.fullmatch(rf"{word}: 1[23]\.\d+\.\d+ {value == '1'}", text)
+        else:
+            assert text == f"absent: native cuda library {_native.status['cuda']} False"
 
 
 def test_without_native_libraries():

@@ -110,8 +110,8 @@ def test_norm_makes_no_temporaries():
     grad_z, grad_mean = torch.randn_like(z), torch.randn_like(mean)
     with Allocations() as backward:
         grads = torch.autograd.grad((z, mean), (x, weight, bias), (grad_z, grad_mean))
-    # Two sums of f²C channels for every 32 windows, of which x holds 32 f²C.
-    assert backward.peak - nbytes(grads) <= nbytes([x]) / 8
+    # Two sums of f²C channels for every 32 windows, for every 8 in the CUDA kernels: x holds 8 f²C.
+    assert backward.peak - nbytes(grads) <= nbytes([x]) / 3
 
 
 # ---- the layers
@@ -167,7 +167,8 @@ def test_activations_at_the_limits(activation, dtype, isa):
 @kernels_only
 @pytest.mark.parametrize("group", [1, 4, 9])
 def test_rows_in_several_blocks(group):
-    rows = 9 * 4 * 150  # 5400: three blocks, the last one shorter
+    # More than two blocks, the last one shorter: of 2048 rows on the CPU, 16384 in CUDA's glue.
+    rows = 9 * 4 * 1000
     z, weight, bias = torch.randn(rows, 6).double(), torch.randn(5, 6).double(), torch.randn(5)
     hidden = linear_activation(z, weight, bias.double(), "gelu", group)
     expected = functional.gelu(functional.linear(z, weight, bias.double()))
@@ -179,7 +180,7 @@ def test_rows_in_several_blocks(group):
 
 @kernels_only
 def test_the_products_of_all_rows_are_kept_only_for_gradients():
-    z, weight = torch.randn(4 * 4096, 8), torch.randn(32, 8)
+    z, weight = torch.randn(4 * 8192, 8), torch.randn(32, 8)
     everything = len(z) * 32 * 4
     with Allocations() as inference:
         linear_activation(z, weight, None, "gelu_tanh", 4)
@@ -194,7 +195,7 @@ def test_products_that_were_not_kept_are_made_again():
     z, weight, bias = (torch.randn(s, requires_grad=True) for s in ((12, 6), (5, 6), (5,)))
     results = []
     for keep in (True, False):
-        h, _ = torch.ops.uhd_ops._linear_activation(z, weight, bias, "silu", 4, keep)
+        h, _ = torch.ops.uhd_ops._linear_activation(z, weight, bias, "silu", 4, keep, False)
         results.append(torch.autograd.grad(h.sum(), (z, weight, bias)))
     for a, b in zip(*results, strict=True):
         # The products are sums of six numbers, in whatever order.

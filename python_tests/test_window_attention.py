@@ -5,9 +5,12 @@ import pytest
 import torch
 from battery import ISAS, assert_same_bits, using_isa
 from battery.allocations import Allocations
+from battery.marks import native_only
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from uhd_ops import reference, window_attention
+from uhd_ops import PackedGrids, PaddedGrids, reference, window_attention
+from uhd_ops.ops import _window_major, view_attention
 from uhd_ops.reference import _windows
 
 GRIDS = [(4, 6), (3, 5), (1, 1), (7, 2)]
@@ -95,6 +98,24 @@ def test_one_hot_values_show_who_attends_to_whom():
     assert torch.equal(out != 0, allowed)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [3, 9])
+def test_a_score_of_minus_infinity_has_no_weight(isa, dtype, window):
+    # Kernels take keys a few at a time: in the first ones there is nothing but -inf.
+    q, k, v = (torch.randn(window**2, 1, 64, dtype=dtype) for _ in range(3))
+    k[:-2] = float("-inf")
+    with using_isa(isa):
+        out = window_attention(q.abs(), k, v, (window, window), window)
+    rest = [x[:, 0].double() for x in (q.abs(), k[-2:], v[-2:])]
+    wanted = functional.scaled_dot_product_attention(*rest)
+    # One rounding of the result; before it, the 64 products of a score and a few more.
+    error = torch.finfo(dtype).eps + 2 * 65 * 8 * torch.finfo(torch.float32).eps
+    if dtype == torch.float64:
+        error = 2 * 65 * 8 * torch.finfo(dtype).eps
+    assert (out[:, 0].double() - wanted).abs().max() <= error * v.double().abs().max()
+
+
 def test_scale():
     q, k, v = qkv(torch.float64)
     default = window_attention(q, k, v, GRIDS)
@@ -152,3 +173,103 @@ def test_definition_needs_no_more_memory_for_a_larger_window():
     q, k, v = qkv(torch.float64)
     wanted = reference.window_attention(q, k, v, GRIDS, 7)
     assert torch.equal(reference.window_attention(q, k, v, GRIDS, 2**31 - 1), wanted)
+
+
+# ---- windows larger than 16 on CUDA: torch's own kernels, here on the CPU
+
+
+@pytest.fixture
+def suits_here(monkeypatch):
+    """Send CPU calls where CUDA calls go; the windows of every call of torch's kernel."""
+    windows = []
+    attend = view_attention._attend
+
+    def record(q, *rest):
+        windows.append(tuple(q.shape[:2]))
+        return attend(q, *rest)
+
+    monkeypatch.setattr(_window_major, "suits", lambda q, window: True)
+    monkeypatch.setattr(view_attention, "_attend", record)
+    return windows
+
+
+@pytest.mark.parametrize("order", ["raster", "window"])
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 7, 2**31 - 1])
+def test_window_major_is_the_definition(window, order):
+    leaves = [x.clone().requires_grad_() for x in qkv(torch.float64)]
+    grids = PackedGrids([(0, 3), *GRIDS, (2, 0)])
+    out = _window_major.attend(*leaves, grids, window, -0.4, order)
+    wanted = reference.window_attention(*leaves, GRIDS, window, scale=-0.4, order=order)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    grad_out = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves, grad_out)
+    for grad, exact in zip(grads, torch.autograd.grad(wanted, leaves, grad_out), strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+
+
+@native_only("without kernels the definition is called")
+def test_windows_of_equal_size_share_one_call(suits_here):
+    q, k, v = qkv(torch.float64)
+    out = window_attention(q, k, v, GRIDS, 3)
+    # (4, 6): 9 9 3 3; (3, 5): 9 6; (1, 1): 1; (7, 2): 6 6 2
+    assert suits_here == [(1, 1), (1, 2), (2, 3), (3, 6), (3, 9)]
+    wanted = reference.window_attention(q, k, v, GRIDS, 3)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+
+
+@native_only("without kernels the definition is called")
+def test_window_major_of_batched_tokens(suits_here):
+    q, k, v = (x[:24].reshape(3, 8, 2, 8) for x in qkv(torch.float64))
+    out = window_attention(q, k, v, (4, 2), 3)
+    assert suits_here == [(3, 2), (3, 6)]
+    wanted = reference.window_attention(q, k, v, (4, 2), 3)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+
+
+@native_only("without kernels the definition is called")
+def test_window_major_of_nothing(suits_here):
+    for grids, shape in (([], (0, 2, 8)), ([(0, 4)], (0, 2, 8)), ([(2, 3)], (6, 0, 8))):
+        q = torch.randn(shape, requires_grad=True)
+        out = window_attention(q, q, q, grids, 17)
+        assert out.shape == shape
+        out.sum().backward()
+
+
+@native_only("without kernels the definition is called")
+def test_graphs_keep_the_operator(suits_here):
+    q, k, v = qkv()
+    wanted = torch.ops.uhd_ops.window_attention(
+        q, k, v, PackedGrids(GRIDS).view_table(3, q.device), 3, 10, 8**-0.5, False
+    )
+    padded = PaddedGrids(TOKENS, len(GRIDS), windows=(3,), device="cpu")
+    padded.update(GRIDS)
+    assert_same_bits(window_attention(q, k, v, padded, 3), wanted)
+    compiled = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(q, k, v, PackedGrids(GRIDS), 3), wanted)
+    with FakeTensorMode() as mode:
+        window_attention(*(mode.from_tensor(x) for x in (q, k, v)), GRIDS, 3)
+    assert suits_here == []
+
+
+def test_index_tensors_are_made_once():
+    q, k, v = qkv()
+    grids = PackedGrids(GRIDS)
+    _window_major.attend(q, k, v, grids, 5, 1.0, "raster")
+    plan = _window_major._plan(grids, 5, q.device)
+    with torch.inference_mode():
+        assert _window_major._plan(grids, 5, q.device) is plan
+        other = _window_major._plan(grids, 4, q.device)
+    assert not other.grouped[0].is_inference()  # a later call may save it for its backward pass
+
+
+def test_who_goes_to_torch():
+    def suits(device, dtype, window):
+        return _window_major.suits(torch.empty(2, 1, 8, dtype=dtype, device=device), window)
+
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float16):
+            assert suits("cuda", dtype, 17)
+            assert not suits("cuda", dtype, 16)
+            assert not suits("cpu", dtype, 17)
+        assert not suits("cuda", torch.float32, 17)
+        assert not suits("cuda", torch.float64, 17)

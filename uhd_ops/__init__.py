@@ -12,6 +12,7 @@ from uhd_ops.ops.tile_vector import tile_vector
 from uhd_ops.ops.view_attention import view_attention
 from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean
+from uhd_ops.padded_grids import PaddedGrids
 from uhd_ops.retrofit import insert_early_compressor, remove_early_compressor
 from uhd_ops.slicing import (
     SlicePlan,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PackedGrids",
+    "PaddedGrids",
     "SlicePlan",
     "build_info",
     "flops",

@@ -32,6 +32,9 @@ class BuildInfo:
         cpu_isas_available: Those that were built and that this processor has, slowest first.
         cpu_isas_built: Those that were built.
         cuda_archs: CUDA architectures that were built; empty for a build without CUDA.
+        cublaslt: Whether a linear layer and its GELU run on CUDA as one call of cuBLASLt: ``"on:
+            <version>"``, ``"off: <version>"`` (set ``UHD_OPS_CUBLASLT=1`` before the import; off by
+            default because it has not been measured), or ``"absent: <why>"``.
         torch_target: Oldest torch that the native libraries load on, such as ``"2.10"``; None
             without them.
         compiler: Compiler of the native libraries; None without them.
@@ -44,6 +47,7 @@ class BuildInfo:
     cpu_isas_available: tuple[str, ...]
     cpu_isas_built: tuple[str, ...]
     cuda_archs: tuple[str, ...]
+    cublaslt: str
     torch_target: str | None
     compiler: str | None
     backends: dict[str, dict[str, str]]
@@ -59,6 +63,7 @@ class BuildInfo:
             ("native libraries", _pairs(self.native, ": ")),
             ("CPU instruction set", f"{self.cpu_isa or 'none'}{self._available()}"),
             ("CUDA architectures", ", ".join(self.cuda_archs) or "none built"),
+            ("cuBLASLt", self.cublaslt),
             ("built for", f"torch >= {self.torch_target}" if self.torch_target else "not built"),
             ("compiler", self.compiler or "none"),
         ]
@@ -97,6 +102,7 @@ def build_info() -> BuildInfo:
         cpu_isas_available=built[: built.index(best) + 1] if best in built else (),
         cpu_isas_built=built,
         cuda_archs=tuple(build.get("cuda_archs", "").split()),
+        cublaslt=_native.cublaslt,
         torch_target=_torch_version(build.get("torch_target")),
         compiler=build.get("compiler"),
         backends={
@@ -130,7 +136,11 @@ def _backend(op: str, device: str) -> str:
     if not all(_has_kernel(part, device) for part in _PARTS.get(op, (op,))):
         return f"reference: no {device} kernel"
     kernels = f"native {_native.cpu_isa()}" if device == "cpu" else "native cuda"
-    return f"{kernels}, matrix products by torch" if op in _PARTS else kernels
+    if op not in _PARTS:
+        return kernels
+    # Its parts may use it where ops/_linear_activation.py says so.
+    gelu = " and cuBLASLt" if device == "cuda" and _native.cublaslt_enabled else ""
+    return f"{kernels}, matrix products by torch{gelu}"
 
 
 def _no_cuda() -> str:

@@ -20,6 +20,13 @@ status: dict[str, str] = {}
 """``loaded``, ``absent``, ``disabled``, ``torch has no CUDA`` or ``failed: <why>``, for cpu, cuda
 and host."""
 
+cublaslt: str = "absent"
+"""``on: <version>``, ``off: <version>`` or ``absent: <why>``: whether a linear layer and its GELU
+run on CUDA as one call of cuBLASLt. UHD_OPS_CUBLASLT=1 turns it on, read once, at import. It is off
+by default because it has not been measured."""
+
+cublaslt_enabled: bool = False
+
 
 def _load(device: str) -> str:
     if os.environ.get("UHD_OPS_DISABLE_NATIVE", "0") not in ("", "0"):
@@ -50,10 +57,31 @@ def _load_host() -> str:
     return "loaded"
 
 
+def _find_cublaslt() -> str:
+    if status["cuda"] != "loaded":
+        return f"absent: native cuda library {status['cuda']}"
+    enabled = os.environ.get("UHD_OPS_CUBLASLT", "0") not in ("", "0")
+    try:
+        version = torch.ops.uhd_ops._cublaslt_version()
+    except RuntimeError as error:  # found, but it refuses what is asked of it
+        found = f"absent: {error}"
+    else:
+        if version > 0:
+            numbers = f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+            return f"{'on' if enabled else 'off'}: {numbers}"
+        found = f"absent: {'not loaded by torch' if version == 0 else 'built without cublasLt.h'}"
+    if enabled:
+        warnings.warn(f"UHD_OPS_CUBLASLT has no effect, cuBLASLt is {found}", stacklevel=2)
+    return found
+
+
 def _load_all() -> None:
     for device in _LIBRARIES:
         status[device] = _load(device)
     status["host"] = _load_host()
+    global cublaslt, cublaslt_enabled
+    cublaslt = _find_cublaslt()
+    cublaslt_enabled = cublaslt.startswith("on")
     if status["cpu"] not in ("loaded", "disabled"):
         warnings.warn(
             f"uhd_ops has no native CPU kernels ({status['cpu']}); its operators run on the "

@@ -26,6 +26,11 @@ struct Accumulate<double> {
 template <class T>
 using AccumulateT = typename Accumulate<T>::type;
 
+// In bytes.
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // Calls function(T{}) with the element type that dtype stands for.
 template <class Function>
 inline void dispatch_dtype(DType dtype, Function&& function) {

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <string>
 #include <tuple>
@@ -20,10 +21,16 @@
 #include "common/dtype.h"
 #include "common/view_table.h"
 
+// UHD_WITH_CUDA: libuhd_cuda. UHD_EMULATED: a libuhd_cpu whose operators run the CUDA kernels in
+// the emulator. Neither: the CPU kernels.
 #ifdef UHD_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
 #define UHD_DEVICE_KEY CUDA
 #else
 #define UHD_DEVICE_KEY CPU
+#endif
+#if defined(UHD_WITH_CUDA) || defined(UHD_EMULATED)
+#define UHD_CUDA_KERNELS
 #endif
 
 namespace uhd {
@@ -73,9 +80,51 @@ inline int64_t checked_product(int64_t a, int64_t b) {
   return product;
 }
 
-// Reads an (S + 1, 4) int64 view table. On the CPU the rows are checked against each other, because
-// a kernel trusts them with its addresses.
-ViewTable view_table(const Tensor& views, int64_t window);
+// Reads an (S + 1, 4) int64 view table that describes tensors of so many rows. On the CPU the table
+// is checked, because a kernel trusts it with its addresses.
+ViewTable view_table(const Tensor& views, int64_t window, int64_t token_rows, int64_t window_rows);
+
+constexpr int64_t kLargestCount = (int64_t{1} << 31) - 1;
+
+#ifdef UHD_CUDA_KERNELS
+
+// Makes the device of a tensor the current one, until it goes out of scope. Launchers need it, and
+// so does what asks the device for its limits.
+class OnDevice {
+ public:
+#ifdef UHD_WITH_CUDA
+  explicit OnDevice(const Tensor& of) : guard_(of.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#else
+  explicit OnDevice(const Tensor&) {}
+#endif
+};
+
+// Calls launcher(args, stream) for the device and the current stream of `on`.
+template <class Arguments>
+void launch_on(const Tensor& on, const char* (*launcher)(const Arguments&, void*),
+               const Arguments& args) {
+  const OnDevice guard(on);
+  void* stream = nullptr;
+#ifdef UHD_WITH_CUDA
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+#endif
+  const char* error = launcher(args, stream);
+  STD_TORCH_CHECK(error == nullptr, "CUDA kernel launch failed: ", error);
+}
+
+#else
+
+// Padding comes out as zeros: the rows of a contiguous tensor from `begin` on.
+inline void zero_rows(Tensor& out, int64_t begin) {
+  const int64_t rows = out.dim() ? out.size(0) : 0;
+  if (begin >= rows || out.numel() == 0) return;
+  const int64_t row_bytes = out.numel() / rows * static_cast<int64_t>(out.element_size());
+  std::memset(static_cast<char*>(out.mutable_data_ptr()) + begin * row_bytes, 0,
+              static_cast<size_t>((rows - begin) * row_bytes));
+}
 
 // Runs body(chunk, begin, end) over [0, total) on torch's threads; the number of chunks is at most
 // max_chunks(), so that `chunk` can index a per-thread buffer.
@@ -94,5 +143,7 @@ void parallel_chunks(int64_t total, int64_t least, Body&& body) {
 
 // How many pieces of work, each of them `bytes` long, are worth another thread.
 inline int64_t least_per_thread(int64_t bytes) { return 65536 / std::max<int64_t>(1, bytes) + 1; }
+
+#endif
 
 }  // namespace uhd

@@ -12,6 +12,11 @@
 namespace uhd {
 namespace {
 
+#ifdef UHD_EMULATED
+constexpr const char* kNames[] = {"emulated"};  // in the place of kScalar, the only one there is
+
+Isa best_isa() { return Isa::kScalar; }
+#else
 constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
 
 Isa best_isa() {
@@ -27,6 +32,7 @@ Isa best_isa() {
   return Isa::kScalar;
 #endif
 }
+#endif
 
 Isa parse(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(best_isa()); ++i) {

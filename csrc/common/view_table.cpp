@@ -7,14 +7,22 @@
 
 namespace uhd {
 
-ViewTable view_table(const Tensor& views, int64_t window) {
+ViewTable view_table(const Tensor& views, int64_t window, int64_t token_rows, int64_t window_rows) {
   STD_TORCH_CHECK(views.dim() == 2 && views.size(0) >= 1 && views.size(1) == 4 &&
                       views.scalar_type() == ScalarType::Long && views.is_contiguous(),
                   "views must be a contiguous int64 table of shape (S + 1, 4)");
   STD_TORCH_CHECK(window >= 1, "window must be at least 1, got ", window);
   const ViewTable table{static_cast<const ViewRow*>(views.const_data_ptr()), views.size(0) - 1,
-                        window};
-#ifndef UHD_WITH_CUDA
+                        window, token_rows, window_rows};
+#ifdef UHD_WITH_CUDA
+  STD_TORCH_CHECK(views.is_cuda(), "views must be on the device of the tokens");
+#endif
+#ifdef UHD_CUDA_KERNELS
+  // The table cannot be read here. Kernels count tokens, windows and views in 32 bits.
+  STD_TORCH_CHECK(
+      token_rows < kLargestCount && window_rows < kLargestCount && table.num_views < kLargestCount,
+      "a call takes less than 2^31 tokens, got ", token_rows);
+#else
   int64_t token = 0, first_window = 0;
   for (int64_t i = 0; i <= table.num_views; ++i) {
     const ViewRow& row = table.rows[i];
@@ -24,6 +32,10 @@ ViewTable view_table(const Tensor& views, int64_t window) {
     token += row.height * row.width;
     first_window += ceil_div(row.height, window) * ceil_div(row.width, window);
   }
+  STD_TORCH_CHECK(table.num_tokens() <= token_rows, "the views hold ", table.num_tokens(),
+                  " tokens, more than the ", token_rows, " rows");
+  STD_TORCH_CHECK(table.num_windows() <= window_rows, "the views hold ", table.num_windows(),
+                  " windows, more than the ", window_rows, " rows");
 #endif
   return table;
 }

@@ -8,22 +8,32 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define UHD_EVERYWHERE __host__ __device__
+#else
+#define UHD_EVERYWHERE
+#endif
+
 namespace uhd {
 
 // For a >= 0 and b >= 1 of any size: nothing here can overflow.
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+UHD_EVERYWHERE constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 struct ViewRow {
   int64_t token_begin, height, width, window_begin;
 };
 
 struct ViewTable {
-  const ViewRow* rows;
+  const ViewRow* rows;  // in the memory of the device that the kernels run on
   int64_t num_views;
   int64_t window;  // side f
+  // Rows of the tensors with one row per token, or per window. Rows beyond those of the views are
+  // padding: nothing reads them, and they come out as zeros.
+  int64_t token_rows, window_rows;
 
-  int64_t num_tokens() const { return rows[num_views].token_begin; }
-  int64_t num_windows() const { return rows[num_views].window_begin; }
+  // Only for code that runs where the rows are.
+  UHD_EVERYWHERE int64_t num_tokens() const { return rows[num_views].token_begin; }
+  UHD_EVERYWHERE int64_t num_windows() const { return rows[num_views].window_begin; }
 };
 
 // One window: its tokens are first + r * row_stride + c for r < rows, c < cols.

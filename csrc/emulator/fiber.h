@@ -156,7 +156,13 @@ class Stacks {
 
  private:
   void release() {
-    if (memory_ != nullptr) munmap(memory_, count_ * (guard_ + kBytes));
+    if (memory_ == nullptr) return;
+#ifdef UHD_EMULATOR_ASAN
+    // Frames that were left in the middle leave marks, and the next owner of the addresses is not
+    // told: an allocator of its own, Python's say, would be accused of them.
+    __asan_unpoison_memory_region(memory_, count_ * (guard_ + kBytes));
+#endif
+    munmap(memory_, count_ * (guard_ + kBytes));
     memory_ = nullptr;
     count_ = 0;
   }

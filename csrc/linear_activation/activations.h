@@ -22,7 +22,9 @@ template <class V, class Gate>
 inline V gated_slope(V x, Gate gate) {
   // With e = exp(-|y|), sigmoid'(y) = e / (1 + e)^2: s (1 - s) would lose the digits of 1 - s.
   const V y = gate.at(x), e = exp(y < 0 ? y : -y), r = 1 / (1 + e);
-  return (y < 0 ? e * r : r) + e * r * r * gate.x_times_slope(x);
+  // e is zero long before 1000; without the bound, its product with infinity would be NaN.
+  const V bounded = x > 1000 ? V{} + 1000 : x < -1000 ? V{} - 1000 : x;
+  return (y < 0 ? e * r : r) + e * r * r * gate.x_times_slope(bounded);
 }
 
 template <class S>
@@ -37,11 +39,7 @@ struct CubicGate {
   static constexpr S kScale = S(1.5957691216057308);  // 2 sqrt(2 / pi)
   static constexpr S kCube = S(0.044715);
   Vec<S> at(Vec<S> x) const { return (x * x * kCube + 1) * x * kScale; }
-  Vec<S> x_times_slope(Vec<S> x) const {
-    // The sigmoid is flat long before 64; without the bound, 0 * infinity would be NaN.
-    const Vec<S> high = splat(S(64)), bounded = x > high ? high : x < -high ? -high : x;
-    return (bounded * bounded * (3 * kCube) + 1) * bounded * kScale;
-  }
+  Vec<S> x_times_slope(Vec<S> x) const { return (x * x * (3 * kCube) + 1) * x * kScale; }
 };
 
 // The normal distribution: probability of a value below x, and x times the density at x.
@@ -54,7 +52,8 @@ inline Normal<double> normal(Vec<double> x) {
   Normal<double> result{};
   for (int i = 0; i < kLanes<double>; ++i) {
     result.below[i] = 0.5 * std::erfc(-x[i] * 0.70710678118654752);
-    result.x_density[i] = x[i] * std::exp(-0.5 * x[i] * x[i]) * 0.39894228040143268;
+    const double bell = std::exp(-0.5 * x[i] * x[i]);  // zero where x is infinite
+    result.x_density[i] = bell > 0 ? x[i] * bell * 0.39894228040143268 : bell;
   }
   return result;
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/view_table.h"
 
 namespace uhd {
 
@@ -14,7 +15,7 @@ struct LinearActivation {
   DType dtype;
   Activation activation;
   int64_t width, group;  // O outputs of the layer; rows that are averaged
-  const void *u, *bias;  // (R, O) contiguous, the products without bias; (O,) or null
+  const void *u, *bias;  // (R, O) contiguous, the products; (O,) to be added to them, or null
   void* h;               // (R / group, O) contiguous
   // backward only
   const void* grad_h;     // (R / group, O)
@@ -24,7 +25,7 @@ struct LinearActivation {
   void* partials;         // (blocks, O) wide, or null: grad_bias of every block of rows of h
   void* grad_bias;        // (O,) wide, or null
 
-  int64_t rows_per_block() const {
+  UHD_EVERYWHERE int64_t rows_per_block() const {
     return group < kProductsPerBlock ? kProductsPerBlock / group : 1;
   }
   int64_t blocks() const { return (rows + rows_per_block() - 1) / rows_per_block(); }
@@ -41,5 +42,11 @@ UHD_PER_ISA(
     void linear_activation_backward(const LinearActivation& args, int64_t begin, int64_t end);
     // Sums the partials of all blocks; outputs [begin, end).
     void linear_activation_sum_partials(const LinearActivation& args, int64_t begin, int64_t end);)
+
+// All rows; nullptr, or the text of an error.
+namespace cuda {
+const char* linear_activation_forward(const LinearActivation& args, void* stream);
+const char* linear_activation_backward(const LinearActivation& args, void* stream);
+}  // namespace cuda
 
 }  // namespace uhd

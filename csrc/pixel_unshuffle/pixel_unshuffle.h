@@ -28,4 +28,10 @@ struct PixelUnshuffle {
 UHD_PER_ISA(void pixel_unshuffle_forward(const PixelUnshuffle& args, int64_t begin, int64_t end);
             void pixel_unshuffle_backward(const PixelUnshuffle& args, int64_t begin, int64_t end);)
 
+// All windows; nullptr, or the text of an error.
+namespace cuda {
+const char* pixel_unshuffle_forward(const PixelUnshuffle& args, void* stream);
+const char* pixel_unshuffle_backward(const PixelUnshuffle& args, void* stream);
+}  // namespace cuda
+
 }  // namespace uhd

@@ -11,7 +11,7 @@ namespace uhd {
 // O rows of I inputs, T tiles. Rows are contiguous; strides between rows in elements, not bytes.
 struct TileAverage {
   DType dtype;
-  int64_t tiles, cols;  // T, I
+  int64_t tiles, rows, cols;  // T, O, I
   // forward
   const void* weight;  // (O, I)
   int64_t weight_stride;
@@ -25,5 +25,11 @@ struct TileAverage {
 // Forward writes the rows [begin, end) of out, backward those of grad_weight, every element once.
 UHD_PER_ISA(void tile_average_forward(const TileAverage& args, int64_t begin, int64_t end);
             void tile_average_backward(const TileAverage& args, int64_t begin, int64_t end);)
+
+// All rows; nullptr, or the text of an error.
+namespace cuda {
+const char* tile_average_forward(const TileAverage& args, void* stream);
+const char* tile_average_backward(const TileAverage& args, void* stream);
+}  // namespace cuda
 
 }  // namespace uhd

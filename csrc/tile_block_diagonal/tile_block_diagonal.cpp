@@ -3,16 +3,17 @@
 
 #include "common/glue.h"
 
+#ifndef UHD_WITH_CUDA  // the CPU library alone defines the schemas
 STABLE_TORCH_LIBRARY_FRAGMENT(uhd_ops, m) {
-#ifndef UHD_WITH_CUDA
   m.def("tile_block_diagonal(Tensor weight, SymInt tiles) -> Tensor");
   m.def("_tile_block_diagonal_backward(Tensor grad_out, SymInt tiles) -> Tensor");
-#endif
 }
+#endif
 
 namespace uhd {
 namespace {
 
+#ifndef UHD_CUDA_KERNELS
 // Each of `rows` rows touches `row_elements` elements of `like`.
 template <class Kernel>
 void run(int64_t rows, int64_t row_elements, const Tensor& like, Kernel&& kernel) {
@@ -20,6 +21,7 @@ void run(int64_t rows, int64_t row_elements, const Tensor& like, Kernel&& kernel
   parallel_chunks(rows, least_per_thread(row_elements * static_cast<int64_t>(like.element_size())),
                   [&](int64_t, int64_t begin, int64_t end) { kernel(begin, end); });
 }
+#endif
 
 Tensor forward(const Tensor& weight_any, int64_t tiles) {
   STD_TORCH_CHECK(weight_any.dim() == 2 && tiles >= 1,
@@ -35,9 +37,13 @@ Tensor forward(const Tensor& weight_any, int64_t tiles) {
   const int64_t rows = checked_product(tiles, args.rows), cols = checked_product(tiles, args.cols);
   Tensor out = new_empty(weight, {rows, cols});
   args.out = out.mutable_data_ptr();
+#ifdef UHD_CUDA_KERNELS
+  launch_on(weight, cuda::tile_block_diagonal_forward, args);
+#else
   run(rows, cols, weight, [&](int64_t begin, int64_t end) {
     UHD_CALL_ISA(tile_block_diagonal_forward, args, begin, end);
   });
+#endif
   return out;
 }
 
@@ -55,9 +61,13 @@ Tensor backward(const Tensor& grad_out_any, int64_t tiles) {
   args.grad_out_stride = grad_out.stride(0);
   Tensor grad_weight = new_empty(grad_out, {args.rows, args.cols});
   args.grad_weight = grad_weight.mutable_data_ptr();
+#ifdef UHD_CUDA_KERNELS
+  launch_on(grad_out, cuda::tile_block_diagonal_backward, args);
+#else
   run(args.rows, grad_out.size(1), grad_out, [&](int64_t begin, int64_t end) {
     UHD_CALL_ISA(tile_block_diagonal_backward, args, begin, end);
   });
+#endif
   return grad_weight;
 }
 

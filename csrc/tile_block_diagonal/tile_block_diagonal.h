@@ -28,4 +28,10 @@ UHD_PER_ISA(void tile_block_diagonal_forward(const TileBlockDiagonal& args, int6
             void tile_block_diagonal_backward(const TileBlockDiagonal& args, int64_t begin,
                                               int64_t end);)
 
+// All rows; nullptr, or the text of an error.
+namespace cuda {
+const char* tile_block_diagonal_forward(const TileBlockDiagonal& args, void* stream);
+const char* tile_block_diagonal_backward(const TileBlockDiagonal& args, void* stream);
+}  // namespace cuda
+
 }  // namespace uhd

@@ -3,12 +3,12 @@
 
 #include "common/glue.h"
 
+#ifndef UHD_WITH_CUDA  // the CPU library alone defines the schemas
 STABLE_TORCH_LIBRARY_FRAGMENT(uhd_ops, m) {
-#ifndef UHD_WITH_CUDA
   m.def("tile_vector(Tensor vector, SymInt tiles) -> Tensor");
   m.def("_tile_vector_backward(Tensor grad_out, SymInt tiles) -> Tensor");
-#endif
 }
+#endif
 
 namespace uhd {
 namespace {
@@ -25,10 +25,14 @@ Tensor forward(const Tensor& vector_any, int64_t tiles) {
   Tensor out = new_empty(vector, {checked_product(tiles, args.size)});
   args.out = out.mutable_data_ptr();
   if (args.size == 0) return out;
+#ifdef UHD_CUDA_KERNELS
+  launch_on(vector, cuda::tile_vector_forward, args);
+#else
   parallel_chunks(tiles, least_per_thread(args.size * static_cast<int64_t>(vector.element_size())),
                   [&](int64_t, int64_t begin, int64_t end) {
                     UHD_CALL_ISA(tile_vector_forward, args, begin, end);
                   });
+#endif
   return out;
 }
 
@@ -44,11 +48,15 @@ Tensor backward(const Tensor& grad_out_any, int64_t tiles) {
   Tensor grad_vector = new_empty(grad_out, {args.size});
   args.grad_vector = grad_vector.mutable_data_ptr();
   if (args.size == 0) return grad_vector;
+#ifdef UHD_CUDA_KERNELS
+  launch_on(grad_out, cuda::tile_vector_backward, args);
+#else
   parallel_chunks(args.size,
                   least_per_thread(tiles * static_cast<int64_t>(grad_out.element_size())),
                   [&](int64_t, int64_t begin, int64_t end) {
                     UHD_CALL_ISA(tile_vector_backward, args, begin, end);
                   });
+#endif
   return grad_vector;
 }
 

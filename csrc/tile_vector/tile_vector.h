@@ -24,4 +24,10 @@ struct TileVector {
 UHD_PER_ISA(void tile_vector_forward(const TileVector& args, int64_t begin, int64_t end);
             void tile_vector_backward(const TileVector& args, int64_t begin, int64_t end);)
 
+// All elements; nullptr, or the text of an error.
+namespace cuda {
+const char* tile_vector_forward(const TileVector& args, void* stream);
+const char* tile_vector_backward(const TileVector& args, void* stream);
+}  // namespace cuda
+
 }  // namespace uhd

@@ -28,7 +28,7 @@ struct UnshuffleNorm {
   void* partials;  // (blocks, 2, K) wide, or null: the two gradients below of each block of windows
   void *grad_norm_weight, *grad_norm_bias;  // (K,) wide, or null
 
-  int64_t merged_channels() const { return views.window * views.window * channels; }
+  UHD_EVERYWHERE int64_t merged_channels() const { return views.window * views.window * channels; }
 };
 
 // The gradients of the LayerNorm's parameters are summed over the windows of a block, then over the
@@ -43,5 +43,13 @@ UHD_PER_ISA(
     void unshuffle_norm_backward(const UnshuffleNorm& args, int64_t begin, int64_t end);
     // Sums the partials of all blocks; channels [begin, end) of the K.
     void unshuffle_norm_sum_partials(const UnshuffleNorm& args, int64_t begin, int64_t end);)
+
+// All windows; nullptr, or the text of an error.
+namespace cuda {
+// Blocks of partials that the backward pass wants; depends on the sizes only.
+int64_t unshuffle_norm_blocks(const UnshuffleNorm& args);
+const char* unshuffle_norm_forward(const UnshuffleNorm& args, void* stream);
+const char* unshuffle_norm_backward(const UnshuffleNorm& args, void* stream);
+}  // namespace cuda
 
 }  // namespace uhd

@@ -27,6 +27,7 @@ struct WindowAttention {
   const void* grad_out;
   TokenStrides grad_out_strides;
   void *grad_q, *grad_k, *grad_v;  // (N, H, D) contiguous
+  void* scratch;                   // CUDA: window_attention_backward_scratch elements
 };
 
 // Elements of float (double for float64) that one thread needs beside its registers, when no window
@@ -38,5 +39,13 @@ UHD_PER_ISA(void window_attention_forward(const WindowAttention& args, int64_t b
                                           void* scratch);
             void window_attention_backward(const WindowAttention& args, int64_t begin, int64_t end,
                                            void* scratch);)
+
+// All windows; nullptr, or the text of an error.
+namespace cuda {
+// Elements of float (double for float64) that the backward pass needs.
+int64_t window_attention_backward_scratch(const WindowAttention& args);
+const char* window_attention_forward(const WindowAttention& args, void* stream);
+const char* window_attention_backward(const WindowAttention& args, void* stream);
+}  // namespace cuda
 
 }  // namespace uhd

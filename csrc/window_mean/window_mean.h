@@ -28,4 +28,10 @@ struct WindowMean {
 UHD_PER_ISA(void window_mean_forward(const WindowMean& args, int64_t begin, int64_t end);
             void window_mean_backward(const WindowMean& args, int64_t begin, int64_t end);)
 
+// All windows; nullptr, or the text of an error.
+namespace cuda {
+const char* window_mean_forward(const WindowMean& args, void* stream);
+const char* window_mean_backward(const WindowMean& args, void* stream);
+}  // namespace cuda
+
 }  // namespace uhd

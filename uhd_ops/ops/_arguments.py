@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from uhd_ops import _native
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair, pairs_of
+from uhd_ops.padded_grids import PaddedGrids
 
 # Sums of two such options and a side stay far below 2**63, in which kernels compute.
 LARGEST_INT = 2**31 - 1
@@ -35,6 +36,7 @@ class Layout(NamedTuple):
     tokens: int  # of all views, or of each view of a batch
     windows: int  # likewise
     batch: int | None
+    padded: bool = False  # tokens and windows are capacities
 
     @property
     def num_windows(self) -> int:
@@ -52,6 +54,13 @@ class Layout(NamedTuple):
     def unpack_windows(self, x: torch.Tensor) -> torch.Tensor:
         """``(M, ...)`` to ``(B, M / B, ...)`` where the input was batched."""
         return x if self.batch is None else x.reshape(self.batch, self.windows, *x.shape[1:])
+
+    def zero_padding(self, x: torch.Tensor) -> torch.Tensor:
+        """``(M, ...)`` with zeros in the rows beyond the windows that there are."""
+        if not self.padded:
+            return x
+        beyond = torch.arange(self.windows, device=x.device) >= self.views[-1, 3]
+        return x.masked_fill(beyond.view(-1, *(1,) * (x.dim() - 1)), 0)
 
 
 def check_tensor(x: object, name: str) -> None:
@@ -173,6 +182,11 @@ def layout_of(
         )
     layout = _look_up(x, grids, window, x.shape[0] if batched else None)
     if x.shape[1 if batched else 0] != layout.tokens:
+        if layout.padded:
+            raise ValueError(
+                f"{name} must be (N, {shape}) with N = {layout.tokens} tokens (max_tokens of the "
+                f"PaddedGrids), got shape {tuple(x.shape)}"
+            )
         form = f"(B, h*w, {shape}) with h*w" if batched else f"(N, {shape}) with N"
         raise ValueError(
             f"{name} must be {form} = {layout.tokens} tokens (sum of h*w over grids), "
@@ -181,8 +195,21 @@ def layout_of(
     return layout
 
 
+def is_tracing(x: torch.Tensor) -> bool:
+    """Whether sizes may be symbols and tensors may hold no data."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
 def _look_up(x: torch.Tensor, grids: Grids, window: int, batch: int | None) -> Layout:
-    if not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+    if isinstance(grids, PaddedGrids):
+        if not _native.has_kernels(x.device):
+            raise NotImplementedError(
+                f"grids: PaddedGrids need the native kernels, which are not loaded for {x.device}; "
+                "see uhd_ops.build_info()"
+            )
+        views = grids.view_table(window, x.device)
+        return Layout(views, grids.num_tokens, grids.num_windows(window), None, padded=True)
+    if not is_tracing(x):
         one = PackedGrids.of(grids)
         every = one if batch is None else PackedGrids.of(grids, batch)
         views = every.view_table(window, x.device) if _native.has_kernels(x.device) else None

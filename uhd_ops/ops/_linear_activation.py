@@ -27,7 +27,8 @@ def linear_activation(
 
     Returns:
         ``(R / group, O)``. Bias, activation and mean are computed in float32 (float64 for float64)
-        from the products in the dtype of ``z``, and rounded once.
+        from the products in the dtype of ``z``, and rounded once. Where cuBLASLt is
+        enabled, the products need not have been rounded before.
     """
     bias = None if bias is None else bias.contiguous()
     # The products are kept for the backward pass only: without it no (R, O) tensor is made.
@@ -35,12 +36,27 @@ def linear_activation(
         tensor is not None and tensor.requires_grad for tensor in (z, weight, bias)
     )
     hidden, _ = torch.ops.uhd_ops._linear_activation(
-        z, weight, bias, activation, group, differentiated
+        z, weight, bias, activation, group, differentiated, _fused(z, activation, group)
     )
     return hidden
 
 
-def _fake(z, weight, bias, activation, group, save_products):
+def _fused(z, activation, group):
+    """Whether cuBLASLt may add the bias and apply the activation; ``u`` then includes the bias.
+
+    If it has no kernel for the sizes and addresses at hand, ours runs after a product with bias, so
+    that the meaning of ``u`` depends on this function only.
+    """
+    return (
+        _native.cublaslt_enabled
+        and z.is_cuda
+        and z.dtype in (torch.bfloat16, torch.float16)
+        and activation == "gelu_tanh"
+        and group == 1
+    )
+
+
+def _fake(z, weight, bias, activation, group, save_products, fused):
     rows, width = z.shape[0], weight.shape[0]
     return z.new_empty((rows // group, width)), z.new_empty((rows if save_products else 0, width))
 
@@ -51,7 +67,8 @@ def _backward_fake(grad_h, u, bias, activation, group, grad_bias):
 
 
 def _setup_context(ctx, inputs, output):
-    z, weight, bias, ctx.activation, ctx.group, ctx.saved_products = inputs
+    z, weight, bias, ctx.activation, ctx.group, ctx.saved_products, fused = inputs
+    ctx.bias_in_products = fused and ctx.saved_products
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(z, weight, bias, output[1])
 
@@ -60,14 +77,15 @@ def _backward(ctx, grad_h, _):
     z, weight, bias, u = ctx.saved_tensors
     if not ctx.saved_products:
         u = z @ weight.mT
+    shift = None if ctx.bias_in_products else bias
     needs_z, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_u, grad_bias = torch.ops.uhd_ops._linear_activation_backward(
-        grad_h, u, bias, ctx.activation, ctx.group, needs_bias
+        grad_h, u, shift, ctx.activation, ctx.group, needs_bias
     )
     grad_z = grad_u @ weight if needs_z else None
     grad_weight = grad_u.mT @ z if needs_weight else None
     grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-    return grad_z, grad_weight, grad_bias, None, None, None
+    return grad_z, grad_weight, grad_bias, None, None, None, None
 
 
 if _native.status["cpu"] == "loaded":

@@ -115,7 +115,8 @@ def pixel_unshuffle_mlp(
         layout.pack(x), layout, norm_weight, norm_bias, float(eps), factor, residual
     )
     y = _mlp(*arguments.autocast(z, *mlp), form, factor, activation)
-    return layout.unpack_windows(y.to(x.dtype) + mean if residual else y)
+    y = y.to(x.dtype) + mean if residual else y
+    return layout.unpack_windows(layout.zero_padding(y))
 
 
 def _mlp(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, form, factor, activation) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from uhd_ops.grids import Grids, pairs_of
 from uhd_ops.ops import _arguments as arguments
+from uhd_ops.padded_grids import PaddedGrids
 
 
 def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Grids) -> torch.Tensor:
@@ -47,22 +48,35 @@ def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Gri
     for name, x in (("k", k), ("v", v)):
         arguments.check_like(x, name, q, "q")
         arguments.check_same_shape(x, name, q, "q")
+    if isinstance(grids, PaddedGrids):
+        raise NotImplementedError(
+            "grids of view_attention must not be PaddedGrids: torch's kernels need the lengths as "
+            "Python integers; pass grids.cu_seqlens to a variable-length attention instead"
+        )
     layout = arguments.layout_of(q, "q", grids, 1, ("H", "D"))
     q, k, v = arguments.autocast(q, k, v)
     if layout.batch is not None:
         return _attend(q, k, v)
-    return _attend_by_length(q, k, v, [height * width for height, width in pairs_of(grids)])
+    return attend_by_length(q, k, v, [height * width for height, width in pairs_of(grids)])
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
     """Attention of equally long views, ``(S, L, H, D)`` to ``(S, L, H, D)``."""
     if q.numel() == 0:  # some backends refuse empty tensors
         return q * k * v
     heads_first = (x.transpose(-2, -3) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(*heads_first).transpose(-2, -3)
+    return functional.scaled_dot_product_attention(*heads_first, scale=scale).transpose(-2, -3)
 
 
-def _attend_by_length(q, k, v, lengths: list[int]) -> torch.Tensor:
+def attend_by_length(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: list[int],
+    scale: float | None = None,
+) -> torch.Tensor:
     """Attention of packed views of these lengths, one call for each distinct length."""
     if not lengths:
         return q * k * v
@@ -76,7 +90,7 @@ def _attend_by_length(q, k, v, lengths: list[int]) -> torch.Tensor:
     out = [None] * len(runs)
     for indices in runs_of.values():
         batch = [_stack([x[i].unflatten(0, runs[i]) for i in indices]) for x in pieces]
-        results = _attend(*batch).split([runs[i][0] for i in indices])
+        results = _attend(*batch, scale).split([runs[i][0] for i in indices])
         for i, result in zip(indices, results, strict=True):
             out[i] = result.unbind(0)
     return torch.cat([view for run in out for view in run])

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 
 from uhd_ops import _native, reference
-from uhd_ops.grids import Grids
+from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.ops import _arguments as arguments
+from uhd_ops.ops import _window_major
 from uhd_ops.ops._derivatives import refuse_second_derivative
 
 
@@ -26,8 +27,13 @@ def window_attention(
     The tokens of a view are grouped into non-overlapping ``window x window`` windows. At the right
     and bottom edge of a view whose side is not a multiple of ``window``, a window holds fewer
     tokens and attends among those. A window's result depends on its own tokens only, bit for bit.
-    No copy of q, k or v is made as long as their last dimension is contiguous, so the slices of a
-    packed ``(N, 3, H, D)`` projection can be passed as they are.
+    No copy of q, k or v is made as long as their last dimension is contiguous and, on CUDA, their
+    rows are 16-byte aligned, so the slices of a packed ``(N, 3, H, D)`` projection can be passed as
+    they are.
+
+    On CUDA, half types in windows larger than 16 go to torch's ``scaled_dot_product_attention``
+    instead, window by window: it copies the tokens into that order and back, and what it promises
+    about determinism is what holds then. Under torch.compile, and with PaddedGrids, they do not.
 
     Args:
         q: Queries ``(N, H, D)`` for packed tokens, or ``(B, h*w, H, D)`` with one ``(h, w)`` grid.
@@ -73,37 +79,42 @@ def window_attention(
     q, k, v = arguments.autocast(q, k, v)
     if not _native.has_kernels(q.device):
         return reference.window_attention(q, k, v, grids, window, scale=scale, order=order)
+    q, k, v = layout.pack(q), layout.pack(k), layout.pack(v)
+    if _window_major.suits(q, window) and not (layout.padded or arguments.is_tracing(q)):
+        every = PackedGrids.of(grids, 1 if layout.batch is None else layout.batch)
+        return layout.unpack_tokens(_window_major.attend(q, k, v, every, window, scale, order))
     out = torch.ops.uhd_ops.window_attention(
-        layout.pack(q),
-        layout.pack(k),
-        layout.pack(v),
+        q,
+        k,
+        v,
         layout.views,
         window,
+        layout.num_windows,
         scale,
         order == "window",
     )
     return layout.unpack_tokens(out)
 
 
-def _fake(q, k, v, views, window, scale, window_order):
+def _fake(q, k, v, views, window, num_windows, scale, window_order):
     return q.new_empty(q.shape)
 
 
-def _backward_fake(grad_out, q, k, v, views, window, scale, window_order):
+def _backward_fake(grad_out, q, k, v, views, window, num_windows, scale, window_order):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, views, ctx.window, ctx.scale, ctx.window_order = inputs
+    q, k, v, views, ctx.window, ctx.num_windows, ctx.scale, ctx.window_order = inputs
     ctx.save_for_backward(q, k, v, views)
 
 
 def _backward(ctx, grad_out):
     q, k, v, views = ctx.saved_tensors
     grad_q, grad_k, grad_v = torch.ops.uhd_ops._window_attention_backward(
-        grad_out, q, k, v, views, ctx.window, ctx.scale, ctx.window_order
+        grad_out, q, k, v, views, ctx.window, ctx.num_windows, ctx.scale, ctx.window_order
     )
-    return grad_q, grad_k, grad_v, None, None, None, None
+    return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
 if _native.status["cpu"] == "loaded":

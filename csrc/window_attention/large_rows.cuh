@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tokens of one window and head: where they are in device memory, and their way to shared
+// memory and back.
+#pragma once
+#include "common/mma.cuh"
+#include "window_attention/large_plan.cuh"
+
+namespace uhd {
+namespace {
+
+// The packed index of the i-th token of a window. For fewer than 16 * 16 + 1 tokens in rows of at
+// most 16.
+class TokenMap {
+ public:
+  UHD_DEVICE static TokenMap raster(const DeviceWindow& window) {
+    return TokenMap(window.first, window.row_stride, window.cols);
+  }
+  UHD_DEVICE static TokenMap window_order(const DeviceWindow& window) {
+    return TokenMap(window.compact, window.cols, window.cols);
+  }
+  UHD_DEVICE int operator[](int i) const { return first_ + i + int(i * reciprocal_ >> 16) * skip_; }
+
+ private:
+  // i / cols is i * reciprocal >> 16: the reciprocal is too large by less than one, so the quotient
+  // by less than 256 / 65536, and it would take 1 / 16 to reach the next integer.
+  UHD_DEVICE TokenMap(int first, int row_stride, int cols)
+      : first_(first), skip_(row_stride - cols), reciprocal_((65535u + cols) / cols) {}
+
+  int first_, skip_;
+  unsigned reciprocal_;
+};
+
+// The rows of one head in a tensor.
+template <class T>
+struct HeadRows {
+  T* base;  // the head in token 0
+  int64_t token_stride;
+  TokenMap tokens;
+
+  UHD_DEVICE T* operator[](int i) const { return base + tokens[i] * token_stride; }
+};
+
+template <class T>
+UHD_DEVICE HeadRows<const T> input_rows(const void* data, TokenStrides strides, TokenMap tokens,
+                                        int head) {
+  return {static_cast<const T*>(data) + head * strides.head, strides.token, tokens};
+}
+
+template <class T, int kDim>
+UHD_DEVICE HeadRows<T> output_rows(void* data, const WindowAttention& args, TokenMap tokens,
+                                   int head) {
+  return {static_cast<T*>(data) + head * kDim, args.heads * kDim, tokens};
+}
+
+// What a block works on.
+struct WindowAndHead {
+  DeviceWindow window;
+  int head, tokens;
+  int padded_tokens;  // in whole strips
+};
+
+// False for a block beyond the windows that there are.
+UHD_DEVICE bool find_window(const WindowAttention& args, WindowAndHead& work) {
+  const int heads = int(args.heads), index = int(blockIdx.x) / heads;
+  if (index >= int(args.views.num_windows())) return false;
+  work.window = window_at(args.views, index);
+  work.head = int(blockIdx.x) - index * heads;
+  work.tokens = work.window.size();
+  work.padded_tokens = (work.tokens + kStrip - 1) / kStrip * kStrip;
+  return true;
+}
+
+// Starts to copy `rows` rows from the begin-th on; those beyond the last token become zeros.
+// Threads first, first + step, ... share the work.
+template <class T, int kDim>
+UHD_DEVICE void load_rows(T* shared, const HeadRows<const T>& from, int begin, int rows, int tokens,
+                          int first, int step) {
+  constexpr int kChunks = Row<kDim>::kChunks;
+#pragma unroll 1  // several rows' addresses at once would cost the registers of a whole strip
+  for (int i = first; i < rows * kChunks; i += step) {
+    const int row = i / kChunks, column = i % kChunks * 8;
+    T* to = shared + row * Row<kDim>::kStride + column;
+    if (begin + row < tokens) {
+      cp_async_16(to, from[begin + row] + column);
+    } else {
+      store_16(to, make_uint4(0, 0, 0, 0));
+    }
+  }
+}
+
+// The same for all rows of a window, by all threads of the block.
+template <class T, int kDim>
+UHD_DEVICE void load_window(T* shared, const HeadRows<const T>& from, const WindowAndHead& work) {
+  load_rows<T, kDim>(shared, from, 0, work.padded_tokens, work.tokens, threadIdx.x, blockDim.x);
+}
+
+// The same for one strip, by one warp.
+template <class T, int kDim>
+UHD_DEVICE void load_strip(T* shared, const HeadRows<const T>& from, int begin,
+                           const WindowAndHead& work) {
+  load_rows<T, kDim>(shared, from, begin, kStrip, work.tokens, threadIdx.x % kWarp, kWarp);
+}
+
+// Rounds a strip of accumulators, each row times its factor, and writes the rows that are tokens.
+// They pass through kStrip rows of shared memory of this warp, so that memory sees 16 bytes at a
+// time.
+template <class T, int kDim>
+UHD_DEVICE void store_strip(T* shared, const float (&strip)[kDim / 8][4], const float (&factor)[2],
+                            const HeadRows<T>& to, int begin, int tokens) {
+  constexpr int kChunks = Row<kDim>::kChunks, kStride = Row<kDim>::kStride;
+  const int lane = threadIdx.x % kWarp;
+  __syncwarp();  // what these rows held has been read
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    T* row = shared + (lane / 4 + 8 * half) * kStride + lane % 4 * 2;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      *reinterpret_cast<uint32_t*>(row + c * 8) =
+          narrow_pair<T>(strip[c][2 * half] * factor[half], strip[c][2 * half + 1] * factor[half]);
+    }
+  }
+  __syncwarp();
+#pragma unroll 1  // as above
+  for (int i = lane; i < kStrip * kChunks; i += kWarp) {
+    const int row = i / kChunks, column = i % kChunks * 8;
+    if (begin + row < tokens) {
+      store_16(to[begin + row] + column, load_16(shared + row * kStride + column));
+    }
+  }
+  __syncwarp();  // the next copy may come
+}
+
+}  // namespace
+}  // namespace uhd

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward pass for windows of up to 16 x 16 tokens. One block per window and head: k and v lie in
+// shared memory, every warp takes strips of 16 queries over all keys.
+#include "window_attention/large_softmax.cuh"
+#include "window_attention/large_windows.h"
+
+namespace uhd {
+namespace {
+
+struct Traits {
+  // Keys at a time: a window of 8 x 8 needs no second look at the maximum, and the scores take 32
+  // registers.
+  static constexpr int kTiles = 8;
+  static constexpr int kKeys = kTiles * 8;
+  // Blocks have at most 256 threads, but few registers let several of them share an SM: this bound
+  // leaves 128 a thread, or 168 where sums and scores together come near 128.
+  static constexpr int kThreads(int head_dim) { return head_dim < 128 ? 512 : 384; }
+};
+
+// The attention of 16 queries: sums of values, each row to be multiplied by `factor`.
+template <class T, int kDim>
+UHD_DEVICE void attend(const T* q, const T* k, const T* v, int tokens, float exponent_scale,
+                       float (&out)[kDim / 8][4], float (&factor)[2]) {
+  constexpr int kStride = Row<kDim>::kStride;
+  OnlineSoftmax softmax;
+#pragma unroll
+  for (int c = 0; c < kDim / 8; ++c) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[c][i] = 0.0f;
+  }
+#pragma unroll 1
+  for (int begin = 0; begin < tokens; begin += Traits::kKeys) {
+    float scores[Traits::kTiles][4], correction[2];
+    row_products<T, kDim>(scores, q, k + begin * kStride, tokens - begin);
+    scale_and_mask(scores, exponent_scale, tokens - begin);
+    softmax.see(scores, correction);
+#pragma unroll
+    for (int c = 0; c < kDim / 8; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[c][i] *= correction[i / 2];
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = softmax.weigh(scores[n][i], i / 2);
+    }
+    add_weighted<T, kDim>(out, scores, v + begin * kStride, tokens - begin);
+  }
+  softmax.finish();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) factor[half] = 1.0f / softmax.sum(half);
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(Traits::kThreads(kDim), 1)
+    large_forward(const WindowAttention args, const LargePlan plan) {
+  constexpr int kStride = Row<kDim>::kStride;
+  zero_rows(static_cast<T*>(args.out), args.heads * kDim, args.views.num_tokens(),
+            args.views.token_rows);
+  WindowAndHead work;
+  if (!find_window(args, work)) return;
+  const TokenMap raster = TokenMap::raster(work.window);
+  const auto q = input_rows<T>(args.q, args.q_strides, raster, work.head);
+  const auto out = output_rows<T, kDim>(
+      args.out, args, args.window_order ? TokenMap::window_order(work.window) : raster, work.head);
+  const int warp = threadIdx.x / kWarp, step = plan.warps * kStrip;
+  T* k = dynamic_shared<T>();
+  T* v = k + plan.padded_tokens * kStride;
+  T* own = v + (plan.padded_tokens + warp * kStrip) * kStride;  // rows of q, then of out
+
+  int begin = warp * kStrip;
+  load_strip<T, kDim>(own, q, begin, work);
+  load_window<T, kDim>(k, input_rows<T>(args.k, args.k_strides, raster, work.head), work);
+  load_window<T, kDim>(v, input_rows<T>(args.v, args.v_strides, raster, work.head), work);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  while (begin < work.tokens) {
+    float sums[kDim / 8][4], factor[2];
+    attend<T, kDim>(own, k, v, work.tokens, plan.exponent_scale, sums, factor);
+    store_strip<T, kDim>(own, sums, factor, out, begin, work.tokens);
+    begin += step;
+    if (begin >= work.tokens) break;
+    load_strip<T, kDim>(own, q, begin, work);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncwarp();
+  }
+}
+
+template <class T>
+bool aligned(const WindowAttention& args) {
+  const auto input = [](const void* data, TokenStrides strides) {
+    return aligned_16<T>({data, strides.token}) && aligned_16<T>({data, strides.head});
+  };
+  const auto output = [](const void* data) { return aligned_16<T>({data, 0}); };
+  return input(args.q, args.q_strides) && input(args.k, args.k_strides) &&
+         input(args.v, args.v_strides) && input(args.grad_out, args.grad_out_strides) &&
+         output(args.out) && output(args.grad_q) && output(args.grad_k) && output(args.grad_v);
+}
+
+}  // namespace
+
+namespace cuda {
+
+bool large_windows_fit(const WindowAttention& args) {
+  const bool half = args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16;
+  if (!half || args.views.window < 5 || args.views.window > 16) return false;
+  bool head_dim = false;
+  for (const int dim : {64, 72, 80, 96, 128}) head_dim = head_dim || args.head_dim == dim;
+  if (!head_dim || !aligned<BFloat16>(args) || large_blocks(args) > INT32_MAX) return false;
+  return (args.grad_out ? plan_backward(args) : plan_forward(args)).warps > 0;
+}
+
+const char* large_windows_forward(const WindowAttention& args, void* stream) {
+  const LargePlan plan = plan_forward(args);
+  return with_half_and_head_dim(args, [&](auto element, auto head_dim) {
+    return launch(large_forward<decltype(element), head_dim>, dim3(unsigned(large_blocks(args))),
+                  dim3(plan.warps * kWarp), plan.shared_bytes, stream, args, plan);
+  });
+}
+
+}  // namespace cuda
+}  // namespace uhd

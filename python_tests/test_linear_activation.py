@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private operators that follow a linear layer's product: bias, activation, mean over groups.
+
+They are held against float64 formulas of their own, that keep all digits where torch's cancel.
+"""
+
+import pytest
+import torch
+from battery import assert_same_bits
+from battery.activation_bounds import ACTIVATIONS, DTYPES, assert_slope, assert_value, wide
+from battery.marks import native_only
+
+pytestmark = native_only("the private operators have no other kernels")
+
+INF, NAN = float("inf"), float("nan")
+SHAPES = [(1, 1), (7, 4), (8, 9), (72, 1), (72, 4), (320, 70), (4304, 2), (4304, 4)]
+
+
+def forward(z, weight, bias, activation, group, save=True):
+    return torch.ops.uhd_ops._linear_activation(z, weight, bias, activation, group, save, False)
+
+
+def backward(grad_h, u, bias, activation, group, grad_bias=True):
+    return torch.ops.uhd_ops._linear_activation_backward(
+        grad_h, u, bias, activation, group, grad_bias
+    )
+
+
+def random_rows(width, group, dtype):
+    """Gradients of h and products, more than two blocks of 64 products and no multiple of any."""
+    rows = 150 // group + 1
+    u, grad_h = torch.randn(rows * group, width) * 3, torch.randn(rows, width)
+    return grad_h.to(dtype), u.to(dtype), torch.randn(width).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("width", "group"), SHAPES)
+def test_values_and_slopes(width, group, activation, dtype):
+    grad_h, u, bias = random_rows(width, group, dtype)
+    z, weight = torch.randn(len(u), 3).to(dtype), torch.randn(width, 3).to(dtype) * 2
+    h, products = forward(z, weight, bias, activation, group)
+    assert_value(h, products, bias, activation, group)
+    assert_same_bits(forward(z, weight, bias, activation, group, False)[0], h)
+    assert_slope(*backward(grad_h, u, bias, activation, group), grad_h, u, bias, activation, group)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("width", [1, 72])
+def test_edge_values(width, activation, dtype):
+    edges = [-INF, INF, NAN, 30, -30, 1e-30, -1e-30, 0.0, -0.0, 1e30, -1e30, 88, -88, -10.03, -750]
+    line = [*edges, *torch.linspace(-14, 14, 1001).tolist()]
+    z = torch.tensor(line, dtype=torch.float64)[:, None].to(dtype)
+    weight = torch.ones(width, 1, dtype=dtype)  # every output has the same products
+    h, products = forward(z, weight, None, activation, 1)  # a GEMM may make NaN of infinity
+    assert_value(h, products, None, activation, 1)
+    u = z.expand(-1, width).contiguous()
+    grad_h = torch.randn(len(u), width).to(dtype)
+    assert_slope(*backward(grad_h, u, None, activation, 1), grad_h, u, None, activation, 1)
+    grad_u, none = backward(torch.ones_like(u), u, None, activation, 1, False)
+    assert none.shape == (0,)
+    assert (grad_u[[1, 9]] == 1).all()
+    assert (grad_u[[0, 10]] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_stays_in_its_row_and_output(dtype):
+    grad_h, u, bias = random_rows(72, 4, dtype)
+    clean, _ = backward(grad_h, u, bias, "gelu", 4)
+    u[17, 5] = NAN
+    grad_u, grad_bias = backward(grad_h, u, bias, "gelu", 4)
+    assert grad_u.isnan().nonzero().tolist() == [[17, 5]]
+    assert grad_bias.isnan().nonzero().tolist() == [[5]]
+    others = ~grad_u.isnan()
+    assert_same_bits(grad_u[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "group"), [(72, 4), (4304, 1), (7, 9)])
+def test_layouts_of_the_gradient(width, group, dtype):
+    grad_h, u, bias = random_rows(width, group, dtype)
+    expected = backward(grad_h, u, bias, "silu", group)
+    padded = torch.full((len(grad_h), width + 16), NAN, dtype=dtype)
+    # Rows on 16-byte addresses, beside them, and gradients with other columns in between.
+    for view in (padded[:, :width], padded[:, 1 : width + 1]):
+        view.copy_(grad_h)
+        for actual, wanted in zip(backward(view, u, bias, "silu", group), expected, strict=True):
+            assert_same_bits(actual, wanted)
+    spread = torch.stack([grad_h, grad_h * NAN], 2)[..., 0]
+    assert_same_bits(backward(spread, u, bias, "silu", group)[0], expected[0])
+    one = grad_h[:1].expand_as(grad_h)  # all rows at one address
+    actual, wanted = (backward(g, u, bias, "silu", group)[0] for g in (one, one.contiguous()))
+    assert_same_bits(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_products(dtype):
+    grad_h, u, bias = random_rows(72, 4, dtype)
+    expected = backward(grad_h, u, bias, "gelu_tanh", 4)
+    moved = torch.cat([u.new_zeros(1), u.flatten()])[1:].view_as(u)
+    moved_bias = torch.cat([bias.new_zeros(1), bias])[1:]
+    for tensors in ((moved, bias), (u, moved_bias)):
+        for a, b in zip(backward(grad_h, *tensors, "gelu_tanh", 4), expected, strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 4, 9])
+def test_a_row_does_not_depend_on_the_others(group, dtype):
+    grad_h, u, bias = random_rows(40, group, dtype)
+    z, weight = u[:, :1].contiguous(), torch.ones(40, 1, dtype=dtype)
+    h, _ = forward(z, weight, bias, "gelu", group)
+    grad_u, _ = backward(grad_h, u, bias, "gelu", group)
+    for row in (0, 1, 6, len(grad_h) - 1):
+        rows = slice(row * group, (row + 1) * group)
+        assert_same_bits(forward(z[rows], weight, bias, "gelu", group)[0], h[row : row + 1])
+        alone, _ = backward(grad_h[row : row + 1], u[rows], bias, "gelu", group)
+        assert_same_bits(alone, grad_u[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (8, 0), (0, 0)])
+def test_nothing_to_do(rows, width, dtype):
+    z, weight = torch.ones(rows, 3, dtype=dtype), torch.ones(width, 3, dtype=dtype)
+    h, u = forward(z, weight, None, "gelu", 4)
+    assert h.shape == (rows // 4, width)
+    grad_u, grad_bias = backward(h, u, None, "gelu", 4)
+    assert grad_u.shape == (rows, width)
+    assert_same_bits(grad_bias, torch.zeros(width, dtype=wide(dtype)))
