@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every CUDA kernel may use and must have, on every architecture; read by test_cuda_library.
+
+Registers decide how many warps a multiprocessor holds (65536 registers: 64 a thread for 32 warps,
+128 for 16, 168 for 12, 255 is the most). A budget is the step that the kernel was designed for, so
+a change that crosses one is seen. No kernel may spill or use local memory, whatever the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# 16 bytes a lane, with or without a hint for the caches.
+LOAD, STORE = r"LDG\.E(\.\w+)*\.128", r"STG\.E(\.\w+)*\.128"
+COPY = r"LDGSTS\.E(\.\w+)*\.128"  # cp.async
+MMA, LDSM, MOVM = r"HMMA\.", r"LDSM\.", r"MOVM\."
+HALF = r"(BFloat16|Float16)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of the kernels whose name, without parameters, matches a regular expression."""
+
+    name: str
+    registers: int
+    opcodes: tuple[str, ...] = ()
+
+
+BUDGETS = (
+    # window_attention: tensor cores, sides 1 to 4
+    Budget(rf"small_forward<{HALF}, (64|72|80|96|128)>", 96, (LOAD, STORE, MMA)),
+    Budget(rf"small_backward<{HALF}, (64|72|80)>", 128, (LOAD, STORE, MMA, MOVM)),
+    Budget(rf"small_backward<{HALF}, (96|128)>", 168, (LOAD, STORE, MMA, MOVM)),
+    # window_attention: tensor cores, sides 5 to 16; shared memory bounds the blocks first
+    Budget(rf"large_forward<{HALF}, (64|72|80|96)>", 128, (COPY, STORE, MMA, LDSM)),
+    Budget(rf"large_forward<{HALF}, 128>", 168, (COPY, STORE, MMA, LDSM)),
+    Budget(rf"large_backward<{HALF}, (64|72|80)>", 168, (COPY, STORE, MMA, LDSM)),
+    Budget(rf"large_backward<{HALF}, (96|128)>", 255, (COPY, STORE, MMA, LDSM)),
+    # window_attention: the general kernel
+    Budget(r"general_forward<Shape<\w+, [248], .*>", 128, (LOAD, STORE)),
+    Budget(r"general_queries<Shape<\w+, [248], .*>", 168, (LOAD, STORE)),
+    Budget(r"general_keys<Shape<\w+, [248], .*>", 192, (LOAD, STORE)),
+    Budget(r"general_(forward|queries|keys)<Shape<\w+, 1, .*>", 128),
+    # unshuffle_norm
+    Budget(r"forward_2x2<(float|BFloat16|Float16), true>", 84, (LOAD, STORE)),
+    Budget(r"forward_2x2<(float|BFloat16|Float16), false>", 128),
+    Budget(r"backward_2x2<(float|BFloat16|Float16), true>", 168, (LOAD, STORE)),
+    Budget(r"backward_2x2<(float|BFloat16|Float16), false>", 168),
+    Budget(r"forward_any<\w+>", 64),
+    Budget(r"backward_any<\w+>", 128),
+    Budget(r"sum_partials<(float|double)>", 32),
+    # linear_activation; a width above 1 is the 16-byte path
+    Budget(rf"activation_forward<.*, {HALF}, 8>", 64, (LOAD, STORE)),
+    Budget(r"activation_forward<.*, (float, 4|double, 2)>", 64, (LOAD, STORE)),
+    Budget(r"activation_forward<.*, 1>", 64),
+    Budget(rf"activation_backward<.*, {HALF}, 8>", 88, (LOAD, STORE)),
+    Budget(r"activation_backward<.*, (float, 4|double, 2)>", 88, (LOAD, STORE)),
+    Budget(r"activation_backward<.*, 1>", 88),
+    Budget(r"column_sums<(float|double)>", 32),
+    # window_mean, pixel_unshuffle
+    Budget(r"mean_(forward|backward)<\w+, [248]>", 64, (LOAD, STORE)),
+    Budget(r"mean_(forward|backward)<\w+, 1>", 64),
+    Budget(r"unshuffle_forward<unsigned __int128>", 64, (LOAD, STORE)),
+    Budget(r"unshuffle_forward<unsigned (long|int|short)>", 64),
+    Budget(r"unshuffle_backward<\w+, [248]>", 64, (LOAD, STORE)),
+    Budget(r"unshuffle_backward<\w+, 1>", 64),
+    # weight tiling
+    Budget(r"(average|block_diagonal|vector)_(forward|backward)<\w+, [248]>", 48, (LOAD, STORE)),
+    Budget(r"(average|block_diagonal|vector)_(forward|backward)<\w+, 1>", 48),
+    Budget(r"(block_diagonal|vector)_forward<unsigned __int128>", 48, (LOAD, STORE)),
+    Budget(r"(block_diagonal|vector)_forward<unsigned (long|int|short)>", 48),
+)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA library as nvcc made it, on a machine that need not have a GPU.
+
+It holds the architectures that were asked for, no kernel spills, every kernel keeps to its register
+budget and has the instructions that its speed rests on, and torch can load it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from battery.cuda_binary import LIBRARY, contents, kernels
+from battery.cuda_budgets import BUDGETS
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import uhd_ops
+from uhd_ops import _native
+from uhd_ops.reference import SPECS
+
+ARCHS = ("sm_80", "sm_90a")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+REQUIRED = NVCC is not None or os.environ.get("CI", "") not in ("", "0", "false")
+WHY = "no nvcc here, so there is no CUDA library (with CI=true this would be an error)"
+
+# In an emulated or sanitized build the package holds no CUDA library on purpose.
+pytestmark = pytest.mark.skipif(not REQUIRED and not LIBRARY.exists(), reason=WHY)
+
+
+def test_library_was_built():
+    assert LIBRARY.exists(), "nvcc is here or CI is set, but libuhd_cuda.so was not built"
+    assert {*ARCHS, "compute_90"} <= contents()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_kernel_spills(arch):
+    found = kernels(arch)
+    assert found
+    bad = {k.name: (k.stack, k.local_memory) for k in found if k.stack or k.local_memory}
+    assert not bad, f"stack bytes and local memory instructions: {bad}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shared_memory_is_dynamic(arch):
+    # The emulator poisons and guards only the memory that launch() asks for.
+    bad = {kernel.name: kernel.static_shared for kernel in kernels(arch) if kernel.static_shared}
+    # sm_90 reserves the first KB of every block's shared memory for the system.
+    assert {size for size in bad.values()} <= {1024}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_instructions(arch):
+    used = set()
+    for kernel in kernels(arch):
+        rows = [row for row in BUDGETS if re.fullmatch(row.name, kernel.name)]
+        assert len(rows) == 1, f"{kernel.name} matches {len(rows)} rows of BUDGETS; one is wanted"
+        used.add(rows[0])
+        assert kernel.registers <= rows[0].registers, f"{kernel.name}: {kernel.registers} registers"
+        for opcode in rows[0].opcodes:
+            has = any(re.match(opcode, code) for code in kernel.opcodes)
+            assert has, f"{kernel.name} has no {opcode} instruction"
+    assert used == set(BUDGETS), f"no such kernel: {[r.name for r in set(BUDGETS) - used]}"
+
+
+def test_torch_loads_it():
+    assert _native.status["cuda"] == "loaded"
+    native = [name for name, spec in SPECS.items() if "native" not in spec.exempt]
+    schemas = {name for name in torch._C._dispatch_get_all_op_names() if "uhd_ops::" in name}
+    with_tensors = [
+        name for name in schemas if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    ]
+    assert {f"uhd_ops::{name}" for name in native} & set(with_tensors)
+    for name in with_tensors:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+
+
+def test_it_needs_nothing_but_what_torch_has_loaded():
+    wanted = subprocess.run(
+        ["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", wanted))
+    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
+    assert needed <= {"libtorch_cpu.so", "libtorch_cuda.so", *system, "libdl.so.2", "librt.so.1"}
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    assert not re.findall(r"_ZN(?:K?)(?:3c10|2at|5torch)\w+", symbols), "not the stable ABI"
+
+
+@pytest.mark.parametrize("name", sorted(n for n, s in SPECS.items() if "native" not in s.exempt))
+def test_fake_cuda_tensors_take_the_native_path(name):
+    with FakeTensorMode() as mode:
+        call = SPECS[name].make([(4, 6), (3, 5)], torch.bfloat16)
+        call = call.map_tensors(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
+        assert _native.has_kernels(torch.device("cuda"))
+        out = getattr(uhd_ops, name)(*call.args, **call.kwargs)
+    assert out.device.type == "cuda"
+    assert mode is not None
