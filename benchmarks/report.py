@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the newest results into the README, so that no number there is typed by hand.
 
-python benchmarks/report.py            rewrite the block between the markers in README.md
-python benchmarks/report.py --check    fail if the block is not what the results say
+python benchmarks/report.py            rewrite the blocks between the markers in README.md
+python benchmarks/report.py --check    fail if a block is not what the results say
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from gpu import table
+
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- benchmark:begin -->\n", "<!-- benchmark:end -->"
-COPY = "copy of the same bytes"
+# Shown in the README of what a GPU run measures; the result file has everything.
+GPU_DTYPE, GPU_TOKENS = "bfloat16", 32768
 
 
-def newest_results() -> Path:
-    """Return the result file with the latest date of measurement."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("cpu_*.json"))
-    return max(files, key=lambda path: json.loads(path.read_text())["environment"]["date"])
+def newest(kind: str, root: Path = ROOT) -> Path | None:
+    """Return the file of a kind of results, "cpu" or "gpu", with the latest date, or None."""
+    files = sorted((root / "benchmarks" / "results").glob(f"{kind}_*.json"))
+
+    def date(path: Path) -> str:
+        return json.loads(path.read_text())["environment"]["date"]
+
+    return max(files, key=date, default=None)
 
 
-def markdown(path: Path) -> str:
+def cpu_block(path: Path | None, root: Path = ROOT) -> str:
     """Return the table of one result file, and where it was measured."""
+    if path is None:
+        return "CPU: not measured yet.\n"
     record = json.loads(path.read_text())
     lines = [
         "| case | dtype | ours | strongest eager rival | strongest compiled rival |",
@@ -41,7 +50,7 @@ def markdown(path: Path) -> str:
         f"{e['date']} on {e['logical_cpus']} logical CPUs of an {e['cpu']} "
         f"({e['cpu_isa']} kernels, "
         f"{e['threads']} threads), torch {e['torch']}, commit {e['commit']}; "
-        f"`{path.relative_to(ROOT)}` has every rival, and `benchmarks/README.md` says how it is "
+        f"`{path.relative_to(root)}` has every rival, and `benchmarks/README.md` says how it is "
         "measured.",
     ]
     return "\n".join(lines) + "\n"
@@ -56,12 +65,64 @@ def _strongest(row: dict, kind: str) -> str:
     return f"{ratios[name]:.1f}x" + (f" ({detail})" if detail else "")
 
 
+def gpu_block(path: Path | None, root: Path = ROOT) -> str:
+    """Return the table of one GPU run, or that there was none; never a computed number."""
+    if path is None:
+        return "GPU: not measured yet.\n"
+    record = json.loads(path.read_text())
+    lines = [
+        "| case | ours | rate | of the measured ceiling | strongest rival |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        if row["dtype"] == GPU_DTYPE and row["tokens"] == GPU_TOKENS:
+            lines.append(_gpu_line(row, record["ceilings"]))
+    e = record["environment"]
+    changed = ", with uncommitted changes" if e["uncommitted_changes"] else ""
+    lines += [
+        "",
+        f"{GPU_TOKENS} tokens, C = 1152, 16 heads, hidden size 4304, {GPU_DTYPE}. "
+        "Strongest rival: its time / our time; below 1 we lose. "
+        f"{_ceilings(record['ceilings'])}Measured {e['date']} on an {e['gpu']['name']}, "
+        f"torch {e['versions']['torch']}, commit {e['commit']}{changed}; "
+        f"`{path.relative_to(root)}` has every size, dtype and rival.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _ceilings(ceilings: dict) -> str:
+    if not ceilings:
+        return ""
+    copy, product = ceilings["copy_gb_per_s"], ceilings["gemm_tflop_per_s"][GPU_DTYPE]
+    return f"Ceilings in the same run: copy {copy:.0f} GB/s, product {product:.0f} TFLOP/s. "
+
+
+def _gpu_line(row: dict, ceilings: dict) -> str:
+    case, us, rate, share, rival, *_ = table.line_of(row, ceilings, gpu="")
+    case = case.removesuffix(f", {row['tokens']}").removesuffix(f", {row['dtype']}")
+    return f"| {case} | {us} µs | {rate} | {share} | {rival} |"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "benchmark": lambda: cpu_block(newest("cpu")),
+    "gpu-benchmark": lambda: gpu_block(newest("gpu")),
+}
+"""What stands between ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """Return ``text`` with the block of that name replaced."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return before + begin + content + end + after
+
+
 def main() -> int:
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    wanted = before + BEGIN + markdown(newest_results()) + END + after
+    text = wanted = readme.read_text()
+    for name, block in BLOCKS.items():
+        wanted = with_block(wanted, name, block())
     if "--check" in sys.argv[1:]:
         return int(text != wanted)
     readme.write_text(wanted)

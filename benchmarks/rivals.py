@@ -2,7 +2,7 @@
 """The strongest ways to write each operation in PyTorch for one grid with even sides.
 
 Each takes the arguments that our operator takes for a single view, and is checked against the
-definition before it is timed.
+definition before it is timed. Windows are 2 x 2, or of another side that divides the grid.
 """
 
 from __future__ import annotations
@@ -13,41 +13,42 @@ import torch
 import torch.nn.functional as F
 
 
-def split(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """``(N, ...)`` in raster order to ``(N / 4, 4, ...)``, the tokens of a window together."""
+def split(x: torch.Tensor, grid: tuple[int, int], side: int = 2) -> torch.Tensor:
+    """``(N, ...)`` in raster order to ``(N / side², side², ...)``, a window's tokens together."""
     (h, w), rest = grid, x.shape[1:]
-    x = x.view(h // 2, 2, w // 2, 2, *rest).transpose(1, 2)
-    return x.reshape(h * w // 4, 4, *rest)
+    x = x.view(h // side, side, w // side, side, *rest).transpose(1, 2)
+    return x.reshape(h * w // side**2, side**2, *rest)
 
 
-def join(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def join(x: torch.Tensor, grid: tuple[int, int], side: int = 2) -> torch.Tensor:
     """Inverse of :func:`split`."""
     (h, w), rest = grid, x.shape[2:]
-    return x.view(h // 2, w // 2, 2, 2, *rest).transpose(1, 2).reshape(h * w, *rest)
+    x = x.view(h // side, w // side, side, side, *rest).transpose(1, 2)
+    return x.reshape(h * w, *rest)
 
 
-def attention_sdpa(q, k, v, grid):
-    q, k, v = (split(x, grid).transpose(1, 2) for x in (q, k, v))
-    return join(F.scaled_dot_product_attention(q, k, v).transpose(1, 2), grid)
+def attention_sdpa(q, k, v, grid, side=2):
+    q, k, v = (split(x, grid, side).transpose(1, 2) for x in (q, k, v))
+    return join(F.scaled_dot_product_attention(q, k, v).transpose(1, 2), grid, side)
 
 
-def attention_einsum(q, k, v, grid):
-    q, k, v = (split(x, grid) for x in (q, k, v))
+def attention_einsum(q, k, v, grid, side=2):
+    q, k, v = (split(x, grid, side) for x in (q, k, v))
     scores = torch.einsum("mihd,mjhd->mhij", q, k) * q.shape[-1] ** -0.5
-    return join(torch.einsum("mhij,mjhd->mihd", scores.softmax(-1), v), grid)
+    return join(torch.einsum("mhij,mjhd->mihd", scores.softmax(-1), v), grid, side)
 
 
-def attention_matmul(q, k, v, grid):
-    q, k, v = (split(x, grid).transpose(1, 2) for x in (q, k, v))
+def attention_matmul(q, k, v, grid, side=2):
+    q, k, v = (split(x, grid, side).transpose(1, 2) for x in (q, k, v))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-    return join((weights @ v).transpose(1, 2), grid)
+    return join((weights @ v).transpose(1, 2), grid, side)
 
 
-def attention_broadcast(q, k, v, grid):
+def attention_broadcast(q, k, v, grid, side=2):
     """Multiply and sum without a matrix product: the form that torch.compile fuses best."""
-    q, k, v = (split(x, grid) for x in (q, k, v))
+    q, k, v = (split(x, grid, side) for x in (q, k, v))
     scores = (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1) * q.shape[-1] ** -0.5
-    return join((scores.softmax(2).unsqueeze(-1) * v.unsqueeze(1)).sum(2), grid)
+    return join((scores.softmax(2).unsqueeze(-1) * v.unsqueeze(1)).sum(2), grid, side)
 
 
 def unshuffle(x, grid):
