@@ -25,9 +25,11 @@ build: $(INSTALLED)  ## Build the native libraries in place
 demo: build  ## Encode a photograph with and without the compressor
 	bash examples/demo.sh $(PYTHON)
 
-test: lint build  ## Run every test, under the sanitizers and on the oldest torch too
+test: lint build  ## Run every test: also sanitized, on emulated CUDA kernels, and on the oldest torch
 	$(PYTHON) -m pytest -n 2
 	bash .ci/sanitize.sh $(PYTHON)
+	bash .ci/emulate.sh $(PYTHON)
+	bash .ci/emulate.sh $(PYTHON) --sanitize
 	bash .ci/compat.sh $(PYTHON)
 
 test-quick: build  ## Run the tests on this build only
@@ -36,12 +38,12 @@ test-quick: build  ## Run the tests on this build only
 lint: $(INSTALLED)  ## Check style of Python and C++
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	git ls-files -co --exclude-standard "csrc/*.h" "csrc/*.cpp" | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	git ls-files -co --exclude-standard "csrc/*.h" "csrc/*.cpp" "csrc/*.cu" "csrc/*.cuh" | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: $(INSTALLED)  ## Format Python and C++
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' | xargs $(VENV)/bin/clang-format -i
+	git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(VENV)/bin/clang-format -i
 
 bench: build  ## Measure the operators against their rivals
 	$(PYTHON) benchmarks/bench_ops.py

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Run tests on the CUDA kernels without a GPU: the CUDA sources compiled by a C++ compiler against csrc/emulator, as a
+# libuhd_cpu.so whose operators run them on CPU tensors. Usage: .ci/emulate.sh PYTHON [--sanitize] [PYTEST ARGUMENTS]
+# Without pytest arguments, the driver's quick checks and the operators' battery.
+set -euo pipefail
+python=$1
+shift
+sanitize=OFF
+driver=ON
+if [[ ${1:-} == --sanitize ]]; then
+    sanitize=ON
+    driver=OFF # minutes to compile, and what it checks runs below
+    shift
+fi
+build=build/emulate
+[[ $sanitize == ON ]] && build=build/emulate-sanitize
+package=$build/package/uhd_ops
+
+rm -rf "$package"
+mkdir -p "$package"
+include=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")/include
+cmake -S . -B "$build" -G Ninja -DUHD_EMULATE=ON -DUHD_DRIVER=$driver -DUHD_SANITIZE=$sanitize -DUHD_CUDA=OFF \
+    -DUHD_TORCH_INCLUDE="$include" \
+    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > "$build/configure.log"
+cmake --build "$build"
+(cd uhd_ops && find . -name '*.py' -o -name py.typed) | while read -r file; do
+    install -D -m 644 "uhd_ops/$file" "$package/$file"
+done
+cmake --install "$build" --prefix "$package" > "$build/install.log"
+
+if [[ $# == 0 ]]; then
+    [[ $driver == OFF ]] || "$build/uhd_cuda_driver" --quick
+    # Every test that runs kernels on their own; under the sanitizers, which take ten times as long, the thorough ones.
+    set -- python_tests/test_battery_{values,gradients}.py \
+        python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation}.py
+    [[ $sanitize == ON ]] || set -- "$@" python_tests/test_battery_{determinism,memory}.py \
+        python_tests/test_{padded_grids,window_attention,window_mean,pixel_unshuffle,pixel_unshuffle_mlp}.py \
+        python_tests/test_tile_{average,block_diagonal,vector}.py
+fi
+if [[ $sanitize == ON ]]; then
+    # The sanitizer's runtime must come first in the process, and libstdc++ with it, or it does not find the function
+    # that throws exceptions. Python itself leaks on exit by design.
+    export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
+    export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 UHD_OPS_SANITIZED=1
+fi
+export PYTHONPATH=$build/package
+"$python" -P -c "from uhd_ops import _native; assert _native.cpu_isa() == 'emulated', _native.status"
+"$python" -P -m pytest -q -p no:cacheprovider -n "${UHD_TEST_PROCESSES:-2}" --timeout 900 "$@"
