@@ -32,7 +32,10 @@ HELPERS = {  # operators behind no SPEC, with arguments to check them on
     "_view_table": ([4, 6, 3, 5], 2, 2),
     "_view_table_from_rows": (torch.tensor([(4, 6), (3, 5), (0, 0)]), 2),
 }
-SETTINGS = {"_best_cpu_isa", "_cpu_isa", "_set_cpu_isa"}  # no tensors: tested in test_native.py
+# No tensors: tested in test_native.py and test_build_info.py. The last one only the CUDA library has.
+SETTINGS = {"_best_cpu_isa", "_cpu_isa", "_set_cpu_isa"}
+if _native.status["cuda"] == "loaded":
+    SETTINGS.add("_cublaslt_version")
 
 
 class _Record(TorchDispatchMode):

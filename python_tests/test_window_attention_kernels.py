@@ -169,6 +169,25 @@ def test_what_is_not_finite_stays_in_its_window(dtype, side, value):
             assert_same_bits(grad[~in_raster], finite_grads[key][~in_raster], f"gradient {key}")
 
 
+@pytest.mark.parametrize("side", [2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_unlikely_keys_have_their_gradient(dtype, side):
+    # The probability of one key is below the smallest normal float16; the gradient of its value,
+    # which a large gradient of the result brings back, is not.
+    call = make([(side, side)], dtype, 64, side)
+    q, k, v, _ = call.args
+    q, k = torch.zeros_like(q), torch.zeros_like(k)
+    q[..., 0] = 8
+    k[5 % len(k), :, 0] = -12  # a score of -12: exp(-12) = 6e-6 of the others' weight
+    call = call.put(0, q).put(1, k)
+    grad_out = 500 * random_like(v)
+    _, exact = exact_of(call, grad_out)
+    _, grads = gradients(uhd_ops.window_attention, call, grad_out)
+    rare = 5 % len(k)
+    # Of this key alone: beside the others' gradients its own would count for nothing.
+    assert_close(SPEC, call, grads[2][rare], exact[2][rare], "gradient of a rare value")
+
+
 @pytest.mark.parametrize("side", [2, 4, 6, 16])
 def test_one_hot_values_come_back_where_they_belong(side):
     # Uniform probabilities of one-hot values: each output counts exactly its window's tokens.

@@ -94,8 +94,26 @@ def _load_all() -> None:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the operators have native kernels for tensors on ``device``."""
+    if device.type == "cuda":
+        return status["cuda"] == "loaded" and _kernels_fit(device)
     # "meta" has no kernels, but shapes are computed by the fakes that accompany the CPU library.
     return status.get("cpu" if device.type == "meta" else device.type) == "loaded"
+
+
+_OLDEST_GPU = (8, 0)  # compute capability; older ones run the definitions
+_fits: dict[int | None, bool] = {}
+
+
+def _kernels_fit(device: torch.device) -> bool:
+    """Whether the GPU is one that the CUDA library was built for."""
+    # While torch.compile traces, and for fake tensors, there may be no GPU to ask.
+    if torch.compiler.is_compiling():
+        return True
+    if device.index not in _fits:
+        if not torch.cuda.is_available():
+            return True
+        _fits[device.index] = torch.cuda.get_device_capability(device) >= _OLDEST_GPU
+    return _fits[device.index]
 
 
 def cpu_isa() -> str:

@@ -171,7 +171,8 @@ UHD_DEVICE GradientSums query_gradient(const T* q, const T* grad_out, const T* k
   return sums;
 }
 
-// grad_k and grad_v of 16 keys; grad_k is to be multiplied by the scale and range.down.
+// grad_k and grad_v of 16 keys; grad_k is to be multiplied by the scale and range.down, grad_v by
+// kWeightsDown.
 template <class T, int kDim>
 UHD_DEVICE void key_gradients(const T* k, const T* v, const T* q, const T* grad_out, int tokens,
                               float exponent_scale, const QueryStatistics& statistics,
@@ -196,7 +197,7 @@ UHD_DEVICE void key_gradients(const T* k, const T* v, const T* q, const T* grad_
             exp2_approximate(weights[n][i] * exponent_scale - statistics.log2_sum[present]);
         const float grad_score =
             weight * fmaf(grad_scores[n][i], range.up, -statistics.delta[present] * range.up);
-        weights[n][i] = query < count ? weight : 0.0f;
+        weights[n][i] = query < count ? weight * kWeightsUp<T> : 0.0f;
         grad_scores[n][i] = query < count ? grad_score : 0.0f;
       }
     }

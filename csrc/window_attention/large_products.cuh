@@ -72,6 +72,13 @@ struct SplitWeights {
   }
 };
 
+// Weights of a softmax are at most about 1. Float16 has few digits left for those of an unlikely
+// key, so they are brought up before they become halves, and the sums down afterwards.
+template <class T>
+constexpr float kWeightsUp = std::is_same_v<T, Float16> ? 0x1p14f : 1.0f;
+template <class T>
+constexpr float kWeightsDown = 1.0f / kWeightsUp<T>;
+
 // sums[i] += sum of weights[i][j] * column j, over the columns below `count`, 16 at a time: of the
 // last 16 the weights from `count` on must be zero, and the columns finite.
 template <class T, int kDim, int kTiles>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses the kernels of a call. The choice looks at what the call has in common for all of its
-// windows, never at their number, so that a window's result does not depend on its neighbours.
+// windows, not at their number (below 2^31 blocks), so that a window's result does not depend on
+// its neighbours.
 #include "window_attention/general_windows.h"
 #include "window_attention/large_windows.h"
 #include "window_attention/small_windows.h"

@@ -114,7 +114,7 @@ UHD_DEVICE void key_phase(const LargePlan& plan, const WindowAndHead& work,
                           const Tensors<T, kDim>& tensors, const Shared<T, kDim>& shared,
                           int begin) {
   const Range range(largest_of(shared.statistics.magnitude, work.tokens));
-  const float k_factor = range.down * plan.scale;
+  const float k_factor = range.down * plan.scale, v_factor = kWeightsDown<T>;
   while (begin < work.tokens) {
     float grad_k[kDim / 8][4], grad_v[kDim / 8][4];
     key_gradients<T, kDim>(shared.rows.first, shared.rows.second, shared.columns.first,
@@ -122,8 +122,8 @@ UHD_DEVICE void key_phase(const LargePlan& plan, const WindowAndHead& work,
                            shared.statistics, range, grad_k, grad_v);
     store_strip<T, kDim>(shared.output, grad_k, {k_factor, k_factor},
                          tensors.gradient(tensors.args.grad_k), begin, work.tokens);
-    store_strip<T, kDim>(shared.output, grad_v, {1.0f, 1.0f}, tensors.gradient(tensors.args.grad_v),
-                         begin, work.tokens);
+    store_strip<T, kDim>(shared.output, grad_v, {v_factor, v_factor},
+                         tensors.gradient(tensors.args.grad_v), begin, work.tokens);
     begin += plan.warps * kStrip;
     if (begin >= work.tokens) break;
     shared.rows.load(tensors.k(), tensors.v(), begin, work);

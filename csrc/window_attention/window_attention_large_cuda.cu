@@ -42,13 +42,15 @@ UHD_DEVICE void attend(const T* q, const T* k, const T* v, int tokens, float exp
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[n][i] = softmax.weigh(scores[n][i], i / 2);
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] = softmax.weigh(scores[n][i], i / 2) * kWeightsUp<T>;
+      }
     }
     add_weighted<T, kDim>(out, scores, v + begin * kStride, tokens - begin);
   }
   softmax.finish();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) factor[half] = 1.0f / softmax.sum(half);
+  for (int half = 0; half < 2; ++half) factor[half] = kWeightsDown<T> / softmax.sum(half);
 }
 
 template <class T, int kDim>
