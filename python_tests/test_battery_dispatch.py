@@ -25,6 +25,7 @@ from battery.marks import native_only
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from uhd_ops import _native
 from uhd_ops.reference import SPECS
 
 kernels_only = native_only("without the native library nothing is registered")
@@ -32,7 +33,7 @@ HELPERS = {  # operators behind no SPEC, with arguments to check them on
     "_view_table": ([4, 6, 3, 5], 2, 2),
     "_view_table_from_rows": (torch.tensor([(4, 6), (3, 5), (0, 0)]), 2),
 }
-# No tensors: tested in test_native.py and test_build_info.py. The last one only the CUDA library has.
+# No tensors: tested in test_native.py and test_build_info.py. The CUDA library alone has the last.
 SETTINGS = {"_best_cpu_isa", "_cpu_isa", "_set_cpu_isa"}
 if _native.status["cuda"] == "loaded":
     SETTINGS.add("_cublaslt_version")
