@@ -96,7 +96,7 @@ FOLDERS.remove("host")
 @pytest.mark.parametrize("name", FOLDERS)
 def test_native_floor(name):
     # The kernels of an operator, or of a part of one, whose Python side then has an underscore.
-    for suffix in (".h", ".cpp", "_cpu.cpp"):
+    for suffix in (".h", ".cpp", "_cpu.cpp", "_cuda.cu"):
         assert (ROOT / "csrc" / name / f"{name}{suffix}").is_file(), f"csrc/{name}/{name}{suffix}"
     assert (PACKAGE / "ops" / f"{name}.py").exists() != (PACKAGE / "ops" / f"_{name}.py").exists()
 
