@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 def test_python_examples_run_in_order(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)  # that is the point of this test
@@ -25,6 +25,9 @@ def test_python_examples_run_in_order(monkeypatch, capsys):
     assert tokens_in == namespace["plan"].num_tokens
     assert tokens_out == namespace["grids"].merged(2).num_tokens or tokens_out * 4 == tokens_in
     assert namespace["qkv"].grad.isfinite().all()
+    assert namespace["merged"].shape == (1024, 1152)  # of the last block
+    assert namespace["merged"][:508].all(1).all()
+    assert not namespace["merged"][508:].any()
 
 
 def test_shapes_in_comments_are_true():
