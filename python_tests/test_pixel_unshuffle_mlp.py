@@ -110,8 +110,10 @@ def test_norm_makes_no_temporaries():
     grad_z, grad_mean = torch.randn_like(z), torch.randn_like(mean)
     with Allocations() as backward:
         grads = torch.autograd.grad((z, mean), (x, weight, bias), (grad_z, grad_mean))
-    # Two sums of f²C channels for every 32 windows, for every 8 in the CUDA kernels: x holds 8 f²C.
-    assert backward.peak - nbytes(grads) <= nbytes([x]) / 3
+    # Two sums of f²C channels for every 32 windows, of which x holds 32 f²C; for every 8 windows in
+    # the CUDA kernels.
+    least_windows = 8 if ISAS == ("emulated",) else 32
+    assert backward.peak - nbytes(grads) <= nbytes([x]) * 2 / least_windows * 1.3
 
 
 # ---- the layers
