@@ -15,26 +15,13 @@ if [[ ${1:-} == --sanitize ]]; then
 fi
 build=build/emulate
 [[ $sanitize == ON ]] && build=build/emulate-sanitize
-package=$build/package/uhd_ops
-
-rm -rf "$package"
-mkdir -p "$package"
-include=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")/include
-cmake -S . -B "$build" -G Ninja -DUHD_EMULATE=ON -DUHD_DRIVER=$driver -DUHD_SANITIZE=$sanitize -DUHD_CUDA=OFF \
-    -DUHD_TORCH_INCLUDE="$include" \
-    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
-    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > "$build/configure.log"
-cmake --build "$build"
-(cd uhd_ops && find . -name '*.py' -o -name py.typed) | while read -r file; do
-    install -D -m 644 "uhd_ops/$file" "$package/$file"
-done
-cmake --install "$build" --prefix "$package" > "$build/install.log"
+bash .ci/package.sh "$python" "$build" -DUHD_EMULATE=ON -DUHD_DRIVER=$driver -DUHD_SANITIZE=$sanitize
 
 if [[ $# == 0 ]]; then
     [[ $driver == OFF ]] || "$build/uhd_cuda_driver" --quick
     # Every test that runs kernels on their own; under the sanitizers, which take ten times as long, the thorough ones.
     set -- python_tests/test_battery_{values,gradients}.py \
-        python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation}.py
+        python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation,linear_activation_fused}.py
     [[ $sanitize == ON ]] || set -- "$@" python_tests/test_battery_{determinism,memory}.py \
         python_tests/test_{padded_grids,window_attention,window_mean,pixel_unshuffle,pixel_unshuffle_mlp}.py \
         python_tests/test_tile_{average,block_diagonal,vector}.py

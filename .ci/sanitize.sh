@@ -5,19 +5,7 @@
 set -euo pipefail
 python=$1
 build=build/sanitize
-package=$build/package/uhd_ops
-
-rm -rf "$package"
-mkdir -p "$build/package"
-include=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")/include
-cmake -S . -B "$build" -G Ninja -DUHD_SANITIZE=ON -DUHD_CUDA=OFF -DUHD_TORCH_INCLUDE="$include" \
-    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
-    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > "$build/configure.log"
-cmake --build "$build"
-(cd uhd_ops && find . -name '*.py' -o -name py.typed) | while read -r file; do
-    install -D -m 644 "uhd_ops/$file" "$package/$file"
-done
-cmake --install "$build" --prefix "$package" > "$build/install.log"
+bash .ci/package.sh "$python" "$build" -DUHD_SANITIZE=ON
 
 # The sanitizer's runtime must come first in the process, and libstdc++ with it, or it does not find the function that
 # throws exceptions. Python itself leaks on exit by design.

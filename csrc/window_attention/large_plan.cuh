@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/windows.cuh"
+#include "window_attention/head_dims.h"
 #include "window_attention/window_attention.h"
 
 namespace uhd {
@@ -82,29 +83,6 @@ inline LargePlan plan_backward(const WindowAttention& args) {
 // One block per window and head, and at least one for rows of padding.
 inline int64_t large_blocks(const WindowAttention& args) {
   return std::max<int64_t>(args.views.window_rows, 1) * args.heads;
-}
-
-// Calls function(T{}, head_dim) with a half type and a constant head size; null for others.
-template <class T, class Function>
-inline const char* with_head_dim(int64_t head_dim, Function&& function) {
-  switch (head_dim) {
-    case 64:
-      return function(T{}, std::integral_constant<int, 64>{});
-    case 72:
-      return function(T{}, std::integral_constant<int, 72>{});
-    case 80:
-      return function(T{}, std::integral_constant<int, 80>{});
-    case 96:
-      return function(T{}, std::integral_constant<int, 96>{});
-    case 128:
-      return function(T{}, std::integral_constant<int, 128>{});
-  }
-  return "window_attention: no kernel for large windows has this head size";
-}
-template <class Function>
-inline const char* with_half_and_head_dim(const WindowAttention& args, Function&& function) {
-  if (args.dtype == DType::kBFloat16) return with_head_dim<BFloat16>(args.head_dim, function);
-  return with_head_dim<Float16>(args.head_dim, function);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // Windows of side 1 to 4: a warp takes a tile of windows and some heads, one after another. There
 // is neither shared memory nor a barrier: the tokens of a window never leave their warp, so the
 // backward pass recomputes the probabilities, and writes every gradient once.
+#include "window_attention/head_dims.h"
 #include "window_attention/small_products.cuh"
 #include "window_attention/small_windows.h"
 
@@ -120,29 +121,6 @@ int choose_heads_each(const WindowAttention& args) {
   return heads_each;
 }
 
-template <class T, class Function>
-const char* with_head_dim(int64_t head_dim, Function&& function) {
-  switch (head_dim) {
-    case 64:
-      return function(T{}, std::integral_constant<int, 64>{});
-    case 72:
-      return function(T{}, std::integral_constant<int, 72>{});
-    case 80:
-      return function(T{}, std::integral_constant<int, 80>{});
-    case 96:
-      return function(T{}, std::integral_constant<int, 96>{});
-    case 128:
-      return function(T{}, std::integral_constant<int, 128>{});
-  }
-  return "window attention: no kernel for small windows with this head size";
-}
-
-template <class Function>
-const char* with_instance(const WindowAttention& args, Function&& function) {
-  return args.dtype == DType::kBFloat16 ? with_head_dim<BFloat16>(args.head_dim, function)
-                                        : with_head_dim<Float16>(args.head_dim, function);
-}
-
 const char* launch_blocks(void (*kernel)(WindowAttention, int), const WindowAttention& args,
                           void* stream) {
   const int heads_each = choose_heads_each(args);
@@ -168,7 +146,7 @@ bool small_windows_fit(const WindowAttention& args) {
   const auto exists = [](auto, auto) -> const char* { return nullptr; };
   bool fit = (args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16) &&
              args.views.window >= 1 && args.views.window <= 4 &&
-             with_instance(args, exists) == nullptr && rows_fit(args.q, args.q_strides) &&
+             with_half_and_head_dim(args, exists) == nullptr && rows_fit(args.q, args.q_strides) &&
              rows_fit(args.k, args.k_strides) && rows_fit(args.v, args.v_strides) &&
              rows_fit(args.grad_out, args.grad_out_strides);
   for (const void* result : {args.out, args.grad_q, args.grad_k, args.grad_v}) {
@@ -180,13 +158,13 @@ bool small_windows_fit(const WindowAttention& args) {
 }
 
 const char* small_windows_forward(const WindowAttention& args, void* stream) {
-  return with_instance(args, [&](auto element, auto dim) {
+  return with_half_and_head_dim(args, [&](auto element, auto dim) {
     return launch_blocks(small_forward<decltype(element), dim.value>, args, stream);
   });
 }
 
 const char* small_windows_backward(const WindowAttention& args, void* stream) {
-  return with_instance(args, [&](auto element, auto dim) {
+  return with_half_and_head_dim(args, [&](auto element, auto dim) {
     return launch_blocks(small_backward<decltype(element), dim.value>, args, stream);
   });
 }

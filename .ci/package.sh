@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Build the package for tests beside the one in the checkout, in BUILD/package, without a CUDA library.
+# Usage: .ci/package.sh PYTHON BUILD [CMAKE OPTIONS]
+set -euo pipefail
+python=$1
+build=$2
+package=$build/package/uhd_ops
+
+rm -rf "$package"
+mkdir -p "$package"
+include=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")/include
+cmake -S . -B "$build" -G Ninja -DUHD_CUDA=OFF "${@:3}" -DUHD_TORCH_INCLUDE="$include" \
+    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > "$build/configure.log"
+cmake --build "$build"
+(cd uhd_ops && find . -name '*.py' -o -name py.typed) | while read -r file; do
+    install -D -m 644 "uhd_ops/$file" "$package/$file"
+done
+cmake --install "$build" --prefix "$package" > "$build/install.log"
