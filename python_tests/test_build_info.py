@@ -55,6 +55,7 @@ def test_every_operator_is_native_on_the_cpu():
     backends = uhd_ops.build_info().backends
     assert set(backends) == set(uhd_ops.reference.SPECS)
     assert backends.pop("view_attention")["cpu"] == "torch scaled_dot_product_attention"
+    assert backends.pop("reorder_tokens")["cpu"] == "torch index_select"
     for op, devices in backends.items():
         assert devices["cpu"].startswith("native "), op
 

@@ -17,6 +17,8 @@ from uhd_ops.reference import SPECS
 _DEVICES = ("cpu", "cuda")
 # Operators that are no native operator themselves.
 _TORCH_ONLY = {"view_attention": "torch scaled_dot_product_attention"}
+# Likewise, but they need the tables of the native library.
+_TORCH_ON_TABLES = {"reorder_tokens": "torch index_select"}
 _PARTS = {"pixel_unshuffle_mlp": ("_unshuffle_norm", "_linear_activation")}
 
 
@@ -133,6 +135,8 @@ def _backend(op: str, device: str) -> str:
     status = _native.status[device]
     if status != "loaded":
         return f"reference: native {device} library {status}"
+    if op in _TORCH_ON_TABLES:
+        return _TORCH_ON_TABLES[op]
     if not all(_has_kernel(part, device) for part in _PARTS.get(op, (op,))):
         return f"reference: no {device} kernel"
     kernels = f"native {_native.cpu_isa()}" if device == "cpu" else "native cuda"

@@ -95,6 +95,22 @@ class PackedGrids:
                 self._tables[key] = lengths.cumsum(0).to(dtype=torch.int32, device=device)
             return self._tables[key].clone()  # the caller may change it
 
+    def coordinates(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return row and column of every token in its view, ``(N, 2)`` float32, in raster order.
+
+        Rotary position embeddings are made from them. For merged tokens, ``window_mean`` of them
+        gives the windows' centres, and ``merged(factor).coordinates()`` numbers them anew.
+        """
+        key = ("coordinates", torch.device(device))
+        with _outlives_modes():
+            if key not in self._tables:
+                views = [torch.empty((0, 2), device="cpu")]
+                for h, w in self._pairs:
+                    token = torch.arange(h * w, device="cpu")
+                    views.append(torch.stack([token // max(w, 1), token % max(w, 1)], 1))
+                self._tables[key] = torch.cat(views).to(dtype=torch.float32, device=device)
+            return self._tables[key].clone()  # the caller may change it
+
     def view_table(self, window: int, device: torch.device) -> torch.Tensor:
         """Return the kernels' table ``(S + 1, 4)`` for one window side.
 

@@ -86,6 +86,11 @@ class PaddedGrids:
             child._check(grids.merged(factor))
         self._put(grids)
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window sides that these grids were made for."""
+        return tuple(self._rows)
+
     def num_windows(self, window: int) -> int:
         """Rows of tensors with one row per window of this side."""
         return self._rows[self._known(window)]

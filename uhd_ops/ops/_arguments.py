@@ -37,6 +37,8 @@ class Layout(NamedTuple):
     windows: int  # likewise
     batch: int | None
     padded: bool = False  # tokens and windows are capacities
+    # Keeps what is derived from the view table; None where nothing may be kept.
+    packed: PackedGrids | None = None
 
     @property
     def num_windows(self) -> int:
@@ -213,7 +215,7 @@ def _look_up(x: torch.Tensor, grids: Grids, window: int, batch: int | None) -> L
         one = PackedGrids.of(grids)
         every = one if batch is None else PackedGrids.of(grids, batch)
         views = every.view_table(window, x.device) if _native.has_kernels(x.device) else None
-        return Layout(views, one.num_tokens, one.num_windows(window), batch)
+        return Layout(views, one.num_tokens, one.num_windows(window), batch, packed=every)
     if isinstance(grids, PackedGrids) and torch.compiler.is_compiling():
         views = grids.view_table(window, x.device)
         return Layout(views, grids.num_tokens, grids.num_windows(window), None)

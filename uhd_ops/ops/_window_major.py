@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from uhd_ops.grids import PackedGrids, _outlives_modes
+from uhd_ops.ops._token_order import Permute
 from uhd_ops.ops.view_attention import attend_by_length
 
 # The largest window that our kernels on tensor cores hold.
@@ -47,27 +48,8 @@ def attend(
 ) -> torch.Tensor:
     """:func:`uhd_ops.window_attention` of packed tokens ``(N, H, D)``, on any device."""
     plan = _plan(grids, window, q.device)
-    q, k, v = (_Permute.apply(x, *plan.grouped) for x in (q, k, v))
-    return _Permute.apply(attend_by_length(q, k, v, plan.lengths, scale), *plan.results[order])
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order. The gradient is gathered too, where indexing would scatter it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, index, inverse):
-        return x.index_select(0, index)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, grad):
-        index, inverse = ctx.saved_tensors
-        return _Permute.apply(grad, inverse, index), None, None
+    q, k, v = (Permute.apply(x, *plan.grouped) for x in (q, k, v))
+    return Permute.apply(attend_by_length(q, k, v, plan.lengths, scale), *plan.results[order])
 
 
 def _plan(grids: PackedGrids, window: int, device: torch.device) -> _Plan:

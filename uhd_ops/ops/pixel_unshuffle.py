@@ -8,9 +8,13 @@ import torch
 from uhd_ops import _native, reference
 from uhd_ops.grids import Grids
 from uhd_ops.ops import _arguments as arguments
+from uhd_ops.ops import _token_order as token_order
+from uhd_ops.ops._token_order import TokenOrder
 
 
-def pixel_unshuffle(x: torch.Tensor, grids: Grids, factor: int = 2) -> torch.Tensor:
+def pixel_unshuffle(
+    x: torch.Tensor, grids: Grids, factor: int = 2, *, order_in: TokenOrder = "raster"
+) -> torch.Tensor:
     """Concatenate the channels of the ``factor x factor`` tokens of each window.
 
     Channels are in patch-major order: the tokens of the window in raster order, the C channels of
@@ -28,15 +32,19 @@ def pixel_unshuffle(x: torch.Tensor, grids: Grids, factor: int = 2) -> torch.Ten
         grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or
             one pair.
         factor: Side f of a window, in tokens.
+        order_in: Order of the tokens inside each view: ``"raster"``, ``"window"`` for window-major,
+            ``"block"`` for 2 x 2 blocks one after the other, or sides of nested blocks; see
+            :func:`uhd_ops.reorder_tokens`. Window-major tokens are read where they are; in other
+            orders but raster order they are copied into raster order first.
 
     Returns:
-        Merged tokens ``(M, f*f*C)``, or ``(B, M / B, f*f*C)`` for batched ``x``, contiguous, on the
-        grids ``PackedGrids(grids).merged(factor)``.
+        Merged tokens ``(M, f*f*C)``, or ``(B, M / B, f*f*C)`` for batched ``x``, contiguous, in
+        raster order on the grids ``PackedGrids(grids).merged(factor)``.
 
     Raises:
         TypeError: ``x``, ``grids`` or ``factor`` has the wrong type, or ``x`` none of the four
             dtypes.
-        ValueError: Shape and grids do not fit, or ``factor < 1``.
+        ValueError: Shape and grids do not fit, ``factor < 1``, or ``order_in`` is no token order.
 
     Source:
         LLaVA-UHD v4, section 3.2: the pixel-unshuffle of the intra-ViT compressor.
@@ -48,12 +56,12 @@ def pixel_unshuffle(x: torch.Tensor, grids: Grids, factor: int = 2) -> torch.Ten
     """
     arguments.check_tensor(x, "x")
     arguments.check_positive_int(factor, "factor")
+    sides = token_order.check_order(order_in, "order_in", factor)
     layout = arguments.layout_of(x, "x", grids, factor, ("C",))
     if not _native.has_kernels(x.device):
-        return reference.pixel_unshuffle(x, grids, factor)
-    out = torch.ops.uhd_ops.pixel_unshuffle(
-        layout.pack(x), layout.views, factor, layout.num_windows
-    )
+        return reference.pixel_unshuffle(x, grids, factor, order_in=order_in)
+    x, layout = token_order.arrange(layout.pack(x), layout, sides, factor)
+    out = torch.ops.uhd_ops.pixel_unshuffle(x, layout.views, factor, layout.num_windows)
     return layout.unpack_windows(out)
 
 

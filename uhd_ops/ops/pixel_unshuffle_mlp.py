@@ -9,7 +9,9 @@ from torch.nn import functional
 from uhd_ops import _native, reference
 from uhd_ops.grids import Grids
 from uhd_ops.ops import _arguments as arguments
+from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops._linear_activation import linear_activation
+from uhd_ops.ops._token_order import TokenOrder
 from uhd_ops.ops._unshuffle_norm import unshuffle_norm
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS, mlp_form
 
@@ -28,6 +30,7 @@ def pixel_unshuffle_mlp(
     factor: int = 2,
     activation: str = "gelu_tanh",
     residual: bool = True,
+    order_in: TokenOrder = "raster",
 ) -> torch.Tensor:
     """Merge each window of tokens into one: ``mean(x) + fc2(activation(fc1(norm(unshuffle(x)))))``.
 
@@ -72,18 +75,23 @@ def pixel_unshuffle_mlp(
         activation: ``"gelu_tanh"``, ``"gelu"`` (the exact one, with erf), ``"quick_gelu"``,
             ``"silu"`` or ``"relu"``.
         residual: Whether to add the mean of the window's tokens.
+        order_in: Order of the tokens inside each view: ``"raster"``, ``"window"`` for window-major,
+            ``"block"`` for 2 x 2 blocks one after the other, or sides of nested blocks; see
+            :func:`uhd_ops.reorder_tokens`. Window-major tokens are read where they are; in other
+            orders but raster order they are copied into raster order first.
 
     Returns:
-        Merged tokens ``(M, C_out)``, or ``(B, M / B, C_out)`` for batched ``x``, in the dtype of
-        ``x``. Under autocast the normalisation and the residual keep the precision of ``x``, the
-        two layers and the activation run in the autocast dtype, and so does the result if there is
-        no residual.
+        Merged tokens ``(M, C_out)`` in raster order, or ``(B, M / B, C_out)`` for batched ``x``, in
+        the dtype of ``x``. Under autocast the normalisation and the residual keep the precision of
+        ``x``, the two layers and the activation run in the autocast dtype, and so does the result
+        if there is no residual.
 
     Raises:
         TypeError: A tensor has another dtype than ``x`` or none of the four, or an argument has the
             wrong type.
         ValueError: Shapes, devices or grids do not fit, the shapes of the weights are no weight
-            form, ``factor < 1``, ``eps`` is negative or not finite, or the activation is unknown.
+            form, ``factor < 1``, ``eps`` is negative or not finite, the activation is unknown, or
+            ``order_in`` is no token order.
 
     Source:
         LLaVA-UHD v4, section 3.2: the reused MLP of the intra-ViT compressor.
@@ -96,6 +104,7 @@ def pixel_unshuffle_mlp(
     """
     _check_options(eps, factor, activation, residual)
     arguments.check_tensor(x, "x")
+    sides = token_order.check_order(order_in, "order_in", factor)
     layout = arguments.layout_of(x, "x", grids, factor, ("C",))
     mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     form = _check_parameters(x, mlp, (norm_weight, norm_bias), factor, residual)
@@ -110,10 +119,10 @@ def pixel_unshuffle_mlp(
             factor=factor,
             activation=activation,
             residual=residual,
+            order_in=order_in,
         )
-    z, mean = unshuffle_norm(
-        layout.pack(x), layout, norm_weight, norm_bias, float(eps), factor, residual
-    )
+    x, layout = token_order.arrange(layout.pack(x), layout, sides, factor)
+    z, mean = unshuffle_norm(x, layout, norm_weight, norm_bias, float(eps), factor, residual)
     y = _mlp(*arguments.autocast(z, *mlp), form, factor, activation)
     y = y.to(x.dtype) + mean if residual else y
     return layout.unpack_windows(layout.zero_padding(y))

@@ -6,10 +6,12 @@ from __future__ import annotations
 import torch
 
 from uhd_ops import _native, reference
-from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.grids import Grids
 from uhd_ops.ops import _arguments as arguments
+from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops import _window_major
 from uhd_ops.ops._derivatives import refuse_second_derivative
+from uhd_ops.ops._token_order import TokenOrder
 
 
 def window_attention(
@@ -20,7 +22,8 @@ def window_attention(
     window: int = 2,
     *,
     scale: float | None = None,
-    order: str = "raster",
+    order: TokenOrder = "raster",
+    order_in: TokenOrder = "raster",
 ) -> torch.Tensor:
     """Attend inside each window only: ``softmax(scale * q kᵀ) v`` over the tokens of the window.
 
@@ -45,8 +48,12 @@ def window_attention(
             one pair.
         window: Side of a window, in tokens.
         scale: Factor on the scores; None means ``D ** -0.5``.
-        order: Order of the output tokens: ``"raster"`` like the input, or ``"window"``: views in
-            order, windows of a view in raster order, tokens of a window in raster order.
+        order: Order of the output tokens inside each view, whatever that of the input:
+            ``"raster"``, ``"window"`` for window-major, ``"block"`` for 2 x 2 blocks one after the
+            other, or sides of nested blocks; see :func:`uhd_ops.reorder_tokens`.
+        order_in: Order of the tokens of q, k and v, likewise. Tokens that lie window by window,
+            whatever the order inside a window, are read where they are; in other orders but raster
+            order they are copied into raster order first.
 
     Returns:
         Tensor with the shape and dtype of ``q``, contiguous.
@@ -55,7 +62,7 @@ def window_attention(
         TypeError: A tensor has another dtype than ``q`` or none of the four, or an argument has the
             wrong type.
         ValueError: Shapes, devices or grids do not fit, ``window < 1``, ``scale`` is not finite, or
-            ``order`` is neither ``"raster"`` nor ``"window"``.
+            ``order`` or ``order_in`` is no token order.
 
     Source:
         LLaVA-UHD v4, section 3.2: the window attention of the intra-ViT compressor.
@@ -70,30 +77,40 @@ def window_attention(
         arguments.check_like(x, name, q, "q")
         arguments.check_same_shape(x, name, q, "q")
     arguments.check_positive_int(window, "window")
-    if order not in ("raster", "window"):
-        raise ValueError(f'order must be "raster" or "window", got {order!r}')
+    sides_in = token_order.check_order(order_in, "order_in", window)
+    sides = token_order.check_order(order, "order", window)
     layout = arguments.layout_of(q, "q", grids, window, ("H", "D"))
     if scale is None:
         scale = (q.shape[-1] or 1) ** -0.5
     scale = arguments.check_finite(scale, "scale")
     q, k, v = arguments.autocast(q, k, v)
     if not _native.has_kernels(q.device):
-        return reference.window_attention(q, k, v, grids, window, scale=scale, order=order)
+        return reference.window_attention(
+            q, k, v, grids, window, scale=scale, order=order, order_in=order_in
+        )
     q, k, v = layout.pack(q), layout.pack(k), layout.pack(v)
-    if _window_major.suits(q, window) and not (layout.padded or arguments.is_tracing(q)):
-        every = PackedGrids.of(grids, 1 if layout.batch is None else layout.batch)
-        return layout.unpack_tokens(_window_major.attend(q, k, v, every, window, scale, order))
-    out = torch.ops.uhd_ops.window_attention(
-        q,
-        k,
-        v,
-        layout.views,
-        window,
-        layout.num_windows,
-        scale,
-        order == "window",
-    )
-    return layout.unpack_tokens(out)
+    out, sides_out = _attend(q, k, v, layout, window, scale, sides_in, sides)
+    return layout.unpack_tokens(token_order.reorder(out, layout, sides_out, sides))
+
+
+def _attend(q, k, v, layout, window, scale, sides_in, sides) -> tuple[torch.Tensor, tuple]:
+    """Return the result, and the order it is in: ``sides`` where it costs nothing."""
+
+    def on_kernels(views, window_order):
+        return torch.ops.uhd_ops.window_attention(
+            q, k, v, views, window, layout.num_windows, scale, window_order
+        )
+
+    on_torch = _window_major.suits(q, window) and layout.packed is not None
+    if sides_in[:1] == (window,) and not on_torch:  # the order inside a window does not matter
+        return on_kernels(token_order.by_window(layout, window).views, False), sides_in
+    q, k, v = (token_order.reorder(x, layout, sides_in, ()) for x in (q, k, v))
+    window_order = sides == (window,)
+    sides_out = sides if window_order else ()
+    if on_torch:
+        order = "window" if window_order else "raster"
+        return _window_major.attend(q, k, v, layout.packed, window, scale, order), sides_out
+    return on_kernels(layout.views, window_order), sides_out
 
 
 def _fake(q, k, v, views, window, num_windows, scale, window_order):

@@ -8,9 +8,13 @@ import torch
 from uhd_ops import _native, reference
 from uhd_ops.grids import Grids
 from uhd_ops.ops import _arguments as arguments
+from uhd_ops.ops import _token_order as token_order
+from uhd_ops.ops._token_order import TokenOrder
 
 
-def window_mean(x: torch.Tensor, grids: Grids, window: int = 2) -> torch.Tensor:
+def window_mean(
+    x: torch.Tensor, grids: Grids, window: int = 2, *, order_in: TokenOrder = "raster"
+) -> torch.Tensor:
     """Average the tokens of each window.
 
     A ragged window, at the right or bottom edge of a view whose side is not a multiple of
@@ -25,15 +29,19 @@ def window_mean(x: torch.Tensor, grids: Grids, window: int = 2) -> torch.Tensor:
         grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or
             one pair.
         window: Side of a window, in tokens.
+        order_in: Order of the tokens inside each view: ``"raster"``, ``"window"`` for window-major,
+            ``"block"`` for 2 x 2 blocks one after the other, or sides of nested blocks; see
+            :func:`uhd_ops.reorder_tokens`. Window-major tokens are read where they are; in other
+            orders but raster order they are copied into raster order first.
 
     Returns:
-        Means ``(M, C)``, or ``(B, M / B, C)`` for batched ``x``, contiguous, on the grids
-        ``PackedGrids(grids).merged(window)``.
+        Means ``(M, C)``, or ``(B, M / B, C)`` for batched ``x``, contiguous, in raster order on the
+        grids ``PackedGrids(grids).merged(window)``.
 
     Raises:
         TypeError: ``x``, ``grids`` or ``window`` has the wrong type, or ``x`` none of the four
             dtypes.
-        ValueError: Shape and grids do not fit, or ``window < 1``.
+        ValueError: Shape and grids do not fit, ``window < 1``, or ``order_in`` is no token order.
 
     Source:
         LLaVA-UHD v4, section 3.2: the residual path around the compressor's MLP.
@@ -45,10 +53,12 @@ def window_mean(x: torch.Tensor, grids: Grids, window: int = 2) -> torch.Tensor:
     """
     arguments.check_tensor(x, "x")
     arguments.check_positive_int(window, "window")
+    sides = token_order.check_order(order_in, "order_in", window)
     layout = arguments.layout_of(x, "x", grids, window, ("C",))
     if not _native.has_kernels(x.device):
-        return reference.window_mean(x, grids, window)
-    out = torch.ops.uhd_ops.window_mean(layout.pack(x), layout.views, window, layout.num_windows)
+        return reference.window_mean(x, grids, window, order_in=order_in)
+    x, layout = token_order.arrange(layout.pack(x), layout, sides, window)
+    out = torch.ops.uhd_ops.window_mean(x, layout.views, window, layout.num_windows)
     return layout.unpack_windows(out)
 
 

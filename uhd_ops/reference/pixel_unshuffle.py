@@ -7,22 +7,25 @@ import torch
 
 from uhd_ops.reference._bad_inputs import bad_count, bad_tokens
 from uhd_ops.reference._spec import Call, OpSpec, random_tensor
+from uhd_ops.reference._token_order import ORDERS, bad_order, to_raster
 from uhd_ops.reference._windows import packed, unpacked, window_tokens
 
 
-def pixel_unshuffle(x, grids, factor=2):
+def pixel_unshuffle(x, grids, factor=2, *, order_in="raster"):
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.pixel_unshuffle`."""
     dtype = x.dtype
     x, pairs, batch = packed(x, grids, 1)
+    x = to_raster(x, pairs, order_in, factor)
     tokens, _ = window_tokens(pairs, factor, x.device)  # (M, f*f), missing ones repeat the nearest
     # Autograd adds up the gradients of a repeated token in the dtype of what is indexed here.
     wide = x.to(torch.promote_types(dtype, torch.float32))
     return unpacked(wide[tokens].flatten(1).to(dtype), grids, batch, factor)
 
 
-def _make(grids, dtype, *, channels=8, factor=2, generator=None):
+def _make(grids, dtype, *, channels=8, factor=2, order_in="raster", generator=None):
     tokens = sum(h * w for h, w in grids)
-    return Call((random_tensor((tokens, channels), dtype, generator), grids), {"factor": factor})
+    x = random_tensor((tokens, channels), dtype, generator)
+    return Call((x, grids), {"factor": factor, "order_in": order_in})
 
 
 def _roundings(call: Call) -> float:
@@ -48,8 +51,8 @@ SPEC = OpSpec(
     name="pixel_unshuffle",
     reference=pixel_unshuffle,
     make=_make,
-    options={"channels": (8, 1, 7, 72, 100), "factor": (2, 1, 3, 5)},
-    bad_inputs=(*bad_tokens(), *bad_count("factor")),
+    options={"channels": (8, 1, 7, 72, 100), "factor": (2, 1, 3, 5), "order_in": ORDERS},
+    bad_inputs=(*bad_tokens(), *bad_count("factor"), *bad_order("order_in")),
     roundings=_roundings,
     bytes_moved=_bytes_moved,
     flops=lambda call: 0,

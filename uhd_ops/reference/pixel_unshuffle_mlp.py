@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from uhd_ops.reference._bad_inputs import bad, bad_count, bad_tensor
 from uhd_ops.reference._spec import BadInput, Call, OpSpec, random_tensor
+from uhd_ops.reference._token_order import ORDERS, bad_order, to_raster
 from uhd_ops.reference._windows import packed, unpacked, window_tokens
 
 ACTIVATIONS = {
@@ -49,9 +50,11 @@ def pixel_unshuffle_mlp(
     factor=2,
     activation="gelu_tanh",
     residual=True,
+    order_in="raster",
 ):
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.pixel_unshuffle_mlp`."""
     x, pairs, batch = packed(x, grids, 1)
+    x = to_raster(x, pairs, order_in, factor)
     tokens, present = window_tokens(pairs, factor, x.device)
     patches = x[tokens]  # (M, f², C); slots without a token repeat the nearest present one
 
@@ -107,6 +110,7 @@ def _make(
     residual=True,
     norm=True,
     bias=True,
+    order_in="raster",
     generator=None,
 ):
     def rand(shape, scale):
@@ -115,6 +119,7 @@ def _make(
     patches = factor**2
     x = rand((sum(h * w for h, w in grids), channels), 1.0)
     kwargs = {"factor": factor, "activation": activation, "residual": residual}
+    kwargs["order_in"] = order_in
     weights = _weights(form, patches, channels, hidden, bias, rand)
     differentiable = [0, 2, 4, *((3, 5) if bias else ())]
     if norm:
@@ -229,6 +234,7 @@ _BAD_INPUTS = (
         "norm_weight must have shape (24,), got shape (6,)",
     ),
     *bad_count("factor"),
+    *bad_order("order_in"),
     bad(
         "activation",
         "activation",
@@ -260,6 +266,7 @@ SPEC = OpSpec(
         "residual": (True, False),
         "norm": (True, False),
         "bias": (True, False),
+        "order_in": ORDERS,
     },
     bad_inputs=_BAD_INPUTS,
     roundings=_roundings,

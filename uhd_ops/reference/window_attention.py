@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._bad_inputs import bad, bad_attention, bad_count
+from uhd_ops.reference._bad_inputs import bad_attention, bad_count
 from uhd_ops.reference._spec import BadInput, Call, OpSpec, random_tensor
+from uhd_ops.reference._token_order import ORDERS, bad_order, from_raster, to_raster
 from uhd_ops.reference._windows import (
     clamped_window,
     packed,
@@ -15,11 +16,12 @@ from uhd_ops.reference._windows import (
 )
 
 
-def window_attention(q, k, v, grids, window=2, *, scale=None, order="raster"):
+def window_attention(q, k, v, grids, window=2, *, scale=None, order="raster", order_in="raster"):
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.window_attention`."""
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     q, pairs, batch = packed(q, grids, 2)
     k, v = packed(k, grids, 2)[0], packed(v, grids, 2)[0]
+    q, k, v = (to_raster(x, pairs, order_in, window) for x in (q, k, v))
     tokens, present = window_tokens(pairs, clamped_window(pairs, window), q.device)
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
@@ -34,18 +36,26 @@ def window_attention(q, k, v, grids, window=2, *, scale=None, order="raster"):
     window_major = result[present].to(
         dtype
     )  # every token once: windows in order, slots in raster order
-    if order == "window":
-        return unpacked(window_major, grids, batch)
-    out = torch.empty_like(window_major)
-    return unpacked(out.index_copy(0, tokens[present], window_major), grids, batch)
+    out = torch.empty_like(window_major).index_copy(0, tokens[present], window_major)
+    return unpacked(from_raster(out, pairs, order, window), grids, batch)
 
 
-def _make(grids, dtype, *, heads=2, head_dim=8, window=2, order="raster", generator=None):
+def _make(
+    grids,
+    dtype,
+    *,
+    heads=2,
+    head_dim=8,
+    window=2,
+    order="raster",
+    order_in="raster",
+    generator=None,
+):
     tokens = sum(h * w for h, w in grids)
     q, k, v = (random_tensor((tokens, heads, head_dim), dtype, generator) for _ in range(3))
     return Call(
         (q, k, v, grids),
-        {"window": window, "order": order},
+        {"window": window, "order": order, "order_in": order_in},
         differentiable=(0, 1, 2),
         per_token=(0, 1, 2),
         grids=3,
@@ -83,18 +93,14 @@ SPEC = OpSpec(
         "head_dim": (8, 1, 7, 64, 72, 80),
         "heads": (2, 1, 3),
         "window": (2, 1, 3, 5),
-        "order": ("raster", "window"),
+        "order": ("raster", "window", (3, 2)),
+        "order_in": ORDERS,
     },
     bad_inputs=(
         *bad_attention(),
         *bad_count("window"),
-        bad(
-            "order",
-            "order",
-            lambda _: "rows",
-            ValueError,
-            'order must be "raster" or "window", got \'rows\'',
-        ),
+        *bad_order("order"),
+        *bad_order("order_in"),
         BadInput(
             "scale",
             lambda call: Call(call.args, {**call.kwargs, "scale": float("nan")}),

@@ -7,6 +7,7 @@ import torch
 
 from uhd_ops.reference._bad_inputs import bad_count, bad_tokens
 from uhd_ops.reference._spec import Call, OpSpec, random_tensor
+from uhd_ops.reference._token_order import ORDERS, bad_order, to_raster
 from uhd_ops.reference._windows import (
     clamped_window,
     packed,
@@ -15,9 +16,10 @@ from uhd_ops.reference._windows import (
 )
 
 
-def window_mean(x, grids, window=2):
+def window_mean(x, grids, window=2, *, order_in="raster"):
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.window_mean`."""
     x, pairs, batch = packed(x, grids, 1)
+    x = to_raster(x, pairs, order_in, window)
     tokens, present = window_tokens(pairs, clamped_window(pairs, window), x.device)
     slots = x[tokens].masked_fill(~present[..., None], 0)  # (M, f*f, C)
     total = slots.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -25,9 +27,10 @@ def window_mean(x, grids, window=2):
     return unpacked(mean.to(x.dtype), grids, batch, window)
 
 
-def _make(grids, dtype, *, channels=8, window=2, generator=None):
+def _make(grids, dtype, *, channels=8, window=2, order_in="raster", generator=None):
     tokens = sum(h * w for h, w in grids)
-    return Call((random_tensor((tokens, channels), dtype, generator), grids), {"window": window})
+    x = random_tensor((tokens, channels), dtype, generator)
+    return Call((x, grids), {"window": window, "order_in": order_in})
 
 
 def _roundings(call: Call) -> float:
@@ -53,8 +56,8 @@ SPEC = OpSpec(
     name="window_mean",
     reference=window_mean,
     make=_make,
-    options={"channels": (8, 1, 7, 72, 100), "window": (2, 1, 3, 5)},
-    bad_inputs=(*bad_tokens(), *bad_count("window")),
+    options={"channels": (8, 1, 7, 72, 100), "window": (2, 1, 3, 5), "order_in": ORDERS},
+    bad_inputs=(*bad_tokens(), *bad_count("window"), *bad_order("order_in")),
     roundings=_roundings,
     bytes_moved=_bytes_moved,
     flops=lambda call: call.args[0].numel(),  # an addition for each; the divisions aside
