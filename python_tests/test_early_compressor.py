@@ -118,14 +118,14 @@ def test_dense_weights_are_the_formula():
     block = random_block()
     compressor = EarlyCompressor.from_block(block)
     fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-    assert torch.equal(compressor.fc1.weight, torch.block_diag(*[fc1.weight] * 4))
-    assert torch.equal(compressor.fc1.bias, fc1.bias.repeat(4))
-    assert torch.equal(compressor.fc2.weight, torch.cat([fc2.weight] * 4, 1) / 4)
-    assert torch.equal(compressor.fc2.bias, fc2.bias)
-    assert torch.equal(compressor.norm2.weight, block.norm2.weight.repeat(4))
-    assert torch.equal(compressor.norm2.bias, block.norm2.bias.repeat(4))
-    assert compressor.norm2.eps == block.norm2.eps
-    assert torch.equal(compressor.qkv.weight, block.attn.qkv.weight)
+    assert torch.equal(compressor.mlp.fc1.weight, torch.block_diag(*[fc1.weight] * 4))
+    assert torch.equal(compressor.mlp.fc1.bias, fc1.bias.repeat(4))
+    assert torch.equal(compressor.mlp.fc2.weight, torch.cat([fc2.weight] * 4, 1) / 4)
+    assert torch.equal(compressor.mlp.fc2.bias, fc2.bias)
+    assert torch.equal(compressor.mlp.norm.weight, block.norm2.weight.repeat(4))
+    assert torch.equal(compressor.mlp.norm.bias, block.norm2.bias.repeat(4))
+    assert compressor.mlp.norm.eps == block.norm2.eps
+    assert torch.equal(compressor.attn.qkv.weight, block.attn.qkv.weight)
 
 
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
@@ -246,9 +246,9 @@ def test_forms_start_as_the_same_function():
 
 def test_sizes():
     module = EarlyCompressor(DIM, 3, head_dim=8, hidden_dim=20, window=3, form="block", bias=False)
-    assert module.qkv.weight.shape == (3 * 24, DIM)
-    assert module.fc1.weight.shape == (9, 20, DIM)
-    assert module.fc1.bias is None
+    assert module.attn.qkv.weight.shape == (3 * 24, DIM)
+    assert module.mlp.fc1.weight.shape == (9, 20, DIM)
+    assert module.mlp.fc1.bias is None
     assert module(tokens(torch.float32), GRIDS).shape == (
         PackedGrids(GRIDS).num_windows(3),
         DIM,
@@ -257,7 +257,8 @@ def test_sizes():
 
 def test_repr_and_pickle():
     module = EarlyCompressor(DIM, HEADS, form="tied")
-    assert "window=2, form='tied', attention=True, activation='gelu_tanh'" in repr(module)
+    assert "dim=32, window=2, form='tied', attention=True" in repr(module)
+    assert "window=2, form='tied', activation='gelu_tanh'" in repr(module)
     twin = pickle.loads(pickle.dumps(module))
     x = tokens(torch.float32)
     assert torch.equal(twin(x, GRIDS), module(x, GRIDS))

@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which options and which blocks nn.EarlyCompressor refuses, and with what words."""
 
+import functools
+
 import pytest
 import torch
-from timm.layers import RmsNorm, SwiGLU
-from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock
+from timm.layers import AttentionRope, GatedMlp, SimpleNorm
+from timm.models import cait, convit
+from timm.models.vision_transformer import (
+    Block,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+)
 from torch import nn
 from torch.nn.utils import prune
 
@@ -19,7 +27,7 @@ DIM, HEADS = 32, 2
         ({"form": "sparse"}, ValueError, 'form must be "dense", "block" or "tied", got \'sparse\''),
         ({"window": 1}, ValueError, "window must be at least 2, got 1"),
         ({"window": True}, TypeError, "window must be an int, got bool"),
-        ({"attention": 1}, TypeError, "attention must be a bool, got int"),
+        ({"attention": 1}, TypeError, "attention must be a bool or a str, got int"),
         ({"num_heads": 5}, ValueError, "num_heads must divide dim = 32, got 5"),
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
         ({"hidden_dim": 1.5}, TypeError, "hidden_dim must be an int, got float"),
@@ -53,45 +61,97 @@ def test_bad_calls(x, grids, error, message, attention):
         EarlyCompressor(DIM, HEADS, attention=attention)(x, grids)
 
 
-def spoil(**parts):
-    block = Block(DIM, HEADS)
+def spoil(cls=Block, **parts):
+    block = cls(DIM, HEADS)
     for name, part in parts.items():
         owner, _, leaf = name.rpartition("__")
         setattr(block.get_submodule(owner.replace("__", ".")), leaf, part)
     return block
 
 
+def pruned(inputs, outputs):
+    return prune.l1_unstructured(nn.Linear(inputs, outputs), "weight", 0.5)
+
+
 class OtherBlock(Block):
     pass
 
 
+PLAIN = "must hold its weight as a plain parameter, got weight_mask, weight_orig"
 REFUSED = {
-    "post-norm": (lambda: ResPostBlock(DIM, HEADS), "block must be timm's Block, got ResPostBlock"),
-    "parallel": (
-        lambda: ParallelScalingBlock(DIM, HEADS),
-        "block must be timm's Block, got ParallelScalingBlock",
+    "class attention": (
+        lambda: cait.LayerScaleBlockClassAttn(DIM, HEADS),
+        r"got LayerScaleBlockClassAttn \(timm.models.cait\)",
     ),
-    "subclass": (lambda: OtherBlock(DIM, HEADS), "block must be timm's Block, got OtherBlock"),
-    "no block": (lambda: nn.Linear(2, 2), "block must be timm's Block, got Linear"),
-    "GLU": (
-        lambda: spoil(mlp=SwiGLU(DIM, 64)),
-        "block.mlp must be Mlp, got SwiGLU",
+    "a Block of another file": (
+        lambda: convit.Block(DIM, HEADS),
+        r"block must be one of Block, .*, got Block \(timm.models.convit\)",
     ),
-    "differential attention": (
-        lambda: Block(DIM, HEADS, attn_layer="diff"),
-        "block.attn must be Attention, got DiffAttention",
+    "subclass": (lambda: OtherBlock(DIM, HEADS), "block must be one of Block, .*, got OtherBlock"),
+    "no block": (lambda: nn.Linear(2, 2), "block must be one of Block, .*, got Linear"),
+    "gated MLP": (
+        lambda: spoil(mlp=GatedMlp(DIM, 64)),
+        "block.mlp must be Mlp or GluMlp or SwiGLU or GeGluMlp, got GatedMlp",
+    ),
+    "rotary attention": (
+        lambda: spoil(attn=AttentionRope(DIM, HEADS)),
+        "block.attn must be Attention or DiffAttention, got AttentionRope",
     ),
     "norm in the MLP": (
-        lambda: Block(DIM, HEADS, scale_mlp_norm=True),
-        "block.mlp.norm must be Identity, got LayerNorm",
+        lambda: spoil(mlp__norm=SimpleNorm(128)),
+        "block.mlp.norm must be LayerNorm or .* or RmsNormFp32, got SimpleNorm",
     ),
     "norm in the attention": (
-        lambda: Block(DIM, HEADS, scale_attn_norm=True),
-        "block.attn.norm must be Identity, got LayerNorm",
+        lambda: spoil(attn__norm=SimpleNorm(DIM)),
+        "block.attn.norm must be LayerNorm or .*, got SimpleNorm",
     ),
-    "RMSNorm over the merged token": (
-        lambda: Block(DIM, HEADS, norm_layer=RmsNorm),
-        "block.norm2 must be LayerNorm or LayerNormFp32, got RmsNorm",
+    "norm in front": (
+        lambda: spoil(norm2=SimpleNorm(DIM)),
+        "block.norm2 must be LayerNorm or .*, got SimpleNorm",
+    ),
+    "differential attention, pruned": (
+        lambda: spoil(functools.partial(Block, attn_layer="diff"), attn__qkv=pruned(DIM, 96)),
+        f"block.attn.qkv {PLAIN}",
+    ),
+    "parallel, pruned": (
+        lambda: spoil(ParallelScalingBlock, in_proj=pruned(DIM, 224)),
+        f"block.in_proj {PLAIN}",
+    ),
+    "parallel, narrow": (
+        lambda: spoil(ParallelScalingBlock, in_proj=nn.Linear(DIM, 96)),
+        r"block.in_proj.weight must have shape \(224, 32\), got \(96, 32\)",
+    ),
+    "parallel and differential, narrow": (
+        lambda: spoil(DiffParallelScalingBlock, out_proj=nn.Linear(64, DIM)),
+        r"block.out_proj.weight must have shape \(32, 160\), got \(32, 64\)",
+    ),
+    "talking heads, narrow": (
+        lambda: spoil(cait.LayerScaleBlock, attn__proj=nn.Linear(16, DIM)),
+        r"block.attn.proj.weight must have shape \(32, 32\), got \(32, 16\)",
+    ),
+    "parallel, other scale": (
+        lambda: spoil(ParallelScalingBlock, scale=1.0),
+        "block.scale must be head_dim",
+    ),
+    "parallel and differential, pruned": (
+        lambda: spoil(DiffParallelScalingBlock, out_proj=pruned(160, DIM)),
+        f"block.out_proj {PLAIN}",
+    ),
+    "parallel and differential, norm": (
+        lambda: spoil(DiffParallelScalingBlock, sub_norm=SimpleNorm(16)),
+        "block.sub_norm must be LayerNorm or .*, got SimpleNorm",
+    ),
+    "three things": (
+        lambda: spoil(ParallelThingsBlock, ffns__1__mlp=GatedMlp(DIM, 64)),
+        "block.ffns.1.mlp must be Mlp or .*, got GatedMlp",
+    ),
+    "three things, adapted": (
+        lambda: spoil(ParallelThingsBlock, attns__0__adapter=nn.Linear(DIM, DIM)),
+        r"block.attns.0 must hold \['norm', 'attn', 'ls', 'drop_path'\], got .*'adapter'\]",
+    ),
+    "talking heads, pruned": (
+        lambda: spoil(cait.LayerScaleBlock, attn__proj_l=pruned(HEADS, HEADS)),
+        f"block.attn.proj_l {PLAIN}",
     ),
     "activation": (
         lambda: Block(DIM, HEADS, act_layer=nn.Mish),
@@ -102,8 +162,8 @@ REFUSED = {
         "block.attn.qkv must be Linear, got ParametrizedLinear",
     ),
     "pruned Linear": (
-        lambda: spoil(mlp__fc1=prune.l1_unstructured(nn.Linear(DIM, 128), "weight", 0.5)),
-        "block.mlp.fc1 must hold its weight as a plain parameter, got weight_mask, weight_orig",
+        lambda: spoil(mlp__fc1=pruned(DIM, 128)),
+        f"block.mlp.fc1 {PLAIN}",
     ),
     "spectral norm in a hook": (
         lambda: spoil(attn__proj=nn.utils.spectral_norm(nn.Linear(DIM, DIM))),

@@ -7,12 +7,10 @@ from timm.models.vision_transformer import Block
 
 import uhd_ops
 from uhd_ops.nn import EarlyCompressor
-from uhd_ops.nn.mlp_forms import FORMS, MlpWeights, convert_mlp
-from uhd_ops.nn.regularization import (
-    drop_path,
-    pixel_unshuffle_mlp_with_dropout,
-    window_attention_with_dropout,
-)
+from uhd_ops.nn.host_block import HostMlp
+from uhd_ops.nn.mlp_branch import WindowMlp
+from uhd_ops.nn.mlp_forms import FORMS
+from uhd_ops.nn.regularization import drop_path, gathered_window_attention
 
 DIM, HEADS = 16, 2
 GRIDS = [(4, 6), (3, 5), (1, 1)]
@@ -91,7 +89,7 @@ def test_attention_path_without_dropout_is_the_operator(batched):
     grids = (3, 5) if batched else GRIDS
     q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
     expected = uhd_ops.window_attention(q, k, v, grids)
-    actual = window_attention_with_dropout(q, k, v, grids, 2, 0.0)
+    actual = gathered_window_attention(q, k, v, grids, 2)
     # Scores of 8 products in the exponent, and sums of 4 terms.
     assert (actual - expected).abs().max() <= 2 * (8 * 8**0.5 + 4) * EPS * v.abs().max()
 
@@ -101,11 +99,22 @@ def test_attention_dropout_keeps_the_mean():
     expected = uhd_ops.window_attention(q, k, v, (2, 3))
     repeat = 4000
     many = [x.expand(repeat, *x.shape) for x in (q, k, v)]
-    out = window_attention_with_dropout(*many, (2, 3), 2, 0.3)
+    out = gathered_window_attention(*many, (2, 3), 2, dropout=0.3)
     # Six standard errors of the mean of so many draws.
     bound = 6 * out.std(0) / repeat**0.5
     assert ((out.mean(0) - expected).abs() <= bound).all()
     assert (out.std(0) > 0).any()
+
+
+def mlp(hidden, form, bias=True, dim=DIM, **options):
+    host = HostMlp(
+        torch.nn.Linear(dim, hidden, bias),
+        torch.nn.Linear(hidden, dim, bias),
+        options.pop("activation", "gelu"),
+        norm=torch.nn.LayerNorm(dim),
+        **options,
+    )
+    return WindowMlp(host, dim, 2, form).double()
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -115,26 +124,10 @@ def test_mlp_path_without_dropout_is_the_operator(form, bias, batched):
     x = torch.randn(2, 15, DIM, dtype=torch.float64) if batched else tokens()
     grids = (3, 5) if batched else GRIDS
     hidden = 24
-    tied = MlpWeights(
-        *(torch.randn(s, dtype=torch.float64) for s in ((hidden, DIM), (hidden,))),
-        *(torch.randn(s, dtype=torch.float64) for s in ((DIM, hidden), (DIM,))),
-    )
-    tied = tied if bias else tied._replace(fc1_bias=None, fc2_bias=None)
-    weights = convert_mlp(tied, form)
-    norm = torch.nn.LayerNorm(4 * DIM, dtype=torch.float64)
-    expected = uhd_ops.pixel_unshuffle_mlp(
-        x,
-        grids,
-        *weights,
-        norm_weight=norm.weight,
-        norm_bias=norm.bias,
-        eps=norm.eps,
-        activation="gelu",
-        residual=False,
-    )
-    actual = pixel_unshuffle_mlp_with_dropout(
-        x, grids, weights, norm=norm, factor=2, activation="gelu", p=0.0
-    )
+    module = mlp(hidden, form, bias)
+    expected = module(x, grids, residual=False)
+    actual = module._composed(x, grids)
+    assert module._is_fused()
     assert actual.shape == expected.shape
     # Sums of 4 * DIM and of 4 * hidden terms, each as large as sqrt(DIM) times a standard normal.
     bound = (4 * DIM + 4 * hidden) * DIM**0.5 * EPS * expected.abs().max()
@@ -143,11 +136,13 @@ def test_mlp_path_without_dropout_is_the_operator(form, bias, batched):
 
 def test_hidden_dropout_drops_hidden_channels():
     # fc2 sums what is kept: with one hidden channel, an output is 0 or twice the value.
-    weights = MlpWeights(torch.randn(1, 16), None, torch.ones(4, 1), None)
-    norm = torch.nn.LayerNorm(16)
-    x = torch.randn(4, 4).expand(64, 4, 4)
-    values = {"norm": norm, "factor": 2, "activation": "relu"}
-    weights = weights._replace(fc1_weight=weights.fc1_weight.abs() * norm(x[0].flatten()).sign())
-    whole = pixel_unshuffle_mlp_with_dropout(x, (2, 2), weights, p=0.0, **values)
-    some = pixel_unshuffle_mlp_with_dropout(x, (2, 2), weights, p=0.5, **values)
+    module = mlp(1, "dense", False, dim=4, activation="relu", hidden_dropout=0.5)
+    x = torch.randn(4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        sign = module.norm(x.flatten()).sign()
+        module.fc1.weight.copy_(module.fc1.weight.abs() * sign * (torch.arange(4) == 0)[:, None])
+        module.fc2.weight.abs_()
+    x = x.expand(64, 4, 4)
+    some = module(x, (2, 2), residual=False)
+    whole = module.eval()(x, (2, 2), residual=False)
     assert set((some / whole).round().flatten().tolist()) == {0.0, 2.0}

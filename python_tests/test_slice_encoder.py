@@ -168,7 +168,11 @@ REFUSED = {
     "no ViT": (lambda: nn.Linear(2, 2), "vit must be timm's VisionTransformer, got Linear"),
     "parallel blocks": (
         lambda: tiny_vit(block_fn=ParallelScalingBlock),
-        "block must be timm's Block, got ParallelScalingBlock",
+        "blocks of vit must be timm's Block, got ParallelScalingBlock",
+    ),
+    "differential attention": (
+        lambda: tiny_vit(attn_layer="diff"),
+        "the attention in blocks of vit must be timm's Attention, got DiffAttention",
     ),
     "other positions": (
         lambda: tiny_vit(OtherEmbedding),

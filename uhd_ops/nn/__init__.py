@@ -1,7 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules built on the operators."""
 
+from uhd_ops.nn.ablation import ABLATION
 from uhd_ops.nn.early_compressor import EarlyCompressor
+from uhd_ops.nn.pixel_unshuffle_connector import PixelUnshuffleConnector
+from uhd_ops.nn.query_resampler import QueryResampler
 from uhd_ops.nn.slice_encoder import SliceEncoder, SliceTokens
+from uhd_ops.nn.view_ratios import choose_ratios, merge_by_ratio, token_variance
 
-__all__ = ["EarlyCompressor", "SliceEncoder", "SliceTokens"]
+__all__ = [
+    "ABLATION",
+    "EarlyCompressor",
+    "PixelUnshuffleConnector",
+    "QueryResampler",
+    "SliceEncoder",
+    "SliceTokens",
+    "choose_ratios",
+    "merge_by_ratio",
+    "token_variance",
+]

@@ -6,19 +6,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.grids import Grids, PackedGrids, is_single_pair
+from uhd_ops.nn.attention_branch import attention_branch
+from uhd_ops.nn.cross_attention import QUERIES, CrossAttention
 from uhd_ops.nn.host_block import HostBlock
-from uhd_ops.nn.layers import Weights, clone_leaf, layer_scale_of, tile_norm
-from uhd_ops.nn.mlp_forms import FORMS, MlpWeights, convert_mlp
-from uhd_ops.nn.regularization import (
-    drop_path,
-    pixel_unshuffle_mlp_with_dropout,
-    window_attention_with_dropout,
-)
+from uhd_ops.nn.hosts import read_block
+from uhd_ops.nn.mlp_branch import WindowMlp
+from uhd_ops.nn.mlp_forms import FORMS
+from uhd_ops.nn.plain_mlp import NoMlp, PlainMlp
+from uhd_ops.nn.positions import Rotary
 from uhd_ops.ops._arguments import check_positive_int, check_tensor, layout_of
-from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
-from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean
+
+MLPS = ("reuse", "plain", "none")
 
 
 class EarlyCompressor(nn.Module):
@@ -43,7 +43,11 @@ class EarlyCompressor(nn.Module):
         window: Side f of a window, in tokens.
         form: Weight form of the MLP: ``"dense"``, ``"block"`` or ``"tied"``. All three start as the
             same function; dense has f⁴ times the weights of tied in fc1.
-        attention: Whether to attend inside the windows before merging.
+        attention: Whether to attend inside the windows before merging; or ``"cross_top_left"`` or
+            ``"cross_mean"``: one query per window, that of its top-left token or of their mean,
+            attends to the window, and the block's MLP runs on the merged token.
+        mlp: ``"reuse"``; ``"plain"`` for a small MLP of its own, from f²C over f²C to C channels,
+            randomly initialised; or ``"none"``.
         bias: Whether the projections and the MLP have biases.
         qk_norm: Whether queries and keys have a LayerNorm per head.
         layer_scale: Initial value of the two LayerScale factors, or None for none.
@@ -65,7 +69,8 @@ class EarlyCompressor(nn.Module):
         Result: ``(M, C)`` merged tokens, or ``(B, M / B, C)``.
 
     Source:
-        LLaVA-UHD v4, section 3.2; without attention, its "Reused MLP" variant of Table 4.
+        LLaVA-UHD v4, section 3.2. The other options are the variants of its Table 4, see
+        :data:`uhd_ops.nn.ABLATION`.
 
     Example:
         >>> compressor = EarlyCompressor(dim=32, num_heads=2, form="tied")
@@ -82,7 +87,8 @@ class EarlyCompressor(nn.Module):
         head_dim: int | None = None,
         window: int = 2,
         form: str = "dense",
-        attention: bool = True,
+        attention: bool | str = True,
+        mlp: str = "reuse",
         bias: bool = True,
         qk_norm: bool = False,
         layer_scale: float | None = None,
@@ -111,7 +117,7 @@ class EarlyCompressor(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self._build(host, window, form, attention)
+        self._build(host, window, form, attention, mlp)
 
     @classmethod
     def from_block(
@@ -120,63 +126,92 @@ class EarlyCompressor(nn.Module):
         *,
         window: int = 2,
         form: str = "dense",
-        attention: bool = True,
+        attention: bool | str = True,
+        mlp: str = "reuse",
     ) -> EarlyCompressor:
         """Make the compressor that reuses the weights of a transformer block.
 
-        ``norm1``, ``qkv``, ``q_norm``, ``k_norm``, ``proj`` and the LayerScale factors are copied;
-        ``norm2`` is tiled over the patches of a window; with the block's MLP ``F1, b1, F2, b2`` and
+        The parts of the attention and the LayerScale factors are copied; the norm in front of the
+        MLP is tiled over the patches of a window; with the block's MLP ``F1, b1, F2, b2`` and
         n = window², ``W1 = blockdiag(F1, ..., F1)``, ``b1`` is tiled, ``W2 = [F2 | ... | F2] / n``
-        and ``b2`` stays as it is. Probabilities of dropout and drop path are the block's. All
+        and ``b2`` stays as it is. A gate is treated as ``F1``; norms inside the MLP stay per patch;
+        in a post-norm block the norms follow the branches; where attention and MLP run in parallel,
+        the MLP reads X. Every kind has this in common: a window of equal tokens becomes what the
+        block makes of that token. Probabilities of dropout and drop path are the block's. All
         parameters are new, trainable, on the block's device and in its dtype.
 
         Args:
-            block: timm's ``Block``: pre-norm, a plain MLP, a fused qkv. It is not changed.
+            block: A block of one of the classes that ``uhd_ops/nn/hosts`` reads. It is not changed.
             window: Side f of a window, in tokens.
             form: Weight form of the MLP.
-            attention: Whether to attend inside the windows before merging.
+            attention: As for the class.
+            mlp: As for the class.
 
         Raises:
-            ImportError: timm is not installed.
-            NotImplementedError: The block has a part that is not understood.
-            ValueError: ``form`` or ``window`` is out of range.
+            NotImplementedError: The block has a part that is not understood, or cannot be combined
+                with these options.
+            TypeError: An option has the wrong type.
+            ValueError: An option is out of range.
 
         Source:
             LLaVA-UHD v4, section 3.2: parameter reuse initialisation.
         """
-        host = HostBlock.of(block)
+        host = read_block(block)
+        options = {"window": window, "form": form, "attention": attention, "mlp": mlp}
+        return cls.from_host(host, **options).train(block.training)
+
+    @classmethod
+    def from_host(
+        cls,
+        host: HostBlock,
+        *,
+        window: int = 2,
+        form: str = "dense",
+        attention: bool | str = True,
+        mlp: str = "reuse",
+    ) -> EarlyCompressor:
+        """As :meth:`from_block`, for a block that has been read already."""
         compressor = cls.__new__(cls)
         nn.Module.__init__(compressor)
-        compressor._build(host, window, form, attention)
-        return compressor.train(block.training)
+        compressor._build(host, window, form, attention, mlp)
+        return compressor
 
-    def _build(self, host: HostBlock, window: int, form: str, attention: bool) -> None:
-        _check_options(window, form, attention)
-        self.dim, self.num_heads, self.window = host.dim, host.num_heads, window
-        self.form, self.attention, self.activation = form, attention, host.activation
-        self.drop_path1, self.drop_path2 = host.drop_path1, host.drop_path2
+    def _build(
+        self, host: HostBlock, window: int, form: str, attention: bool | str, mlp: str
+    ) -> None:
+        check_options(window, form, attention, mlp)
+        self.dim, self.window, self.form = host.dim, window, form
+        self.attention, self.parallel = attention, host.parallel
+        if attention in QUERIES:
+            self._build_cross(host, attention, mlp)
+            return
         if attention:
-            self.norm1 = clone_leaf(host.norm1)
-            self.qkv, self.proj = clone_leaf(host.qkv), clone_leaf(host.proj)
-            self.q_norm, self.k_norm = clone_leaf(host.q_norm), clone_leaf(host.k_norm)
-            self.attention_dropout = host.attention_dropout
-            self.proj_drop = nn.Dropout(host.proj_dropout)
-            self.ls1 = layer_scale_of(host.layer_scale1)
-        self.norm2 = tile_norm(host.norm2, window**2)
-        with torch.no_grad():
-            mlp = convert_mlp(host.mlp, form, factor=window, channels=host.dim)
-        self.fc1 = Weights(mlp.fc1_weight, mlp.fc1_bias)
-        self.fc2 = Weights(mlp.fc2_weight, mlp.fc2_bias)
-        self.hidden_dropout = host.hidden_dropout
-        self.output_drop = nn.Dropout(host.output_dropout)
-        self.ls2 = layer_scale_of(host.layer_scale2)
+            self.attn = _one_or_sum([attention_branch(part, window) for part in host.attentions])
+        if mlp == "reuse":
+            self.mlp = _one_or_sum([WindowMlp(part, host.dim, window, form) for part in host.mlps])
+        elif mlp == "plain":
+            self.mlp = PlainMlp(host.dim, window, like=host.mlps[0].fc2.weight)
+        else:
+            self.mlp = NoMlp(window)
 
-    def forward(self, x: torch.Tensor, grids: Grids) -> torch.Tensor:
+    def _build_cross(self, host: HostBlock, query: str, mlp: str) -> None:
+        """Cross-attention merges the tokens; the host's MLP then runs on the merged ones."""
+        if host.parallel or len(host.attentions) > 1:
+            raise NotImplementedError(f'attention="{query}" needs a block with one attention')
+        self.attn = CrossAttention(host.attentions[0], self.window, query)
+        branches = [WindowMlp(part, host.dim, 1, "tied") for part in host.mlps]
+        self.mlp = _one_or_sum(branches) if mlp == "reuse" else NoMlp(1)
+
+    def forward(
+        self, x: torch.Tensor, grids: Grids, positions: Rotary | None = None
+    ) -> torch.Tensor:
         """Merge the windows of packed or batched tokens.
 
         Args:
             x: Tokens ``(N, C)``, or ``(B, h*w, C)`` with one grid; no class or register tokens.
             grids: Their grids.
+            positions: Rotary embeddings of the tokens, as the host applies them to its queries and
+                keys; None where it has none.
 
         Returns:
             Merged tokens ``(M, C)``, or ``(B, M / B, C)``, on the grids
@@ -190,82 +225,60 @@ class EarlyCompressor(nn.Module):
         layout_of(x, "x", grids, self.window, ("C",))
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must have C = {self.dim} channels, got shape {tuple(x.shape)}")
-        if self.attention:
-            branch = self.ls1(self._attend(self.norm1(x), grids))
-            x = x + self._drop_path(branch, self.drop_path1, grids)
-        return self._merge(x, grids)
-
-    def _attend(self, x: torch.Tensor, grids: Grids) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        # Under autocast a norm returns float32.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if self.training and self.attention_dropout:
-            y = window_attention_with_dropout(q, k, v, grids, self.window, self.attention_dropout)
-        else:
-            y = window_attention(q, k, v, grids, self.window)
-        return self.proj_drop(self.proj(y.flatten(-2)))
-
-    def _merge(self, x: torch.Tensor, grids: Grids) -> torch.Tensor:
-        plain = isinstance(self.ls2, nn.Identity)
-        regularized = self.drop_path2 or self.hidden_dropout or self.output_drop.p
-        if plain and not (self.training and regularized):
-            return self._mlp(x, grids, residual=True)
-        if self.training and self.hidden_dropout:
-            branch = pixel_unshuffle_mlp_with_dropout(
-                x,
-                grids,
-                MlpWeights(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias),
-                norm=self.norm2,
-                factor=self.window,
-                activation=self.activation,
-                p=self.hidden_dropout,
-            )
-        else:
-            branch = self._mlp(x, grids, residual=False)
-        branch = self.ls2(self.output_drop(branch))
-        branch = self._drop_path(branch, self.drop_path2, grids, self.window)
-        return window_mean(x, grids, self.window) + branch
-
-    def _mlp(self, x: torch.Tensor, grids: Grids, residual: bool) -> torch.Tensor:
-        return pixel_unshuffle_mlp(
-            x,
-            grids,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            norm_weight=self.norm2.weight,
-            norm_bias=self.norm2.bias,
-            eps=self.norm2.eps,
-            factor=self.window,
-            activation=self.activation,
-            residual=residual,
-        )
-
-    def _drop_path(
-        self, branch: torch.Tensor, probability: float, grids: Grids, factor: int = 1
-    ) -> torch.Tensor:
-        """Drop the branch of whole views; it lives on the grids merged by ``factor``."""
-        if not (self.training and probability):
-            return branch
-        if branch.dim() == 3:
-            return drop_path(branch, probability)
-        lengths = [h * w for h, w in PackedGrids.of(grids).merged(factor)]
-        return drop_path(branch, probability, lengths)
+        if self.attention in QUERIES:
+            merged = self.attn(x, grids, positions)
+            return self.mlp(merged, merged_grids(grids, self.window), residual=True)
+        y = x + self.attn(x, grids, positions) if self.attention else x
+        if self.parallel:
+            return window_mean(y, grids, self.window) + self.mlp(x, grids, residual=False)
+        return self.mlp(y, grids, residual=True)
 
     def extra_repr(self) -> str:
         """Show the configuration."""
         return (
-            f"dim={self.dim}, num_heads={self.num_heads}, window={self.window}, "
-            f"form={self.form!r}, attention={self.attention}, activation={self.activation!r}"
+            f"dim={self.dim}, window={self.window}, form={self.form!r}, "
+            f"attention={self.attention!r}"
         )
 
 
-def _check_options(window: int, form: str, attention: bool) -> None:
+class _Sum(nn.ModuleList):
+    """Several branches side by side."""
+
+    def forward(self, x: torch.Tensor, grids: Grids, *args, residual: bool = False):
+        """Add what the branches return; ``residual`` is added once."""
+        first, *others = self
+        options = {"residual": residual} if isinstance(first, WindowMlp) else {}
+        total = first(x, grids, *args, **options)
+        for branch in others:
+            total = total + branch(x, grids, *args, **dict.fromkeys(options, False))
+        return total
+
+
+def _one_or_sum(branches: list[nn.Module]) -> nn.Module:
+    return branches[0] if len(branches) == 1 else _Sum(branches)
+
+
+def merged_grids(grids: Grids, window: int) -> Grids:
+    """``grids`` of merged tokens, a single pair as a pair."""
+    if is_single_pair(grids):
+        return tuple(-(-side // window) for side in grids)
+    return PackedGrids.of(grids).merged(window)
+
+
+def check_options(window: int, form: str, attention: bool | str, mlp: str) -> None:
+    """Check the options of a compressor against each other."""
     check_positive_int(window, "window")
     if window < 2:
         raise ValueError(f"window must be at least 2, got {window}")
     if form not in FORMS:
         raise ValueError(f'form must be "dense", "block" or "tied", got {form!r}')
-    if not isinstance(attention, bool):
-        raise TypeError(f"attention must be a bool, got {type(attention).__name__}")
+    if not isinstance(attention, (bool, str)):
+        raise TypeError(f"attention must be a bool or a str, got {type(attention).__name__}")
+    if isinstance(attention, str) and attention not in QUERIES:
+        raise ValueError(
+            f'attention must be True, False, "cross_top_left" or "cross_mean", got {attention!r}'
+        )
+    if mlp not in MLPS:
+        raise ValueError(f'mlp must be "reuse", "plain" or "none", got {mlp!r}')
+    if attention in QUERIES and mlp == "plain":
+        raise ValueError(f'mlp must be "reuse" or "none" with attention={attention!r}, got "plain"')

@@ -1,85 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reuse initialisation and the slice encoder take from a transformer block of a host."""
+"""What the reuse initialisation takes from a transformer block of a host, whatever its class.
+
+A block is a sum of attention branches followed by a sum of MLP branches::
+
+    Y = X + sum_j post_j(proj(attention(norm_j(X))))
+    out = Y + sum_j post_j(mlp(norm_j(Y)))
+
+Nearly every block has one of each. A pre-norm block has ``norm`` and maybe a LayerScale as
+``post``; a post-norm block has its norm as ``post`` and no ``norm``. Where attention and MLP run in
+parallel, the MLP reads X. ``uhd_ops/nn/hosts`` holds one file per family that fills these in.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from uhd_ops.nn.mlp_forms import MlpWeights
+from uhd_ops.nn.layers import Limits
 from uhd_ops.ops._arguments import check_finite, check_positive_int
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 
 
 @dataclass(frozen=True, eq=False)
-class HostBlock:
-    """A pre-norm block ``x + ls1(attention(norm1(x)))``, ``x + ls2(mlp(norm2(x)))``, by its parts.
+class HostAttention:
+    """An attention branch, by its parts; none of them is copied here.
 
     Attributes:
-        num_heads: Heads of the attention.
-        norm1: Norm in front of the attention, over C.
-        qkv: Fused projection; weight ``(3 * num_heads * head_dim, C)``.
-        q_norm: Norm of the queries, over head_dim, or None.
-        k_norm: Norm of the keys, or None.
+        num_heads: Heads of the queries.
+        projections: The fused projection, weight ``(3 * num_heads * head_dim, C)``; or those of
+            queries, keys and values, the latter two of ``num_kv_heads * head_dim`` rows.
         proj: Output projection.
-        layer_scale1: Factor ``(C,)`` on the attention branch, or None.
-        norm2: LayerNorm in front of the MLP, over C.
-        mlp: Weights of the MLP: fc1 ``(I, C)``, fc2 ``(C, I)``, the *tied* form.
-        activation: Its activation, by the name that ``pixel_unshuffle_mlp`` uses.
-        layer_scale2: Factor ``(C,)`` on the MLP branch, or None.
+        head_dim: Channels of a head.
+        num_kv_heads: Heads of keys and values; None means ``num_heads``.
+        scale: Factor on the scores; None means ``head_dim ** -0.5``.
+        norm: Norm in front of the branch, over C, or None.
+        q_norm: Norm of the queries, over head_dim, or None; so are those of keys and values.
+        k_norm: Norm of the keys.
+        v_norm: Norm of the values.
+        inner_norm: Norm of what the heads return, over all of them, or None.
+        gate: Projection whose sigmoid multiplies what the heads return, or None.
+        rotate_half: How rotary embeddings pair the channels of a head; see
+            :func:`uhd_ops.nn.positions.rotate`. Whether there are any is the caller's business.
+        score_bias: Makes the module that adds to the scores, given the side of a window; or None.
+            See :class:`uhd_ops.nn.score_bias.ScoreBias`.
+        post: What follows the projection: LayerScale factors ``(C,)``, a norm, or None.
         attention_dropout: Probability for the attention weights; those below for what their names
             say. All act in training only.
-        proj_dropout: For the output of the attention branch.
-        hidden_dropout: For the hidden layer of the MLP.
-        output_dropout: For the output of the MLP.
-        drop_path1: For the whole attention branch of a view.
-        drop_path2: For the whole MLP branch of a view.
+        proj_dropout: For the output of the branch.
+        drop_path: For the whole branch of a view.
     """
 
     num_heads: int
-    norm1: nn.Module
-    qkv: nn.Linear
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    proj: nn.Linear
-    layer_scale1: torch.Tensor | None
-    norm2: nn.LayerNorm
-    mlp: MlpWeights
+    projections: tuple[nn.Module, ...]
+    proj: nn.Module
+    head_dim: int
+    num_kv_heads: int | None = None
+    scale: float | None = None
+    norm: nn.Module | None = None
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+    v_norm: nn.Module | None = None
+    inner_norm: nn.Module | None = None
+    gate: nn.Module | None = None
+    rotate_half: int = 0
+    score_bias: Callable[[int], nn.Module] | None = None
+    post: torch.Tensor | nn.Module | None = None
+    attention_dropout: float = 0.0
+    proj_dropout: float = 0.0
+    drop_path: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class HostOwnAttention:
+    """An attention branch that is computed by the host's own attention module.
+
+    For attention that is no softmax over scores of queries and keys (talking heads, differential
+    attention): a copy of the module runs on the windows, those of one shape as one batch.
+
+    Attributes:
+        module: The attention module; it is copied.
+        call: ``call(module, windows, (height, width), view_tokens)`` with windows
+            ``(n, height * width, C)`` and the number of tokens ``(n,)`` of the view that each
+            belongs to; returns ``(n, height * width, C)``. A function with a name, for pickling.
+        norm: As for HostAttention, like those below.
+        post: What follows the module.
+        drop_path: For the whole branch of a view.
+    """
+
+    module: nn.Module
+    call: Callable[[nn.Module, torch.Tensor, tuple[int, int], torch.Tensor], torch.Tensor]
+    norm: nn.Module | None = None
+    post: torch.Tensor | nn.Module | None = None
+    drop_path: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class HostMlp:
+    """An MLP branch: ``fc2(inner_norm(activation(fc1(x))))``.
+
+    With a gate, ``activation(gate(x)) * fc1(x)`` stands in for ``activation(fc1(x))``.
+
+    Attributes:
+        fc1: Weight ``(I, C)``.
+        fc2: Weight ``(C, I)``.
+        activation: By the name that ``pixel_unshuffle_mlp`` uses.
+        gate: Weight ``(I, C)``, or None.
+        norm: Norm in front of the branch, over C, or None; tiled over the patches of a window.
+        patch_norm: A second norm in front, over C, that stays per patch; or None.
+        inner_norm: Norm of the hidden layer, over I, that stays per patch; or None.
+        limits: What clamps the input and the output of ``"fc1"``, ``"gate"`` and ``"fc2"``, for
+            those of them that are clamped. The output of fc2 is that of the whole window.
+        post: LayerScale factors ``(C,)``, a norm, or None.
+        hidden_dropout: Probability for the hidden layer, in training.
+        output_dropout: For the output of the MLP.
+        drop_path: For the whole branch of a view.
+    """
+
+    fc1: nn.Module
+    fc2: nn.Module
     activation: str
-    layer_scale2: torch.Tensor | None
-    attention_dropout: float
-    proj_dropout: float
-    hidden_dropout: float
-    output_dropout: float
-    drop_path1: float
-    drop_path2: float
+    gate: nn.Module | None = None
+    norm: nn.Module | None = None
+    patch_norm: nn.Module | None = None
+    inner_norm: nn.Module | None = None
+    limits: Mapping[str, Limits] = field(default_factory=dict)
+    post: torch.Tensor | nn.Module | None = None
+    hidden_dropout: float = 0.0
+    output_dropout: float = 0.0
+    drop_path: float = 0.0
 
-    @property
-    def dim(self) -> int:
-        """Channels C."""
-        return self.qkv.in_features
 
-    @property
-    def head_dim(self) -> int:
-        """Channels of one head."""
-        return self.qkv.out_features // (3 * self.num_heads)
+@dataclass(frozen=True, eq=False)
+class HostBlock:
+    """A transformer block by its branches.
 
-    @classmethod
-    def of(cls, block: nn.Module) -> HostBlock:
-        """Read a block, changing nothing.
+    Attributes:
+        dim: Channels C.
+        attentions: Attention branches; they are added.
+        mlps: MLP branches; they are added.
+        parallel: Whether the MLPs read what the attention reads.
+    """
 
-        Args:
-            block: timm's ``vision_transformer.Block``.
-
-        Raises:
-            ImportError: timm is not installed.
-            NotImplementedError: Another class, or a part that is not understood.
-        """
-        from uhd_ops.nn.timm_block import read_timm_block
-
-        return read_timm_block(block)
+    dim: int
+    attentions: tuple[HostAttention | HostOwnAttention, ...]
+    mlps: tuple[HostMlp, ...]
+    parallel: bool = False
 
     @classmethod
     def random(
@@ -110,29 +178,32 @@ class HostBlock:
         if layer_scale is not None:
             check_finite(layer_scale, "layer_scale")
         head_dim, hidden_dim = _check_sizes(dim, num_heads, head_dim, hidden_dim)
-        fc1 = nn.Linear(dim, hidden_dim, bias, **factory)
-        fc2 = nn.Linear(hidden_dim, dim, bias, **factory)
         gamma = None if layer_scale is None else torch.full((dim,), float(layer_scale), **factory)
         head_norm = nn.LayerNorm(head_dim, eps, **factory) if qk_norm else None
-        return cls(
-            num_heads=num_heads,
-            norm1=nn.LayerNorm(dim, eps, **factory),
-            qkv=nn.Linear(dim, 3 * num_heads * head_dim, bias, **factory),
+        attention = HostAttention(
+            num_heads,
+            (nn.Linear(dim, 3 * num_heads * head_dim, bias, **factory),),
+            nn.Linear(num_heads * head_dim, dim, bias, **factory),
+            head_dim,
+            norm=nn.LayerNorm(dim, eps, **factory),
             q_norm=head_norm,
             k_norm=head_norm,
-            proj=nn.Linear(num_heads * head_dim, dim, bias, **factory),
-            layer_scale1=gamma,
-            norm2=nn.LayerNorm(dim, eps, **factory),
-            mlp=MlpWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
-            activation=activation,
-            layer_scale2=gamma,
+            post=gamma,
             attention_dropout=attention_dropout,
             proj_dropout=dropout,
+            drop_path=drop_path,
+        )
+        mlp = HostMlp(
+            nn.Linear(dim, hidden_dim, bias, **factory),
+            nn.Linear(hidden_dim, dim, bias, **factory),
+            activation,
+            norm=nn.LayerNorm(dim, eps, **factory),
+            post=gamma,
             hidden_dropout=dropout,
             output_dropout=dropout,
-            drop_path1=drop_path,
-            drop_path2=drop_path,
+            drop_path=drop_path,
         )
+        return cls(dim, (attention,), (mlp,))
 
 
 def _check_sizes(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -13,16 +15,58 @@ class Weights(nn.Module):
     Args:
         weight: Weight in any shape.
         bias: Bias in any shape, or None.
+        limits: What clamps the layer's input and output; copied. None where nothing does.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, limits: Limits | None = None
+    ) -> None:
         super().__init__()
         self.weight = _parameter(weight)
         self.register_parameter("bias", _parameter(bias))
+        self.limits = None if limits is None else clone_module(limits)
 
     def extra_repr(self) -> str:
         """Show the shape."""
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
+
+
+class Limits(nn.Module):
+    """Clamp the input and the output of a layer; the limits are copied, as buffers.
+
+    Args:
+        input_min: The least input, a number.
+        input_max: The greatest.
+        output_min: The least output.
+        output_max: The greatest.
+        enabled: Whether to clamp.
+    """
+
+    def __init__(
+        self,
+        input_min: torch.Tensor,
+        input_max: torch.Tensor,
+        output_min: torch.Tensor,
+        output_max: torch.Tensor,
+        enabled: bool = True,
+    ) -> None:
+        super().__init__()
+        self.enabled = enabled
+        self.register_buffer("input_min", input_min.detach().clone())
+        self.register_buffer("input_max", input_max.detach().clone())
+        self.register_buffer("output_min", output_min.detach().clone())
+        self.register_buffer("output_max", output_max.detach().clone())
+
+    def forward(self, x: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor]):
+        """Return ``layer(x)`` with both clamped."""
+        if not self.enabled:
+            return layer(x)
+        out = layer(x.clamp(self.input_min, self.input_max))
+        return out.clamp(self.output_min, self.output_max)
+
+    def extra_repr(self) -> str:
+        """Show whether it clamps."""
+        return f"enabled={self.enabled}"
 
 
 class LayerScale(nn.Module):
@@ -37,13 +81,13 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def layer_scale_of(gamma: torch.Tensor | None) -> nn.Module:
-    """Return a LayerScale, or an Identity where the host has none."""
-    return nn.Identity() if gamma is None else LayerScale(gamma)
+def post_of(post: torch.Tensor | nn.Module | None) -> nn.Module:
+    """Return what follows a branch: a LayerScale of a tensor, or a copy of a module."""
+    return LayerScale(post) if isinstance(post, torch.Tensor) else clone_module(post)
 
 
-def clone_leaf(module: nn.Module | None) -> nn.Module:
-    """Copy a module without submodules and buffers, such as a Linear or a norm; None is Identity.
+def clone_module(module: nn.Module | None) -> nn.Module:
+    """Copy a module with its parameters, buffers and submodules; None is Identity.
 
     The parameters are new and trainable. Unlike ``copy.deepcopy``, it leaves the hooks behind: what
     somebody observes in the host is not what the compressor does.
@@ -54,20 +98,45 @@ def clone_leaf(module: nn.Module | None) -> nn.Module:
     nn.Module.__init__(clone)
     own = {name: value for name, value in vars(module).items() if name not in vars(clone)}
     vars(clone).update(own)
+    clone.training = module.training
     for name, parameter in module._parameters.items():
         clone.register_parameter(name, _parameter(parameter))
+    for name, buffer in module._buffers.items():
+        copied = None if buffer is None else buffer.detach().clone()
+        clone.register_buffer(name, copied, name not in module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        clone.add_module(name, None if child is None else clone_module(child))
     return clone
 
 
-def tile_norm(norm: nn.LayerNorm, patches: int) -> nn.LayerNorm:
-    """Return a LayerNorm over ``patches * C`` channels that repeats the affine map of ``norm``."""
-    tiled = nn.LayerNorm(
-        patches * norm.normalized_shape[0],
-        norm.eps,
-        elementwise_affine=norm.weight is not None,
-        bias=norm.bias is not None,
-        device="meta",
-    )
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """Return a Linear with copies of ``weight (O, I)`` and ``bias (O,)``."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = _parameter(weight)
+    linear.register_parameter("bias", _parameter(bias))
+    return linear
+
+
+def tile_norm(norm: nn.Module | None, patches: int) -> nn.Module:
+    """Return a norm over ``patches * C`` channels that repeats the affine map of ``norm`` over C.
+
+    LayerNorms become ``torch.nn.LayerNorm``; any other class with a ``weight`` over C, such as the
+    RMSNorms, is copied with its weight repeated. None is Identity.
+    """
+    if norm is None:
+        return nn.Identity()
+    if isinstance(norm, nn.LayerNorm):
+        tiled = nn.LayerNorm(
+            patches * norm.normalized_shape[0],
+            norm.eps,
+            elementwise_affine=norm.weight is not None,
+            bias=norm.bias is not None,
+            device="meta",
+        )
+    else:
+        tiled = clone_module(norm)
+        if hasattr(norm, "normalized_shape"):
+            tiled.normalized_shape = (patches * norm.normalized_shape[0],)
     for name, parameter in norm._parameters.items():
         repeated = None if parameter is None else parameter.detach().repeat(patches)
         tiled.register_parameter(name, _parameter(repeated))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stochastic depth and dropout inside windows: what only training needs.
+"""Stochastic depth of whole views, and attention on gathered windows.
 
-The operators have no dropout. Where a probability is above zero, training takes the paths below,
-which gather the windows; in evaluation they are never taken.
+The operators have neither dropout nor a bias on the scores. Where a host has them, attention takes
+the path below, which gathers the windows.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.nn.mlp_forms import MlpWeights
-from uhd_ops.reference._windows import window_tokens
-from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS, mlp_form
+from uhd_ops.grids import Grids, PackedGrids, pairs_of
+from uhd_ops.reference._windows import slots_of_tokens, window_tokens
 
 
 def drop_path(
@@ -40,54 +39,55 @@ def drop_path(
     return branch * keep.repeat_interleave(counts, 0, output_size=branch.shape[0])
 
 
-def window_attention_with_dropout(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Grids, window: int, p: float
+def drop_views(
+    branch: torch.Tensor, probability: float, grids: Grids, factor: int = 1
 ) -> torch.Tensor:
-    """``window_attention`` with dropout of probability ``p`` on the attention weights."""
-    packed, views = _packed(q, 3, grids)
-    rows, present = window_tokens(views, window, q.device)
-    slots = [x.reshape(packed, *x.shape[-2:])[rows].transpose(1, 2) for x in (q, k, v)]
-    mask = present[:, None, None, :]  # (M, 1, 1, f²): a ragged window attends among its own tokens
-    out = functional.scaled_dot_product_attention(*slots, attn_mask=mask, dropout_p=p)
-    out = out.transpose(1, 2)[present]
-    return torch.empty_like(out).index_copy(0, rows[present], out).reshape(q.shape)
+    """Drop the branch of whole views, whose tokens lie on the grids merged by ``factor``."""
+    if branch.dim() == 3:
+        return drop_path(branch, probability)
+    lengths = [h * w for h, w in PackedGrids.of(grids).merged(factor)]
+    return drop_path(branch, probability, lengths)
 
 
-def pixel_unshuffle_mlp_with_dropout(
-    x: torch.Tensor,
+def gathered_window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     grids: Grids,
-    weights: MlpWeights,
+    window: int,
     *,
-    norm: torch.nn.LayerNorm,
-    factor: int,
-    activation: str,
-    p: float,
+    scale: float | None = None,
+    score_bias: nn.Module | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
-    """``pixel_unshuffle_mlp`` without residual, with dropout of probability ``p`` after fc1."""
-    packed, views = _packed(x, 2, grids)
-    rows, _ = window_tokens(views, factor, x.device)
-    patches, channels = factor**2, x.shape[-1]
-    hidden = norm(x.reshape(packed, channels)[rows].flatten(1))  # (M, f²C)
-    form = mlp_form(weights.fc1_weight, channels, factor)
-    if form == "tied":
-        hidden = functional.linear(hidden.unflatten(1, (patches, channels)), *weights[:2])
-    elif form == "block":
-        hidden = hidden.unflatten(1, (patches, channels))
-        hidden = torch.einsum("mpc,pic->mpi", hidden, weights.fc1_weight)
-        hidden = hidden if weights.fc1_bias is None else hidden + weights.fc1_bias
-    else:
-        hidden = functional.linear(hidden, *weights[:2])
-    hidden = functional.dropout(ACTIVATIONS[activation](hidden), p)
-    if form == "block":
-        out = torch.einsum("mpi,pci->mc", hidden, weights.fc2_weight)
-        out = out if weights.fc2_bias is None else out + weights.fc2_bias
-    else:
-        hidden = hidden.mean(1) if form == "tied" else hidden
-        out = functional.linear(hidden, *weights[2:])
-    return out if x.dim() == 2 else out.unflatten(0, (x.shape[0], -1))
+    """``window_attention`` on gathered windows, with a bias on the scores and dropout of weights.
+
+    Args:
+        q: Queries ``(N, H, D)``, or ``(B, h*w, H, D)`` with one grid; keys and values likewise.
+        k: Keys.
+        v: Values.
+        grids: Grids of the tokens.
+        window: Side of a window.
+        scale: Factor on the scores; None means ``D ** -0.5``.
+        score_bias: A :class:`uhd_ops.nn.score_bias.ScoreBias`, or None.
+        dropout: Probability of dropping an attention weight.
+    """
+    views, batch = pairs_of(grids), q.shape[0] if q.dim() == 4 else 1
+    rows, present = window_tokens(views, window, q.device)
+    tokens = [x if x.dim() == 4 else x[None] for x in (q, k, v)]
+    slots = [x[:, rows].flatten(0, 1).transpose(1, 2) for x in tokens]  # (B * M, H, f², D)
+    # A ragged window attends among its own tokens.
+    mask = present.repeat(batch, 1)[:, None, None, :]
+    if score_bias is not None:
+        mask = score_bias(slots[0]).masked_fill(~mask, -torch.inf)
+    out = functional.scaled_dot_product_attention(
+        *slots, attn_mask=mask, dropout_p=dropout, scale=scale
+    )
+    out = out.transpose(1, 2).reshape(batch, present.numel(), *q.shape[-2:])
+    return out[:, slots_of_tokens(views, window, q.device)].reshape(q.shape)
 
 
-def _packed(x: torch.Tensor, token_dims: int, grids: Grids) -> tuple[int, PackedGrids]:
+def packed_views(x: torch.Tensor, token_dims: int, grids: Grids) -> tuple[int, PackedGrids]:
     """Number of packed tokens, and the grids of all views of a batched or packed ``x``."""
     if x.dim() == token_dims:
         return x.shape[0], PackedGrids.of(grids)

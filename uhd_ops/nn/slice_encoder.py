@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn import timm_embedding
 from uhd_ops.nn.regularization import drop_path
+from uhd_ops.nn.view_ratios import merge_by_ratio, times_of
 from uhd_ops.ops.view_attention import view_attention
 
 
@@ -89,6 +90,7 @@ class SliceEncoder(nn.Module):
         grids: Grids | None = None,
         *,
         views_per_image: Sequence[int] | None = None,
+        ratios: Sequence[int] | None = None,
     ) -> SliceTokens:
         """Encode views.
 
@@ -99,6 +101,9 @@ class SliceEncoder(nn.Module):
             grids: Patch grids of the packed patches.
             views_per_image: Number of views of each image, in order; None means that all views
                 belong to one image.
+            ratios: How far the compressor reduces each view: 1 keeps it, ``window²`` merges it
+                once, ``window⁴`` twice; see :func:`uhd_ops.nn.merge_by_ratio`. None merges all
+                once.
 
         Raises:
             NotImplementedError: In training, if the model has patch dropout or attention dropout.
@@ -112,19 +117,25 @@ class SliceEncoder(nn.Module):
             pixels, grids = views, timm_embedding.check_patches(self.vit, views, grids)
         counts = _views_per_image(views_per_image, len(grids))
         self._refuse_dropout()
+        self._check_ratios(ratios, len(grids))
         prefix, patches = timm_embedding.embed(self.vit, pixels, grids)
         tokens = _join(prefix, patches, grids)
         for block in self.vit.blocks:
             if self.vit.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(self._run, block, tokens, grids, use_reentrant=False)
+                run = checkpoint(self._run, block, tokens, grids, ratios, use_reentrant=False)
             else:
-                tokens = self._run(block, tokens, grids)
-            compressor = getattr(block, "compressor", None)
-            grids = grids if compressor is None else grids.merged(compressor.window)
+                run = self._run(block, tokens, grids, ratios)
+            tokens, grids = run
         prefix, patches = self._split(self.vit.norm(tokens), grids)
         return SliceTokens(patches, grids, prefix, counts)
 
-    def _run(self, block: nn.Module, x: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
+    def _run(
+        self,
+        block: nn.Module,
+        x: torch.Tensor,
+        grids: PackedGrids,
+        ratios: Sequence[int] | None,
+    ) -> tuple[torch.Tensor, PackedGrids]:
         """Run one block on the packed sequence, and its compressor if it has one."""
         lengths = _lengths(grids, self.vit.num_prefix_tokens)
         branch = block.ls1(_attend(block.attn, block.norm1(x), lengths))
@@ -133,9 +144,14 @@ class SliceEncoder(nn.Module):
         x = x + _drop_path(branch, block.drop_path2, lengths)
         compressor = getattr(block, "compressor", None)
         if compressor is None:
-            return x
+            return x, grids
         prefix, patches = self._split(x, grids)
-        return _join(prefix, compressor(patches, grids), grids.merged(compressor.window))
+        if ratios is None:
+            patches, grids = compressor(patches, grids), grids.merged(compressor.window)
+        else:
+            window = compressor.window
+            patches, grids = merge_by_ratio(compressor, patches, grids, ratios, window=window)
+        return _join(prefix, patches, grids), grids
 
     def _split(self, x: torch.Tensor, grids: PackedGrids) -> tuple[torch.Tensor, torch.Tensor]:
         """Undo :func:`_join`: the prefix tokens ``(S, P, C)`` and the patch tokens ``(N, C)``."""
@@ -144,6 +160,14 @@ class SliceEncoder(nn.Module):
             return x.new_empty((len(grids), prefix, x.shape[1])), x
         views = x.split(_lengths(grids, prefix))
         return torch.stack([v[:prefix] for v in views]), torch.cat([v[prefix:] for v in views])
+
+    def _check_ratios(self, ratios: Sequence[int] | None, views: int) -> None:
+        if ratios is None:
+            return
+        found = [block.compressor for block in self.vit.blocks if hasattr(block, "compressor")]
+        if len(found) != 1:
+            raise ValueError(f"ratios need a vit with one compressor, got one with {len(found)}")
+        times_of(ratios, views, found[0].window)
 
     def _refuse_dropout(self) -> None:
         if not self.vit.training:
@@ -165,7 +189,10 @@ def _attend(attention: nn.Module, x: torch.Tensor, lengths: list[int]) -> torch.
     # Under autocast a norm returns float32.
     q, k = attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype)
     y = view_attention(q, k, v, PackedGrids.of([(1, length) for length in lengths]))
-    return attention.proj_drop(attention.proj(y.flatten(-2)))
+    y = attention.norm(y.flatten(-2))
+    if attention.gate is not None:
+        y = y * attention.gate(x).sigmoid()
+    return attention.proj_drop(attention.proj(y))
 
 
 def _drop_path(branch: torch.Tensor, module: nn.Module, lengths: list[int]) -> torch.Tensor:

@@ -10,14 +10,17 @@ from torch import nn
 from torch.nn import functional
 
 from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.nn.timm_block import import_timm_vision_transformer, read_timm_block
+from uhd_ops.nn.hosts import body_class, read_block
 from uhd_ops.ops import _arguments as arguments
 
 
 def check_host(vit: nn.Module) -> None:
     """Refuse a model that a slice encoder does not understand."""
-    timm = import_timm_vision_transformer()
-    from timm.models.deit import VisionTransformerDistilled
+    try:
+        from timm.models import vision_transformer as timm
+        from timm.models.deit import VisionTransformerDistilled
+    except ImportError as error:
+        raise ImportError("a SliceEncoder needs timm: pip install uhd_ops[timm]") from error
 
     if not isinstance(vit, timm.VisionTransformer):
         raise NotImplementedError(f"vit must be timm's VisionTransformer, got {type(vit).__name__}")
@@ -47,7 +50,16 @@ def check_host(vit: nn.Module) -> None:
             f"{vit.num_prefix_tokens}, got {prefix}"
         )
     for block in vit.blocks:
-        read_timm_block(block)
+        if body_class(block) is not timm.Block:
+            raise NotImplementedError(
+                f"blocks of vit must be timm's Block, got {body_class(block).__name__}"
+            )
+        if type(block.attn) is not timm.Attention:
+            raise NotImplementedError(
+                "the attention in blocks of vit must be timm's Attention, got "
+                f"{type(block.attn).__name__}"
+            )
+        read_block(block)
 
 
 def prefix_tokens(vit: nn.Module) -> list[torch.Tensor]:

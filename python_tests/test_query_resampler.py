@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nn.QueryResampler is attention of learned queries to the tokens of each view, one by one."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from uhd_ops.nn import QueryResampler
+from uhd_ops.nn.query_resampler import sincos_2d
+
+DIM, OUT, QUERIES, HEADS = 12, 32, 5, 2
+GRIDS = [(4, 6), (3, 5), (1, 1)]
+TOKENS = 40
+EPS = torch.finfo(torch.float64).eps
+
+
+def resampler(dim=DIM, **options):
+    module = QueryResampler(dim, OUT, num_queries=QUERIES, num_heads=HEADS, **options).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module
+
+
+def by_hand(module, view, grid):
+    """One view, by the formula."""
+    keys = functional.layer_norm(
+        module.kv_proj(view), (OUT,), module.ln_kv.weight, module.ln_kv.bias, 1e-6
+    )
+    table = []
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            table.append(
+                [
+                    f(position / 10000 ** (i / (OUT // 4)))
+                    for position in (column, row)
+                    for f in (math.sin, math.cos)
+                    for i in range(OUT // 4)
+                ]
+            )
+    # The embedding is stored in float32, as the module's is.
+    table = torch.tensor(table, dtype=torch.float32).double()
+    weights = module.attn.in_proj_weight.chunk(3)
+    biases = module.attn.in_proj_bias.chunk(3)
+    inputs = (module.ln_q(module.query), keys + table, keys)
+    q, k, v = (
+        functional.linear(x, w, b).unflatten(1, (HEADS, -1)).transpose(0, 1)
+        for x, w, b in zip(inputs, weights, biases, strict=True)
+    )
+    scores = (q @ k.mT / (OUT // HEADS) ** 0.5).softmax(-1)
+    out = module.attn.out_proj((scores @ v).transpose(0, 1).flatten(1))
+    return module.ln_post(out) @ module.proj
+
+
+def assert_close(actual, expected):
+    # A dozen products of at most 40 terms, one after the other; float32 rounds a sine either way.
+    bound = 12 * TOKENS * EPS * expected.abs().max()
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dim", [DIM, OUT])
+@torch.no_grad()
+def test_definition(dim):
+    module, x = resampler(dim), torch.randn(TOKENS, dim, dtype=torch.float64)
+    parts = x.split([h * w for h, w in GRIDS])
+    expected = [by_hand(module, *pair) for pair in zip(parts, GRIDS, strict=True)]
+    assert_close(module(x, GRIDS), torch.stack(expected))
+    batch = torch.randn(2, 15, dim, dtype=torch.float64)
+    expected = [by_hand(module, view, (3, 5)) for view in batch]
+    assert_close(module(batch, (3, 5)), torch.stack(expected))
+    assert module(x[:0], []).shape == (0, QUERIES, OUT)
+
+
+def test_every_parameter_learns():
+    module = resampler()
+    module(torch.randn(TOKENS, DIM, dtype=torch.float64), GRIDS).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in module.parameters())
+
+
+def test_names_are_those_of_the_released_resampler():
+    names = {
+        *("query", "proj", "kv_proj.weight", "attn.in_proj_weight", "attn.in_proj_bias"),
+        *("attn.out_proj.weight", "attn.out_proj.bias"),
+        *(f"ln_{part}.{kind}" for part in ("q", "kv", "post") for kind in ("weight", "bias")),
+    }
+    assert set(resampler().state_dict()) == names
+
+
+def test_embedding():
+    table = sincos_2d((2, 3), 8, "cpu")
+    assert table.shape == (6, 8)
+    assert torch.equal(table[0], torch.tensor([0, 0, 1, 1] * 2, dtype=torch.float32))
+    assert torch.equal(table[1, 4:], table[0, 4:])  # one column further: the same row
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"out_dim": 30}, ValueError, "out_dim must be a multiple of 4 and of num_heads = 1"),
+        ({"num_heads": 3}, ValueError, "out_dim must be a multiple of 4 and of num_heads = 3"),
+        ({"num_queries": 0}, ValueError, "num_queries must be at least 1, got 0"),
+        ({"dim": 1.5}, TypeError, "dim must be an int, got float"),
+        ({"eps": -1}, ValueError, "eps must not be negative, got -1"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        QueryResampler(**{"dim": DIM, "out_dim": OUT, **options})
+
+
+@pytest.mark.parametrize(
+    ("x", "grids", "error", "message"),
+    [
+        (torch.zeros(15, DIM), [(3, 5), (0, 2)], ValueError, "grids must not hold an empty view"),
+        (torch.zeros(15, DIM + 1), [(3, 5)], ValueError, "x must have C = 12 channels"),
+        (torch.zeros(14, DIM), [(3, 5)], ValueError, "N = 15 tokens"),
+        (None, [(3, 5)], TypeError, "x must be a torch.Tensor, got NoneType"),
+    ],
+)
+def test_bad_calls(x, grids, error, message):
+    with pytest.raises(error, match=message):
+        QueryResampler(DIM, OUT)(x, grids)

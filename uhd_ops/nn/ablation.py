@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The variants of LLaVA-UHD v4's ablation, Table 4, by their options."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+# Options of insert_early_compressor and EarlyCompressor. The baseline of the table, "post-ViT", is
+# no insertion at all: the untouched model with PixelUnshuffleConnector(merger_times=2) behind it.
+ABLATION = MappingProxyType(
+    {
+        "average pool": {"attention": False, "mlp": "none"},
+        "pixel-unshuffle MLP": {"attention": False, "mlp": "plain"},
+        "reused MLP": {"attention": False, "mlp": "reuse"},
+        "cross-attention, top-left query": {"attention": "cross_top_left", "mlp": "reuse"},
+        "cross-attention, mean query": {"attention": "cross_mean", "mlp": "reuse"},
+        "window attention + MLP": {"attention": True, "mlp": "plain"},
+        "window attention + reused MLP": {"attention": True, "mlp": "reuse"},
+    }
+)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that the vision layers of Hugging Face transformers are made of.
+
+Each model of transformers has its own copies of these classes. They are looked up in the module
+that defines the layer, so that no other model is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import transformers
+from torch import nn
+from transformers import activations
+
+from uhd_ops.nn.host_block import HostAttention, HostMlp
+from uhd_ops.nn.hosts import _checks as checks
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        f"vision models of transformers need version 5 or newer, got {transformers.__version__}: "
+        "pip install uhd_ops[transformers]"
+    )
+
+_ACTIVATIONS = {
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
+    activations.SiLUActivation: "silu",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+}
+
+
+def sibling(cls: type, name: str) -> type:
+    """Return the class ``name`` of the module that defines ``cls``."""
+    return getattr(sys.modules[cls.__module__], name)
+
+
+def norm(module: nn.Module, name: str) -> nn.Module:
+    """Return a LayerNorm."""
+    checks.require_exactly(module, name, (nn.LayerNorm,))
+    checks.require_plain(module, name)
+    return module
+
+
+def layer_scale(module: nn.Module, name: str, cls: type) -> torch.Tensor:
+    """Return the factors of a LayerScale."""
+    checks.require_exactly(module, name, (cls,))
+    checks.require_plain(module, name, ("lambda1",))
+    return module.lambda1
+
+
+def drop_path(module: nn.Module, name: str, cls: type) -> float:
+    """Return the probability of a DropPath, 0 for an Identity."""
+    checks.require_exactly(module, name, (cls, nn.Identity))
+    return float(getattr(module, "drop_prob", 0.0))
+
+
+def attention(module: nn.Module, name: str, cls: type, **branch: object) -> HostAttention:
+    """Read an attention with ``q_proj``, ``k_proj`` and ``v_proj``.
+
+    Args:
+        module: The attention.
+        name: What to call it in messages.
+        cls: The class that it must have.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of HostAttention; and
+            ``rotate_half``.
+    """
+    checks.require_exactly(module, name, (cls,))
+    checks.require_own_forward(module, name)
+    projections = [f"{part}_proj" for part in "qkv"]
+    out = "o_proj" if hasattr(module, "o_proj") else "out_proj"
+    dropout = "dropout" if hasattr(module, "dropout") else "attention_dropout"
+    heads = "num_heads" if hasattr(module, "num_heads") else "num_attention_heads"
+    return HostAttention(
+        getattr(module, heads),
+        tuple(checks.linear(getattr(module, part), f"{name}.{part}") for part in projections),
+        checks.linear(getattr(module, out), f"{name}.{out}"),
+        module.head_dim,
+        scale=float(module.scale if hasattr(module, "scale") else module.scaling),
+        attention_dropout=float(getattr(module, dropout)),
+        **branch,
+    )
+
+
+def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: object) -> HostMlp:
+    """Read an MLP with ``fc1`` and ``fc2``, or ``up_proj`` and ``down_proj`` with or without gate.
+
+    Args:
+        module: The MLP.
+        name: What to call it in messages.
+        classes: The classes that it may have.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of HostMlp.
+    """
+    checks.require_exactly(module, name, classes)
+    checks.require_own_forward(module, name)
+    first, second = ("up_proj", "down_proj") if hasattr(module, "up_proj") else ("fc1", "fc2")
+    act = "act_fn" if hasattr(module, "act_fn") else "activation_fn"
+    gate = getattr(module, "gate_proj", None)
+    return HostMlp(
+        checks.linear(getattr(module, first), f"{name}.{first}"),
+        checks.linear(getattr(module, second), f"{name}.{second}"),
+        activation(getattr(module, act), f"{name}.{act}"),
+        gate=None if gate is None else checks.linear(gate, f"{name}.gate_proj"),
+        **branch,
+    )
+
+
+def activation(module: nn.Module, name: str) -> str:
+    """Return the operators' name of an activation."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    checks.require_exactly(module, name, tuple(_ACTIVATIONS))
+    checks.require_own_forward(module, name)
+    return _ACTIVATIONS[type(module)]

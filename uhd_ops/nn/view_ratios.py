@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compression ratio of its own for each view: kept, merged once, or merged several times.
+
+Beyond the papers, whose compressors treat all views alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.ops._arguments import check_positive_int, check_tensor, layout_of
+
+RATIOS = (1, 4, 16)
+
+
+def merge_by_ratio(
+    compressor: Callable[[torch.Tensor, PackedGrids], torch.Tensor],
+    x: torch.Tensor,
+    grids: Grids,
+    ratios: Sequence[int],
+    *,
+    window: int = 2,
+) -> tuple[torch.Tensor, PackedGrids]:
+    """Merge the tokens of each view as often as its ratio says; differentiable.
+
+    A view of ratio ``window²`` goes through the compressor once, one of ``window⁴`` twice, and so
+    on; a view of ratio 1 is kept. All views that go through it together are one call. Where all
+    ratios are equal, the result is that of calling the compressor on everything, bit for bit.
+
+    Args:
+        compressor: ``compressor(x, grids)`` merges packed tokens, as :class:`EarlyCompressor`.
+        x: Packed tokens ``(N, C)``.
+        grids: Their grids, S views.
+        ratios: One power of ``window²`` for each view.
+        window: Side of the windows that the compressor merges.
+
+    Returns:
+        Packed tokens of all views, in order, and their grids.
+
+    Raises:
+        TypeError: ``x`` is no tensor of a floating dtype, ``grids`` has no accepted form, or
+            ``ratios`` holds something that is no int.
+        ValueError: Numbers of tokens or views do not fit, or a ratio is no power of ``window²``.
+
+    Example:
+        >>> from uhd_ops import window_mean
+        >>> x, grids = torch.randn(3 * 16, 8), [(4, 4)] * 3
+        >>> tokens, grids = merge_by_ratio(window_mean, x, grids, [1, 4, 16])
+        >>> tokens.shape, grids
+        (torch.Size([21, 8]), PackedGrids([(4, 4), (2, 2), (1, 1)]))
+    """
+    check_tensor(x, "x")
+    grids = PackedGrids.of(grids)
+    if x.dim() != 2:
+        raise ValueError(f"x must be packed tokens (N, C), got shape {tuple(x.shape)}")
+    layout_of(x, "x", grids, 1, ("C",))
+    times = times_of(ratios, len(grids), window)
+    for step in range(1, max(times, default=0) + 1):
+        chosen = [count >= step for count in times]
+        if all(chosen):
+            x, grids = compressor(x, grids), grids.merged(window)
+            continue
+        views = list(x.split([height * width for height, width in grids]))
+        some = PackedGrids([pair for pair, take in zip(grids, chosen, strict=True) if take])
+        merged = compressor(torch.cat([v for v, t in zip(views, chosen, strict=True) if t]), some)
+        parts = iter(merged.split([height * width for height, width in some.merged(window)]))
+        views = [next(parts) if take else v for v, take in zip(views, chosen, strict=True)]
+        coarse = iter(some.merged(window))
+        x = torch.cat(views)
+        grids = PackedGrids(
+            [next(coarse) if t else pair for pair, t in zip(grids, chosen, strict=True)]
+        )
+    return x, grids
+
+
+def token_variance(x: torch.Tensor, grids: Grids) -> torch.Tensor:
+    """Score views by how much their tokens differ: the variance over a view, mean over channels.
+
+    Args:
+        x: Packed tokens ``(N, C)``, or packed pixels ``(N, 3, p, p)``.
+        grids: Their grids, S views.
+
+    Returns:
+        ``(S,)``, float32 or float64; 0 for a view without tokens.
+    """
+    check_tensor(x, "x")
+    wide = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    grids = PackedGrids.of(grids)
+    layout_of(wide, "x", grids, 1, ("C",))
+    views = wide.split([height * width for height, width in grids])
+    scores = [v.var(0, correction=0).mean() if len(v) else v.sum() for v in views]
+    return torch.stack(scores) if scores else wide.new_zeros(0)
+
+
+def choose_ratios(
+    scores: Sequence[float] | torch.Tensor,
+    grids: Grids,
+    max_tokens: int,
+    *,
+    ratios: Sequence[int] = RATIOS,
+    window: int = 2,
+) -> list[int]:
+    """Choose a ratio for each view so that all together have at most ``max_tokens`` tokens.
+
+    The views with the lowest scores are merged first: all views start at the lowest ratio; then, in
+    ascending order of their scores, they go to the next one until the budget is met; then to the
+    one after that. Of two equal scores the earlier view goes first.
+
+    Args:
+        scores: One number for each view, for example :func:`token_variance`. A tensor on a device
+            is read, which waits for it.
+        grids: Grids of the views, in tokens.
+        max_tokens: The budget, in tokens after merging.
+        ratios: Those allowed, ascending powers of ``window²``.
+        window: Side of a window.
+
+    Returns:
+        A ratio for each view.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: Numbers of views differ, a score is NaN, the ratios do not ascend, or the
+            highest ratio for every view still exceeds the budget.
+
+    Example:
+        >>> choose_ratios([0.1, 5.0, 0.2], [(4, 4)] * 3, max_tokens=24)
+        [4, 1, 4]
+    """
+    check_positive_int(max_tokens, "max_tokens")
+    grids = PackedGrids.of(grids)
+    times = times_of(ratios, len(ratios), window)
+    if not times or times != sorted(set(times)):
+        raise ValueError(f"ratios must ascend, got {list(ratios)}")
+    scores = [float(score) for score in scores]
+    if len(scores) != len(grids) or any(score != score for score in scores):
+        raise ValueError(f"scores must hold {len(grids)} numbers, one for each view, got {scores}")
+    levels = [grids.merged(window**count) if count else grids for count in times]
+    tokens = [[height * width for height, width in level] for level in levels]
+    chosen, total = [0] * len(grids), sum(tokens[0])
+    order = sorted(range(len(grids)), key=lambda view: (scores[view], view))
+    for level in range(1, len(times)):
+        for view in order:
+            if total <= max_tokens:
+                break
+            total -= tokens[level - 1][view] - tokens[level][view]
+            chosen[view] = level
+    if total > max_tokens:
+        raise ValueError(
+            f"max_tokens must be at least {total}, what is left with ratio {ratios[-1]} for every "
+            f"view, got {max_tokens}"
+        )
+    return [ratios[level] for level in chosen]
+
+
+def times_of(ratios: Any, views: int, window: int) -> list[int]:
+    """Return how often each view is merged, given its ratio ``window ** (2 * times)``."""
+    check_positive_int(window, "window")
+    if window < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
+    if not isinstance(ratios, Sequence) or isinstance(ratios, str):
+        raise TypeError(f"ratios must be a sequence of ints, got {type(ratios).__name__}")
+    if len(ratios) != views:
+        raise ValueError(f"ratios must have one entry for each of {views} views, got {len(ratios)}")
+    times = []
+    for index, ratio in enumerate(ratios):
+        check_positive_int(ratio, f"ratios[{index}]")
+        count = 0
+        while window ** (2 * count) < ratio:
+            count += 1
+        if window ** (2 * count) != ratio:
+            raise ValueError(f"ratios[{index}] must be a power of {window**2}, got {ratio}")
+        times.append(count)
+    return times
