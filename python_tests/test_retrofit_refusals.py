@@ -4,9 +4,9 @@
 import pytest
 import timm
 import torch
-from timm.layers import SwiGLU
+from timm.layers import GatedMlp, PatchEmbed, SimpleNorm
 from timm.models._features import FeatureGetterNet
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import images, snapshot, tiny_vit
 from torch import nn
 
@@ -23,8 +23,8 @@ LAYER = 1
         ({}, ValueError, r"layer must be in 0\.\.3 for a model of 4 blocks, got 6"),
         ({"layer": True}, TypeError, "layer must be an int, got bool"),
         ({"layer": 1.0}, TypeError, "layer must be an int, got float"),
-        ({"layer": 1, "attention": 1}, TypeError, "attention must be a bool, got int"),
-        ({"layer": 1, "mlp": "random"}, NotImplementedError, "mlp must be \"reuse\", got 'random'"),
+        ({"layer": 1, "attention": 1}, TypeError, "attention must be a bool or a str, got int"),
+        ({"layer": 1, "mlp": "random"}, ValueError, 'mlp must be "reuse", "plain" or "none"'),
         ({"layer": 1, "form": "thin"}, ValueError, 'form must be "dense", "block" or "tied"'),
         ({"layer": 1, "window": 1}, ValueError, "window must be at least 2, got 1"),
         ({"layer": 1, "window": 2.0}, TypeError, "window must be an int, got float"),
@@ -38,25 +38,38 @@ def test_bad_arguments(options, error, message):
     assert snapshot(vit) == before
 
 
+class NoGrid(PatchEmbed):
+    def dynamic_feat_size(self, img_size):
+        return 1, 1
+
+
 class OwnForward(VisionTransformer):
     def forward_features(self, x, **options):
         return super().forward_features(x, **options)
 
 
+def small(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
 REFUSED = {
-    "Eva": (
-        lambda: timm.create_model("eva02_tiny_patch14_224", depth=2, embed_dim=48, num_heads=3),
-        "vit must be one of VisionTransformer .*, got Eva",
+    "TNT": (
+        lambda: small("tnt_s_legacy_patch16_224"),
+        "vit must be one of timm's .*, VisionTransformer, .*, got TNT: every patch token is tied",
     ),
-    "Beit": (
-        lambda: timm.create_model("beit_base_patch16_224", depth=2, embed_dim=24, num_heads=2),
-        "got Beit",
+    "MlpMixer": (lambda: small("mixer_s32_224"), "got MlpMixer: it mixes tokens by weights for a"),
+    "CrossVit": (lambda: small("crossvit_9_240"), "got CrossVit: two branches of different patch"),
+    "VOLO": (lambda: small("volo_d1_224"), "got VOLO: it reduces its tokens behind the outlook"),
+    "PiT": (lambda: small("pit_ti_224"), "got PoolingVisionTransformer: it pools its tokens"),
+    "XCiT": (lambda: small("xcit_nano_12_p16_224"), "got Xcit: it attends between channels and"),
+    "ConViT": (lambda: small("convit_tiny"), "got ConVit: its positional attention takes square"),
+    "Swin": (
+        lambda: small("swin_tiny_patch4_window7_224"),
+        "got SwinTransformer: its stages reduce the resolution already$",
     ),
-    "NaFlexVit": (
-        lambda: timm.create_model("naflexvit_base_patch16_gap", depth=2, embed_dim=24, num_heads=2),
-        "got NaFlexVit",
-    ),
-    "ResNet": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), "got Sequential$"),
+    "ResNet": (lambda: small("resnet18"), "got ResNet: its stages reduce the resolution already$"),
+    "no vision model": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), "got Sequential$"),
     "features_only": (
         lambda: FeatureGetterNet(tiny_vit(), out_indices=(1,)),
         "got FeatureGetterNet; its 'model' is one: pass that",
@@ -65,14 +78,14 @@ REFUSED = {
         lambda: torch.compile(tiny_vit()),
         "got OptimizedModule; its '_orig_mod' is one: pass that",
     ),
-    "parallel blocks": (
-        lambda: tiny_vit(block_fn=ParallelScalingBlock),
-        "block must be timm's Block, got ParallelScalingBlock",
+    "gated MLP": (lambda: tiny_vit(mlp_layer=GatedMlp), "block.mlp must be Mlp or .* got GatedMlp"),
+    "norm without weights": (
+        lambda: tiny_vit(norm_layer=SimpleNorm),
+        "block.norm1 must be LayerNorm or .*, got SimpleNorm",
     ),
-    "SwiGLU": (lambda: tiny_vit(mlp_layer=SwiGLU), "block.mlp must be Mlp, got SwiGLU"),
-    "differential attention": (
-        lambda: tiny_vit(attn_layer="diff"),
-        "block.attn must be Attention, got DiffAttention",
+    "stem without a grid": (
+        lambda: tiny_vit(embed_layer=NoGrid),
+        "vit.patch_embed must tell its patch grid by dynamic_feat_size, .* NoGrid does not",
     ),
     "own forward": (
         lambda: tiny_vit(OwnForward),
@@ -116,7 +129,7 @@ def test_patch_dropout_is_refused_in_training():
     vit = insert_early_compressor(tiny_vit(patch_drop_rate=0.5), LAYER)
     x = images(vit)
     vit(x)
-    with pytest.raises(NotImplementedError, match=r"set vit.patch_drop to torch.nn.Identity"):
+    with pytest.raises(NotImplementedError, match=r"set vit\.patch_drop\.prob = 0"):
         vit.train()(x)
 
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was inserted into a model: the options of ``insert_early_compressor``, checked."""
+"""What was inserted into a model: the options, checked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uhd_ops.nn.mlp_forms import FORMS
+from torch import nn
+
+from uhd_ops.nn.early_compressor import EarlyCompressor, check_options
+from uhd_ops.nn.host_block import HostBlock
+from uhd_ops.nn.positions import POSITIONS
 from uhd_ops.ops._arguments import check_positive_int
 
 
@@ -15,30 +19,37 @@ class EarlyCompressorConfig:
 
     Attributes:
         layer: 0-based index of the block after whose body the compressor runs.
-        attention: Whether tokens attend inside their window before they are merged.
-        mlp: Where the MLP comes from: "reuse".
+        attention: Whether tokens attend inside their window before they are merged, or which query
+            attends to its window.
+        mlp: Where the MLP comes from: "reuse", "plain" or "none".
         form: Its weight form: "dense", "block" or "tied".
         window: Side of a window, in tokens.
+        positions: Rotary positions of merged tokens: "center" or "reindex".
     """
 
     layer: int
-    attention: bool
+    attention: bool | str
     mlp: str
     form: str
     window: int
+    positions: str = "center"
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
             raise TypeError(f"layer must be an int, got {type(self.layer).__name__}")
-        if not isinstance(self.attention, bool):
-            raise TypeError(f"attention must be a bool, got {type(self.attention).__name__}")
-        if self.mlp != "reuse":
-            raise NotImplementedError(f'mlp must be "reuse", got {self.mlp!r}')
-        if self.form not in FORMS:
-            raise ValueError(f'form must be "dense", "block" or "tied", got {self.form!r}')
-        check_positive_int(self.window, "window")
-        if self.window < 2:
-            raise ValueError(f"window must be at least 2, got {self.window}")
+        check_options(self.window, self.form, self.attention, self.mlp)
+        _check_positions(self.positions)
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The blocks after which tokens are merged, 0-based."""
+        return (self.layer,)
+
+    def build(self, host: HostBlock) -> EarlyCompressor:
+        """Make the compressor of a block."""
+        return EarlyCompressor.from_host(
+            host, window=self.window, form=self.form, attention=self.attention, mlp=self.mlp
+        )
 
     def check_depth(self, depth: int) -> None:
         """Check ``layer`` against the number of blocks of a model."""
@@ -46,3 +57,66 @@ class EarlyCompressorConfig:
             raise ValueError(
                 f"layer must be in 0..{depth - 1} for a model of {depth} blocks, got {self.layer}"
             )
+
+
+@dataclass(frozen=True)
+class ProgressiveCompressionConfig:
+    """Options of progressive compression.
+
+    Attributes:
+        layers: Numbers of blocks in front of each merge.
+        pool: How a window becomes one token: "adaptive", "mean" or "unshuffle".
+        hidden_dim: Hidden channels of the pooling's MLP, or None for its default.
+        window: Side of a window, in tokens.
+        positions: Positions of merged tokens: "center" or "reindex".
+    """
+
+    layers: tuple[int, ...]
+    pool: str
+    hidden_dim: int | None
+    window: int
+    positions: str = "center"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, (tuple, list)):
+            raise TypeError(f"layers must be a sequence of ints, got {type(self.layers).__name__}")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for index, layer in enumerate(self.layers):
+            check_positive_int(layer, f"layers[{index}]")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must ascend, with at least one, got {self.layers}")
+        check_positive_int(self.window, "window")
+        _check_positions(self.positions)
+        self._make(4, device="meta")  # checks pool, hidden_dim and window as its class does
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The blocks after which tokens are merged, 0-based."""
+        return tuple(layer - 1 for layer in self.layers)
+
+    def build(self, host: HostBlock) -> nn.Module:
+        """Make the compressor behind a block."""
+        like = host.mlps[0].fc2.weight
+        return self._make(host.dim, device=like.device, dtype=like.dtype)
+
+    def _make(self, dim: int, **factory: object) -> nn.Module:
+        from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
+
+        return WindowTokenCompressor(
+            dim, pool=self.pool, hidden_dim=self.hidden_dim, window=self.window, **factory
+        )
+
+    def check_depth(self, depth: int) -> None:
+        """Check ``layers`` against the number of blocks of a model."""
+        if self.layers[-1] > depth:
+            raise ValueError(
+                f"layers must be in 1..{depth} for a model of {depth} blocks, got {self.layers}"
+            )
+
+
+Config = EarlyCompressorConfig | ProgressiveCompressionConfig
+
+
+def _check_positions(positions: str) -> None:
+    if positions not in POSITIONS:
+        raise ValueError(f'positions must be "center" or "reindex", got {positions!r}')

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write docs/models.md: which vision transformers of timm take a compressor, and why others do not.
+
+    python docs/models.py            # write the table
+    python docs/models.py --check    # fail where it is out of date
+
+Every entry point is made on the meta device, without weights, and a compressor is inserted in its
+middle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+
+from uhd_ops import insert_early_compressor
+
+TABLE = Path(__file__).with_name("models.md")
+# The files of timm with models of one resolution throughout. All other classes are refused.
+MODULES = (
+    *("vision_transformer", "vision_transformer_hybrid", "vitamin", "deit", "eva", "beit"),
+    *("naflexvit", "vision_transformer_relpos", "vision_transformer_sam", "qwen3_vit"),
+    *("deepseek_vit", "gemma4_vit", "cait", "xcit", "convit", "tnt", "mlp_mixer", "crossvit"),
+    *("volo", "pit"),
+)
+
+
+class Row(NamedTuple):
+    """One entry point.
+
+    Attributes:
+        name: As ``timm.create_model`` takes it.
+        kind: Class of the model.
+        reason: Why it is refused; empty where it is supported.
+    """
+
+    name: str
+    kind: str
+    reason: str
+
+
+def try_model(name: str) -> Row:
+    """Make one model without weights and insert a compressor in its middle."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    kind = type(model).__name__
+    try:
+        insert_early_compressor(model, layer=middle(model))
+    except NotImplementedError as error:
+        return Row(name, kind, str(error))
+    return Row(name, kind, "")
+
+
+def middle(model: torch.nn.Module) -> int:
+    """Half of the number of blocks; 0 where a model has no list of that name."""
+    inner = getattr(model, "encoder", model)
+    return len(getattr(inner, "blocks", ())) // 2
+
+
+def names() -> list[str]:
+    """All entry points of the files above."""
+    return [name for module in MODULES for name in timm.list_models(module=module)]
+
+
+def table(rows: list[Row]) -> str:
+    """Return the page."""
+    classes = defaultdict(list)
+    for row in rows:
+        classes[row.kind].append(row)
+    supported = sum(not row.reason for row in rows)
+    lines = [
+        "# Vision transformers of timm that take a compressor",
+        "",
+        f"Written by `python docs/models.py` with timm {timm.__version__}: {supported} of "
+        f"{len(rows)} entry points are supported.",
+        "Models of all other classes change their resolution inside, and are refused by name.",
+        "",
+        "| class | entry points | supported | refused, and why |",
+        "|---|---:|---:|---|",
+    ]
+    for kind, found in classes.items():
+        refused = [row for row in found if row.reason]
+        reasons = "; ".join(sorted({row.reason for row in refused})).replace("|", "\\|")
+        lines.append(f"| `{kind}` | {len(found)} | {len(found) - len(refused)} | {reasons} |")
+    for kind, found in classes.items():
+        listed = [f"`{row.name}`" for row in found if not row.reason]
+        if listed:
+            lines += ["", f"## {kind}", "", ", ".join(listed)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where the page is out of date")
+    arguments = parser.parse_args()
+    page = table([try_model(name) for name in names()])
+    if arguments.check:
+        if page != TABLE.read_text():
+            print("docs/models.md is out of date: run python docs/models.py", file=sys.stderr)
+            return 1
+        return 0
+    TABLE.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the classes of blocks become: mixins in front of a block's own class.
+
+Block ``layer`` becomes a :class:`CompressedBlock`. The blocks behind it stay what they are, unless
+they are given positions: then they become :class:`CoarseBlock`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from uhd_ops.nn.early_compressor import EarlyCompressor
+from uhd_ops.nn.positions import Rotary
+from uhd_ops.retrofit.layout import TokenLayout, running_forward
+
+
+class Mixed:
+    """A class made at run time from a mixin and the class of a module that the user has.
+
+    Attributes:
+        body_class: The module's own class.
+    """
+
+    mixin: type
+    body_class: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        if "body_class" not in vars(type(self)):  # somebody extended ours: that is theirs
+            return super().__reduce_ex__(protocol)
+        # The class is made at run time, so it is pickled by those that it is made of.
+        _, _, *state = super().__reduce_ex__(max(int(protocol), 2))
+        mixins, cls = [], type(self)
+        while "body_class" in vars(cls):  # a block between two merges has two mixins
+            mixins.append(cls.mixin)
+            cls = cls.body_class
+        return _new, (tuple(mixins), cls), *state
+
+
+@functools.cache
+def mixed(mixin: type[Mixed], cls: type) -> type:
+    """Return ``cls`` with the methods of ``mixin`` in front of its own."""
+    name = f"{mixin.prefix}{cls.__name__}"
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__.removesuffix(cls.__name__) + name,
+        "mixin": mixin,
+        "body_class": cls,
+    }
+    return type(name, (mixin, cls), namespace)
+
+
+def _new(mixins: tuple[type[Mixed], ...], cls: type) -> Any:
+    """Make an empty module, for pickle and copy; the first mixin stands in front."""
+    for mixin in reversed(mixins):
+        cls = mixed(mixin, cls)
+    return cls.__new__(cls)
+
+
+class LayoutAware(Mixed):
+    """A block that knows the layout of the tokens in the running forward pass.
+
+    Attributes:
+        layout_while_tracing: Stands in for the context variable under torch.compile, which cannot
+            trace one; None otherwise.
+    """
+
+    layout_while_tracing: TokenLayout | None = None
+
+    def _layout_of(self, x: torch.Tensor) -> TokenLayout:
+        if self.layout_while_tracing is not None:
+            return self.layout_while_tracing
+        running = None if torch.compiler.is_compiling() else running_forward(x)
+        if running is None:
+            raise RuntimeError(
+                "the patch grid of these tokens is not known: a block with a compressor, or behind "
+                "it, runs in the forward pass of its model; if it is checkpointed, then alone or "
+                "with the whole model, with use_reentrant=False and no save_on_cpu around it"
+            )
+        return running.layout
+
+    def _derived(
+        self, x: torch.Tensor, source: torch.Tensor, derive: Callable[[torch.Tensor], Any]
+    ) -> Any:
+        """Return ``derive(source)``, computed once in a forward pass where that is possible."""
+        if self.layout_while_tracing is not None:
+            return derive(source)
+        return running_forward(x).derived(source, derive)
+
+
+class CompressedBlock(LayoutAware):
+    """A block whose patch tokens are merged after its own body.
+
+    Attributes:
+        compressor: The module that merges them.
+        merged_before: Side, in fine tokens, of the windows that other compressors merged before.
+    """
+
+    prefix = "Compressed"
+    compressor: nn.Module
+    merged_before: int = 1
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``(B, P + h*w, C)`` to ``(B, P + ceil(h / window) * ceil(w / window), C)``."""
+        layout = self._layout_of(x)
+        if self.merged_before > 1:
+            layout = layout.merged(self.merged_before)
+        layout.check(x)
+        positions = None
+        if isinstance(self.compressor, EarlyCompressor):  # pooling knows no positions
+            positions = self._positions(layout, *args, **kwargs)
+        return layout.merge(super().forward(x, *args, **kwargs), self.compressor, positions)
+
+    def _positions(self, layout: TokenLayout, *args: Any, **kwargs: Any) -> Rotary | None:
+        """Rotary embeddings of the patches, from what the block is given beside the tokens."""
+        return None
+
+
+class CoarsePart(Mixed):
+    """A module behind the compressor that needs its positions on the merged grid.
+
+    Attributes:
+        window: Side of a window, in tokens.
+        positions: How merged tokens get their positions; see ``insert_early_compressor``.
+    """
+
+    prefix = "Coarse"
+    window: int
+    positions: str
+
+
+class CoarseBlock(LayoutAware, CoarsePart):
+    """A whole block of that kind; it knows the layout of the tokens in front of the compressor."""

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The early compressor: one merge inside a vision transformer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from uhd_ops.retrofit.config import Config, EarlyCompressorConfig, ProgressiveCompressionConfig
+from uhd_ops.retrofit.insertion import insert, remove
+from uhd_ops.retrofit.registry import family_of, refuse_other
+
+
+def insert_early_compressor(
+    vit: nn.Module,
+    layer: int = 6,
+    *,
+    attention: bool | str = True,
+    mlp: str = "reuse",
+    form: str = "dense",
+    window: int = 2,
+    positions: str = "center",
+) -> nn.Module:
+    """Merge each window of patch tokens into one token after block ``layer``, in place.
+
+    The blocks behind ``layer`` then work on ``ceil(h / window) * ceil(w / window)`` tokens instead
+    of ``h * w``. Class and register tokens pass the compressor unchanged and never enter a window.
+    Every parameter keeps its name; the compressor's own are ``blocks.<layer>.compressor.*``,
+    initialised from block ``layer`` as :meth:`uhd_ops.nn.EarlyCompressor.from_block` says.
+
+    The model stays what it was for its users: ``forward``, ``forward_features``,
+    ``forward_intermediates`` (whose maps from block ``layer`` on are coarse; ``feature_info`` says
+    so), gradient checkpointing (not the reentrant kind), ``copy.deepcopy``, pickling and
+    ``torch.compile`` work as before. Refused at run time are attention masks, causal attention, and
+    patch dropout in training.
+
+    Args:
+        vit: timm's ``VisionTransformer`` (SigLIP, CLIP, DeiT, DINOv2, AugReg and others built on
+            it).
+        layer: 0-based index of the block after whose body the compressor runs; the last block is
+            allowed.
+        attention: Whether tokens attend inside their window before they are merged, or which query
+            attends to its window; as for :class:`uhd_ops.nn.EarlyCompressor`.
+        mlp: ``"reuse"`` for the block's own MLP, ``"plain"`` or ``"none"``; likewise.
+        form: Weight form of the MLP: ``"dense"`` as in the released checkpoints, ``"block"``, or
+            ``"tied"``. They start as the same function.
+        window: Side of a window, in tokens.
+        positions: What rotary position a merged token has in the blocks behind the compressor:
+            ``"center"``, the centre of its window, which keeps all distances, or ``"reindex"``, its
+            index on the merged grid, which divides them by ``window``. Models without rotary
+            embeddings take either.
+
+    Returns:
+        ``vit`` itself. Where it holds a compressor with the same options already, nothing is done.
+
+    Raises:
+        NotImplementedError: The class of the model, a part of block ``layer``, or ``mlp`` is not
+            supported.
+        TypeError: An argument has the wrong type.
+        ValueError: ``layer``, ``form`` or ``window`` is out of range, or ``vit`` holds a compressor
+            with other options. In every case of an error, the model is as it was.
+
+    Source:
+        LLaVA-UHD v4, section 3.2.
+
+    Example:
+        >>> import torch
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> vit = insert_early_compressor(vit, layer=0)
+        >>> vit.forward_features(torch.randn(1, 3, 32, 32)).shape  # class token and 2 x 2 patches
+        torch.Size([1, 5, 32])
+    """
+    family = family_of(vit)
+    config = EarlyCompressorConfig(layer, attention, mlp, form, window, positions)
+    present = getattr(family.transformer(vit), "early_compressor", None)
+    refuse_other(present, config, _remover(present))
+    return vit if present == config else insert(vit, config, family)
+
+
+def remove_early_compressor(vit: nn.Module) -> nn.Module:
+    """Take the compressor out again, in place; its weights are lost.
+
+    Args:
+        vit: A model that :func:`insert_early_compressor` returned.
+
+    Returns:
+        ``vit`` itself: class, attributes and parameters are those it had before the insertion,
+        updated by whatever training happened since.
+
+    Raises:
+        NotImplementedError: The class of the model is not supported.
+        TypeError: ``vit`` is no module.
+        ValueError: The model holds no compressor.
+
+    Example:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> type(remove_early_compressor(insert_early_compressor(vit, layer=0))).__name__
+        'VisionTransformer'
+    """
+    family = family_of(vit)
+    present = getattr(family.transformer(vit), "early_compressor", None)
+    if present is None:
+        raise ValueError("vit holds no compressor, so there is nothing to remove")
+    if not isinstance(present, EarlyCompressorConfig):
+        raise ValueError(f"vit holds {present}; call {_remover(present)}(vit) to remove it")
+    return remove(vit, family)
+
+
+def _remover(present: Config | None) -> str:
+    """Name the function that removes what a model holds."""
+    progressive = isinstance(present, ProgressiveCompressionConfig)
+    return "remove_progressive_compression" if progressive else "remove_early_compressor"

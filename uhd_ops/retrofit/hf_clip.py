@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``CLIPVisionModel`` and ``SiglipVisionModel`` of transformers with a compressor.
+
+So are models that put a head on one of them: ``CLIPVisionModelWithProjection``,
+``CLIPForImageClassification`` and ``SiglipForImageClassification``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.hf_parts import (
+    CompressedHfModel,
+    CompressedLayer,
+    HfWrapper,
+    require_understood,
+)
+from uhd_ops.retrofit.model import Family
+
+
+class CompressedClipVisionModel(CompressedHfModel):
+    """The method that a compressed model replaces."""
+
+    blocks_name = "encoder.layers"
+
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in the model's class; tokens and hidden states behind the layer are merged ones."""
+        layout = self._image_layout(pixel_values, self.embeddings.patch_embedding, kwargs)
+        forward = super().forward
+        return self._run(layout, forward, pixel_values, interpolate_pos_encoding, **kwargs)
+
+    def _num_prefix_tokens(self) -> int:
+        return self.embeddings.num_positions - self.embeddings.num_patches
+
+
+def transformer(vit: nn.Module) -> nn.Module:
+    """Return the vision model of one that puts a head on it."""
+    return getattr(vit, "vision_model", vit)
+
+
+def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+    """Refuse a model that is not understood."""
+    require_understood(transformer(vit), config, "encoder.layers", "EncoderLayer")
+
+
+FAMILY = Family(
+    CompressedClipVisionModel,
+    CompressedLayer,
+    None,
+    check,
+    transformer=transformer,
+    wrapper=HfWrapper,
+)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``DINOv3ViTModel`` of transformers with a compressor.
+
+Every layer is given the rotary embeddings of the patches. Those of the merged tokens are derived
+from them, because the model draws its coordinates at random in training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from uhd_ops.nn.positions import Frequencies, Rotary
+from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.hf_parts import (
+    CoarseLayer,
+    CompressedHfModel,
+    CompressedLayer,
+    require_understood,
+)
+from uhd_ops.retrofit.layout import TokenLayout
+from uhd_ops.retrofit.model import Family
+
+Table = tuple[torch.Tensor, torch.Tensor]  # cosines, then sines
+
+
+class CompressedDinov3(CompressedHfModel):
+    """What model and backbone have in common."""
+
+    blocks_name = "model.layer"
+
+    def _layout(self, pixel_values: torch.Tensor, options: dict[str, Any]) -> TokenLayout:
+        layout = self._image_layout(pixel_values, self.embeddings.patch_embeddings, options)
+        return layout._replace(frequencies=frequencies_of(self.rope_embeddings.inv_freq))
+
+
+class CompressedDinov3Model(CompressedDinov3):
+    """The method that a compressed model replaces."""
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in the model's class; tokens and hidden states behind the layer are merged ones."""
+        layout = self._layout(pixel_values, kwargs)
+        return self._run(layout, super().forward, pixel_values, bool_masked_pos, **kwargs)
+
+
+class CompressedDinov3Layer(CompressedLayer):
+    """Layer ``layer``."""
+
+    def _positions(
+        self, layout: TokenLayout, *args: Any, position_embeddings: Table, **kwargs: Any
+    ) -> Rotary:
+        cos, sin = position_embeddings
+        return Rotary(sin[:, None], cos[:, None])
+
+
+class CoarseDinov3Layer(CoarseLayer):
+    """A layer behind the compressor."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        position_embeddings: Table,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As in the layer's class, with the positions of the merged tokens."""
+        layout = self._layout_of(hidden_states)
+        fine_cos, fine_sin = position_embeddings
+
+        def derive(cos: torch.Tensor) -> Table:
+            sin, cos = layout.merge_table(fine_sin, cos, self.window, self.positions)
+            return cos, sin
+
+        merged = self._derived(hidden_states, fine_cos, derive)
+        return super().forward(hidden_states, attention_mask, merged, **kwargs)
+
+
+def frequencies_of(inverse: torch.Tensor) -> Frequencies:
+    """Return those of a table whose channels are rows, columns, and both again.
+
+    On small grids neighbours differ by more than pi: 4 pi over the side of the grid.
+    """
+    slowest = len(inverse) - 1
+    channels = torch.tensor([slowest, slowest + len(inverse)], device=inverse.device)
+    return Frequencies(
+        (inverse / inverse[slowest]).repeat(4), channels.repeat_interleave(len(inverse)).repeat(2)
+    )
+
+
+def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+    """Refuse a model that is not understood."""
+    require_understood(vit, config, "model.layer")
+
+
+FAMILY = Family(CompressedDinov3Model, CompressedDinov3Layer, CoarseDinov3Layer, check)

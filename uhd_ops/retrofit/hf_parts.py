@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vision models of Hugging Face transformers with a compressor share.
+
+The classes keep their names (``prefix = ""``): transformers finds out by the printed name of a
+model's class which outputs it records, and by the names of classes what ``config.json`` calls the
+architecture and which modules no device map may split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from uhd_ops.nn.hosts import _checks as checks
+from uhd_ops.nn.hosts import hf_parts as parts
+from uhd_ops.retrofit import insert_early_compressor, takes_compressor
+from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
+from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.layout import TokenLayout
+from uhd_ops.retrofit.model import (
+    Compressed,
+    CompressedModel,
+    CompressedWrapper,
+    require_methods,
+)
+from uhd_ops.retrofit.relative_positions import StandIn
+
+
+class BuiltFromConfig(Compressed):
+    """A model of transformers whose class, when it is called, also makes the compressor.
+
+    ``from_pretrained`` calls it before it loads the weights.
+    """
+
+    prefix = ""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if "body_class" in vars(type(self)):
+            self.__class__ = self.body_class
+            insert_configured(self)
+
+
+class CompressedHfModel(BuiltFromConfig, CompressedModel):
+    """A model of transformers; its ``config`` tells of the compressor too, so both are saved."""
+
+    def _remember(self, config: EarlyCompressorConfig) -> None:
+        super()._remember(config)
+        self.config.early_compressor = dataclasses.asdict(config)
+
+    def _forget(self) -> None:
+        super()._forget()
+        del self.config.early_compressor
+
+    def _image_layout(
+        self, pixel_values: torch.Tensor, patch_embedding: nn.Conv2d, options: dict[str, Any]
+    ) -> TokenLayout:
+        """The layout of images of one size; ``options`` are the keyword arguments of the call."""
+        if options.get("attention_mask") is not None or options.get("is_causal"):
+            raise NotImplementedError(
+                "attention_mask must be None and is_causal False in a model with a compressor, "
+                "which changes the number of tokens"
+            )
+        height, width = pixel_values.shape[-2:]
+        rows, columns = patch_embedding.stride
+        return TokenLayout(height // rows, width // columns, self._num_prefix_tokens())
+
+    def _num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches: the class token and the registers."""
+        return 1 + getattr(self.config, "num_register_tokens", 0)
+
+
+class CompressedBackbone(CompressedHfModel):
+    """A backbone; its feature maps have the grids that they have.
+
+    The original would reshape the merged tokens to the fine grid: a quarter of the channels each,
+    without an error.
+
+    Attributes:
+        maps_have_prefix: Whether what is not reshaped begins with the prefix tokens.
+    """
+
+    maps_have_prefix = True
+
+    def _feature_maps(self, layout: TokenLayout, *args: Any, **kwargs: Any) -> Any:
+        """Call the original ``forward`` for sequences, and make maps of them."""
+        stand_in = StandIn(self, config=StandIn(self.config, reshape_hidden_states=False))
+        forward = self.body_class.forward
+        output = self._run(layout, forward, stand_in, *args, return_dict=True, **kwargs)
+        if self.config.reshape_hidden_states:
+            start = layout.prefix if self.maps_have_prefix else 0
+            maps = output.feature_maps
+            output.feature_maps = tuple(self._to_map(layout, y[:, start:]) for y in maps)
+        return output
+
+
+class HfWrapper(BuiltFromConfig, CompressedWrapper):
+    """A model of transformers that puts a head on one that holds the compressor."""
+
+
+class CompressedLayer(CompressedBlock):
+    """Layer ``layer``."""
+
+    prefix = ""
+
+
+class CoarseLayer(CoarseBlock):
+    """A module behind the compressor."""
+
+    prefix = ""
+
+
+def insert_configured(model: nn.Module) -> list[str]:
+    """Insert the compressors that the configs of the models inside ``model`` tell of.
+
+    Returns:
+        Names of those models.
+    """
+    found = []
+    for name, module in list(model.named_modules()):
+        config = getattr(module, "config", None)
+        options = getattr(config, "early_compressor", None)
+        if options is None or isinstance(module, Compressed) or not takes_compressor(module):
+            continue
+        del config.early_compressor  # the insertion writes it again
+        try:
+            insert_early_compressor(module, **options)
+        except Exception:
+            config.early_compressor = options
+            raise
+        found.append(name)
+    return found
+
+
+def require_understood(
+    vit: nn.Module, config: EarlyCompressorConfig, blocks_name: str, layer: str = "Layer"
+) -> None:
+    """Refuse a model whose methods, encoder or layers are not those of its class.
+
+    Args:
+        vit: The model.
+        config: Options of the insertion.
+        blocks_name: Where its layers are.
+        layer: What the name of a layer's class ends with.
+    """
+    cls = next(c for c in type(vit).__mro__ if c.__module__.startswith("transformers.models."))
+    require_methods(vit, cls, ("forward",))
+    family = re.sub(r"(Vision)?(Model|Backbone)$", "", cls.__name__)
+    expected = {blocks_name.rpartition(".")[0]: parts.sibling(cls, f"{family}Encoder")}
+    for index in range(config.layer, len(vit.get_submodule(blocks_name))):
+        expected[f"{blocks_name}.{index}"] = parts.sibling(cls, f"{family}{layer}")
+    for name, part in expected.items():
+        checks.require_exactly(vit.get_submodule(name), f"vit.{name}", (part,))
+        checks.require_own_forward(vit.get_submodule(name), f"vit.{name}")
+    if getattr(vit.config, "early_compressor", None) is not None:
+        raise ValueError(
+            f"vit.config tells of a compressor, {vit.config.early_compressor}, but vit holds none: "
+            "load it by uhd_ops.integrations.transformers.from_pretrained; or, for a new one, "
+            "delete vit.config.early_compressor, and give every model a config of its own"
+        )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Siglip2VisionModel`` of transformers with a compressor: batches of images of any sizes.
+
+Images come as patches, padded to one length. Behind the compressor every image has its merged
+tokens in front, ``ceil(h / window) * ceil(w / window)`` of them for ``spatial_shapes`` (h, w), and
+the sequence is as long as the longest needs. Layers and pooling head see the padding that is left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from uhd_ops.grids import PackedGrids
+from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.hf_parts import (
+    CoarseLayer,
+    CompressedHfModel,
+    CompressedLayer,
+    require_understood,
+)
+from uhd_ops.retrofit.model import Family
+from uhd_ops.retrofit.padded_layout import PaddedLayout
+
+
+class CompressedSiglip2VisionModel(CompressedHfModel):
+    """The method that a compressed model replaces."""
+
+    blocks_name = "encoder.layers"
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None,
+        spatial_shapes: torch.Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """As in the model's class; tokens and hidden states behind the layer are merged ones."""
+        layout = layout_of(pixel_values, pixel_attention_mask, spatial_shapes, self._windows()[-1])
+        forward = super().forward
+        return self._run(
+            layout, forward, pixel_values, pixel_attention_mask, spatial_shapes, **kwargs
+        )
+
+
+class CoarseSiglip2Layer(CoarseLayer):
+    """A layer behind the compressor."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As in the layer's class, with the mask of the merged tokens."""
+        merged = self._layout_of(hidden_states).merged(self.window)
+
+        def derive(valid: torch.Tensor) -> torch.Tensor | None:
+            config = self.self_attn.config
+            return create_bidirectional_mask(config, hidden_states, None if merged.full else valid)
+
+        mask = self._derived(hidden_states, merged.valid, derive)
+        return super().forward(hidden_states, mask, **kwargs)
+
+
+class CoarseSiglip2Head(CoarseLayer):
+    """The pooling head."""
+
+    def forward(
+        self, hidden_state: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As in the head's class, with the mask of the merged tokens."""
+        merged = self._layout_of(hidden_state).merged(self.window)
+        return super().forward(hidden_state, None if merged.full else merged.valid)
+
+
+@torch.compiler.disable(reason="the grids of a padded batch are values of a tensor")
+def layout_of(
+    pixel_values: torch.Tensor,
+    pixel_attention_mask: torch.Tensor | None,
+    shapes: torch.Tensor,
+    window: int,
+) -> PaddedLayout:
+    """Read the grids of a batch; on a CUDA device, as in the original, the host waits for them.
+
+    Args:
+        pixel_values: ``(B, L, 3 * patch²)``.
+        pixel_attention_mask: ``(B, L)``, 1 for a patch and 0 for padding; None for no padding.
+        shapes: ``spatial_shapes (B, 2)``.
+        window: Side of a window, in tokens.
+
+    Raises:
+        ValueError: The mask does not mark the first h * w places of every image.
+    """
+    layout = PaddedLayout(
+        PackedGrids.of(shapes.tolist()), pixel_values.shape[1], 0, pixel_values.device
+    )
+    mask = pixel_attention_mask
+    mask = torch.ones_like(layout.valid) if mask is None else mask.to(layout.valid)
+    if not torch.equal(mask, layout.valid):
+        raise ValueError(
+            "pixel_attention_mask must mark the first h * w of the "
+            f"{pixel_values.shape[1]} patches of each image, as spatial_shapes says: "
+            f"{[h * w for h, w in layout.grids]}"
+        )
+    layout.merged(window)  # here, because tracing would stop at it again
+    return layout
+
+
+def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+    """Refuse a model that is not understood."""
+    require_understood(vit, config, "encoder.layers", "EncoderLayer")
+
+
+FAMILY = Family(
+    CompressedSiglip2VisionModel,
+    CompressedLayer,
+    CoarseSiglip2Layer,
+    check,
+    heads={"head": CoarseSiglip2Head},
+)

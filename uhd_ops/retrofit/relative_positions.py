@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relative positions of merged tokens, derived from those that a host has for its fine grid.
+
+Two merged tokens get what the host adds to the scores of two of its own tokens: the first ones of
+their windows, which lie ``window`` times as far apart (``positions="center"``), or those with the
+indices of the merged tokens (``"reindex"``). Tables keep their size and their names, so checkpoints
+load, they stay trainable, and what resizes them still can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from uhd_ops.retrofit.blocks import CoarseBlock
+from uhd_ops.retrofit.layout import TokenLayout
+from uhd_ops.retrofit.model import CompressedModel
+
+
+class StandIn:
+    """A module with other values for some attributes, to call a method of its class on.
+
+    The module itself does not change, so other threads and later calls do not see them.
+
+    Args:
+        module: Has all the other attributes.
+        attributes: The other values.
+    """
+
+    def __init__(self, module: nn.Module, **attributes: Any) -> None:
+        self.module = module
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def stride_of(window: int, positions: str) -> int:
+    """Fine tokens between the positions of two merged neighbours."""
+    return window if positions == "center" else 1
+
+
+def tokens_of_merged(
+    layout: TokenLayout, window: int, positions: str, device: torch.device
+) -> torch.Tensor:
+    """For each prefix and merged token, the fine token whose relative positions it gets."""
+    stride, merged = stride_of(window, positions), layout.merged(window)
+    rows = torch.arange(merged.height, device=device) * stride
+    cols = torch.arange(merged.width, device=device) * stride
+    patches = (rows[:, None] * layout.width + cols).flatten() + layout.prefix
+    return torch.cat([torch.arange(layout.prefix, device=device), patches])
+
+
+def merge_bias(
+    bias: torch.Tensor, layout: TokenLayout, window: int, positions: str
+) -> torch.Tensor:
+    """Give merged tokens their relative positions.
+
+    Args:
+        bias: ``(..., P + h*w, P + h*w)``: one value for each query and each key, or the index of
+            one.
+        layout: What the sequence is made up of.
+        window: Side of a window, in tokens.
+        positions: ``"center"`` or ``"reindex"``.
+
+    Returns:
+        Those of prefix and merged tokens, queries by keys.
+    """
+    tokens = tokens_of_merged(layout, window, positions, bias.device)
+    return bias[..., tokens[:, None], tokens]
+
+
+class CoarseBiasBlock(CoarseBlock):
+    """A block behind the compressor that is given a bias which its model shares between blocks."""
+
+    def forward(self, x: torch.Tensor, *bias: Any, **named_bias: Any) -> torch.Tensor:
+        """As in the block's class; the bias, if any, is that for the fine tokens."""
+        named = {name: self._merged(x, value) for name, value in named_bias.items()}
+        return super().forward(x, *(self._merged(x, value) for value in bias), **named)
+
+    def _merged(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if bias is None:
+            return None
+        layout, window, positions = self._layout_of(x), self.window, self.positions
+        return self._derived(x, bias, lambda b: merge_bias(b, layout, window, positions))
+
+
+class RelativePositionsModel(CompressedModel):
+    """A model of one image size, whose blocks add relative positions to their scores."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """As in the model's class; the patch tokens returned are the merged ones."""
+        return self._run(self._layout(x), super().forward_features, x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """As in the model's class; maps from the compressed block on have the merged grid."""
+        return self._intermediates(
+            self._layout(x),
+            super().forward_intermediates,
+            x,
+            indices=indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+    def _layout(self, x: torch.Tensor) -> TokenLayout:
+        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        return TokenLayout(height, width, self.num_prefix_tokens)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's ``Gemma4VitEncoder`` with a compressor, and ``Gemma4VitClassifier`` around it.
+
+Both take images and padded batches of patches. The grids of the latter are read from
+``patch_coord``; where it is on a CUDA device, the host waits for that, once in a forward pass of
+the encoder and once more in one of the classifier. torch.compile leaves such a pass to eager mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
+from torch import nn
+
+from uhd_ops.nn.layers import Limits
+from uhd_ops.nn.positions import Rotary
+from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
+from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.layout import TokenLayout
+from uhd_ops.retrofit.model import (
+    CompressedModel,
+    CompressedWrapper,
+    Family,
+    encoder_or_self,
+    require_methods,
+)
+from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
+
+# What the compressor relies on; a subclass that changes one of these is not understood.
+_METHODS = ("forward", "forward_features", "forward_intermediates")
+Layout = TokenLayout | PaddedLayout
+Images = torch.Tensor | dict[str, torch.Tensor]
+
+
+class CompressedGemma4Block(CompressedBlock):
+    """Block ``layer`` of the encoder."""
+
+    def _positions(
+        self,
+        layout: Layout,
+        rope_cos: torch.Tensor,
+        rope_sin: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+    ) -> Rotary:
+        tables = (rope_sin.unsqueeze(-2), rope_cos.unsqueeze(-2))
+        if isinstance(layout, PaddedLayout):
+            tables = (layout.pack(table) for table in tables)
+        return Rotary(*tables)
+
+
+class CoarseGemma4Block(CoarseBlock):
+    """A block behind it."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope_cos: torch.Tensor,
+        rope_sin: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the block on merged tokens with their positions and, if padded, their mask."""
+        layout = self._layout_of(x)
+        merged = layout.merged(self.window)
+        merged.check(x)
+
+        def derive(cos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return layout.merge_table(rope_sin, cos, self.window, self.positions)
+
+        rope_sin, rope_cos = self._derived(x, rope_cos, derive)
+        attn_mask = merged.key_mask(x.dtype) if isinstance(merged, PaddedLayout) else None
+        return super().forward(x, rope_cos, rope_sin, attn_mask)
+
+
+class CompressedGemma4VitEncoder(CompressedModel):
+    """The methods that a compressed encoder replaces."""
+
+    @eager_if_padded
+    def forward_features(
+        self,
+        x: Images,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As in the model's class; the tokens returned are the merged ones."""
+        layout = self._layout(x, patch_coord, patch_valid)
+        return self._run(layout, super().forward_features, x, patch_coord, patch_valid)
+
+    @eager_if_padded
+    def forward(
+        self,
+        x: Images,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As in the model's class; what is pooled are the merged tokens, by their own grid."""
+        layout = self._layout(x, patch_coord, patch_valid)
+        self._check_pooler(layout)
+        tokens = self._run(layout, super().forward_features, x, patch_coord, patch_valid)
+        layout = self._behind(layout)
+        if self.global_pool == "soft":
+            return self._pool(tokens, layout)
+        if self.global_pool != "avg":
+            return tokens
+        if isinstance(layout, TokenLayout):
+            return tokens.mean(1)
+        kept = tokens.masked_fill(~layout.valid[..., None], 0.0)
+        return kept.sum(1) / layout.valid.sum(1, keepdim=True).clamp(min=1)
+
+    @eager_if_padded
+    def forward_intermediates(
+        self,
+        x: Images,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """As in the model's class; maps from the compressed block on have the merged grid.
+
+        A dictionary returned has ``merged_patch_valid``, the validity of those from the compressed
+        block on and of ``image_features``, beside ``patch_valid``.
+        """
+        layout = self._layout(x, patch_coord, patch_valid)
+        refuse_maps(layout, output_fmt)
+        result = self._intermediates(
+            layout,
+            super().forward_intermediates,
+            x,
+            patch_coord=patch_coord,
+            patch_valid=patch_valid,
+            indices=indices,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+            output_dict=output_dict,
+        )
+        if output_dict:
+            merged, valid = layout.merged(self._windows()[-1]), result["patch_valid"]
+            result["merged_patch_valid"] = (
+                merged.valid
+                if isinstance(merged, PaddedLayout)
+                else valid.new_ones((valid.shape[0], merged.height * merged.width))
+            )
+        return result
+
+    def set_clamp_enabled(self, enabled: bool = True) -> None:
+        """As in the model's class, the compressor's clamps included."""
+        super().set_clamp_enabled(enabled)
+        for module in self.modules():
+            if isinstance(module, Limits):
+                module.enabled = enabled
+
+    def _layout(
+        self, x: Images, patch_coord: torch.Tensor | None, patch_valid: torch.Tensor | None
+    ) -> Layout:
+        """Return the layout of the tokens in front of the compressor."""
+        if isinstance(x, dict):
+            patch_coord = x.get("patch_coord", patch_coord)
+            patch_valid = x.get("patch_valid", patch_valid)
+            x = x["patches"]
+        if patch_coord is None:
+            if x.dim() != 4:
+                raise ValueError(
+                    f"x must be images (B, C, H, W) or come with patch_coord, got shape "
+                    f"{tuple(x.shape)}"
+                )
+            height, width = self.patch_size
+            return TokenLayout(x.shape[-2] // height, x.shape[-1] // width, 0)
+        if patch_valid is None:
+            patch_valid = (patch_coord != -1).any(-1)
+        return PaddedLayout.of(patch_coord, patch_valid, 0, x.device)
+
+    def _check_pooler(self, layout: Layout) -> None:
+        """Refuse grids that the pooler cannot divide into cells."""
+        kernel, behind = self.pooling_kernel_size, self._behind(layout)
+        if self.global_pool != "soft":
+            return
+        for height, width in behind.grids if isinstance(behind, PaddedLayout) else [behind.grid]:
+            if height % kernel or width % kernel:
+                raise ValueError(
+                    f"the merged grid must have sides divisible by {kernel} for the soft pooler, "
+                    f"got {height} x {width}: use images with sides of a multiple of "
+                    f'{self._windows()[-1]} * {kernel} patches, or global_pool "avg"'
+                )
+
+    def _pool(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Run the pooler on merged tokens with their positions; it takes (column, row)."""
+        padding = None
+        if isinstance(layout, PaddedLayout):
+            positions = layout.unpack(layout.grids.coordinates(tokens.device)).long()
+            padding = None if layout.full else ~layout.valid
+        else:
+            positions, _ = self.patch_embed._default_patch_coord(
+                tokens.shape[0], *layout.grid, tokens.device
+            )
+        pooled, _ = self.pooler(tokens, positions.flip(-1), padding)
+        return pooled if self.std_bias is None else (pooled - self.std_bias) * self.std_scale
+
+
+class CompressedGemma4VitClassifier(CompressedWrapper):
+    """The classifier, whose head pools the tokens that the encoder returns."""
+
+    @eager_if_padded
+    def forward(
+        self,
+        x: Images,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As in the model's class."""
+        # In front of the encoder: what is read from a device waits for all that is queued there.
+        layout = self.encoder._behind(self.encoder._layout(x, patch_coord, patch_valid))
+        features = self.forward_features(x, patch_coord, patch_valid)
+        return self.forward_head(features, patch_valid=getattr(layout, "valid", None))
+
+
+def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+    """Refuse a model that is not understood."""
+    if isinstance(vit, Gemma4VitClassifier):
+        require_methods(vit, Gemma4VitClassifier, (*_METHODS, "forward_head"))
+    require_methods(encoder_or_self(vit), Gemma4VitEncoder, (*_METHODS, "_encode"))
+
+
+FAMILY = Family(
+    CompressedGemma4VitEncoder,
+    CompressedGemma4Block,
+    CoarseGemma4Block,
+    check,
+    transformer=encoder_or_self,
+    wrapper=CompressedGemma4VitClassifier,
+)

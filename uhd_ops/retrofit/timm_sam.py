@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's ``VisionTransformerSAM`` with a compressor.
+
+Its blocks work on maps ``(B, h, w, C)`` and most attend in windows of their own, 14 x 14 tokens.
+Behind the compressor a merged token covers ``window`` tokens. With ``positions="center"`` the own
+windows keep their extent in the image, ``ceil(14 / window)`` merged tokens, and all distances are
+those between the tokens' places in the image. With ``"reindex"`` merged tokens count as the host's
+own do: 14 x 14 merged tokens, ``window`` times the extent, at distances of their indices.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from timm.models import vision_transformer_sam as sam
+from torch import nn
+
+from uhd_ops.nn.hosts import _checks as checks
+from uhd_ops.retrofit.blocks import CoarseBlock, CoarsePart, CompressedBlock
+from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.model import (
+    CompressedModel,
+    Family,
+    refuse_patch_dropout,
+    require_methods,
+)
+from uhd_ops.retrofit.relative_positions import StandIn, stride_of
+from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
+
+_METHODS = ("forward", "forward_features", "forward_intermediates")
+
+
+class MapLayout(NamedTuple):
+    """Tokens as a map ``(B, h, w, C)``.
+
+    Attributes:
+        height: Rows h.
+        width: Columns w.
+    """
+
+    height: int
+    width: int
+
+    def merged(self, window: int) -> MapLayout:
+        """The layout behind the compressor."""
+        return MapLayout(-(-self.height // window), -(-self.width // window))
+
+    def check(self, x: torch.Tensor) -> None:
+        """Refuse a map of another size."""
+        if tuple(x.shape[1:3]) != self:
+            raise ValueError(
+                f"x must be a map of {self.height} x {self.width} tokens, (B, h, w, C), "
+                f"got shape {tuple(x.shape)}"
+            )
+
+    def merge(self, x: torch.Tensor, compressor: nn.Module, positions: None) -> torch.Tensor:
+        """Run the compressor on the map."""
+        merged = compressor(x.flatten(1, 2), tuple(self), positions)
+        return merged.unflatten(1, self.merged(compressor.window))
+
+
+class CompressedSam(CompressedModel):
+    """The methods that a compressed VisionTransformerSAM replaces."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """As in the model's class; the map returned is the merged one."""
+        return self._run(self._layout(x), super().forward_features, x)
+
+    def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As in the model's class; maps from the compressed block on have the merged grid."""
+        return self._run(self._layout(x), super().forward_intermediates, x, *args, **kwargs)
+
+    def _layout(self, x: torch.Tensor) -> MapLayout:
+        refuse_patch_dropout(self)
+        return MapLayout(*self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1])))
+
+
+class CoarseSamBlock(CoarseBlock):
+    """A block behind the compressor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, h, w, C)`` to the same; the own windows of the block hold merged tokens."""
+        if self.window_size:
+            fine = (self.window_size, self.window_size)
+        else:
+            fine = tuple(self._layout_of(x))
+        stride = stride_of(self.window, self.positions)
+        merged = StandIn(
+            self,
+            window_size=-(-self.window_size // stride),
+            attn=functools.partial(self.attn, fine=fine),
+        )
+        return self.body_class.forward(merged, x)
+
+
+class CoarseSamAttention(CoarsePart):
+    """The attention of a block behind the compressor."""
+
+    def forward(self, x: torch.Tensor, fine: tuple[int, int]) -> torch.Tensor:
+        """Attend in maps ``(B, h, w, C)`` that cover ``fine`` rows and columns of the host's."""
+        if not self.use_rel_pos:
+            return super().forward(x)
+        stride = stride_of(self.window, self.positions)
+        rows = _strided(self.rel_pos_h, fine[0], x.shape[1], stride)
+        cols = _strided(self.rel_pos_w, fine[1], x.shape[2], stride)
+        return self.body_class.forward(StandIn(self, rel_pos_h=rows, rel_pos_w=cols), x)
+
+
+def _strided(table: torch.Tensor, fine: int, merged: int, stride: int) -> torch.Tensor:
+    """Give offset d of merged tokens the vector that the host has for offset ``stride * d``.
+
+    Args:
+        table: Vectors ``(any, D)`` by offset; the host resizes them to ``fine``.
+        fine: Tokens along this side of the host's map.
+        merged: Merged tokens along it.
+        stride: Distance of merged neighbours in the host's tokens.
+
+    Returns:
+        ``(2 * merged - 1, D)``
+    """
+    last = stride * (merged - 1) + 1
+    vectors = sam.get_rel_pos(fine, fine, table)[:last:stride, :last:stride]  # query, key
+    return torch.cat([vectors[0].flip(0), vectors[1:, 0]])
+
+
+def check(vit: sam.VisionTransformerSAM, config: EarlyCompressorConfig) -> None:
+    """Refuse a model that is not understood."""
+    require_methods(vit, sam.VisionTransformerSAM, _METHODS)
+    require_patch_embedding(vit)
+    for index, block in enumerate(vit.blocks[config.layer :], config.layer):
+        checks.require_exactly(block, f"vit.blocks.{index}", (sam.Block,))
+        checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (sam.Attention,))
+
+
+FAMILY = Family(
+    CompressedSam, CompressedBlock, CoarseSamBlock, check, parts={"attn": CoarseSamAttention}
+)
