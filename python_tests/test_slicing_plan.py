@@ -16,6 +16,7 @@ def test_to_dict_holds_plain_values():
         "slice": [392, 560],
         "patch_size": 14,
         "merge": 4,
+        "overlap": 0,
     }
     assert plan_slices(448, 448).to_dict()["grid"] is None
 

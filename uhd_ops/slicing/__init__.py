@@ -9,6 +9,7 @@ A view is the thumbnail or one slice of the image. Three steps, each usable alon
     pixels, grids = pack_views(views, plan.patch_size)   # (N, 3, 14, 14) and a PackedGrids
 """
 
+from uhd_ops.slicing.batches import pack_batches
 from uhd_ops.slicing.load import load_image
 from uhd_ops.slicing.plan import SlicePlan
 from uhd_ops.slicing.planner import plan_slices, plan_slices_batch
@@ -17,6 +18,7 @@ from uhd_ops.slicing.views import pack_views, slice_image
 __all__ = [
     "SlicePlan",
     "load_image",
+    "pack_batches",
     "pack_views",
     "plan_slices",
     "plan_slices_batch",

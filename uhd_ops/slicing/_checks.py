@@ -42,6 +42,16 @@ def options(**values: Any) -> dict[str, int]:
     }
 
 
+def overlap(value: Any, merge: int) -> int:
+    """Return ``overlap`` as an int in [0, 1024] that is a multiple of ``merge``."""
+    # No overlap is the one number below those that positive_integer takes.
+    is_zero = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value == 0
+    number = 0 if is_zero else positive_integer("overlap", value, 1024)
+    if number % merge:
+        raise ValueError(f"overlap must be a multiple of merge = {merge} patches, got {number}")
+    return number
+
+
 def patch_limit(value: Any) -> int | None:
     """Return ``max_patches`` as a positive int, or None for no limit."""
     return None if value is None else positive_integer("max_patches", value, 2**63 - 1)

@@ -27,11 +27,13 @@ class SlicePlan:
         slice: Size of each slice, (width, height) px, or None for an image that is not sliced.
         patch_size: Side of a patch in px.
         merge: View sides are multiples of ``merge`` patches.
+        overlap: Patches that a slice shares with each of its neighbours, a multiple of ``merge``.
 
     Raises:
         TypeError: If a field is not made of integers.
         ValueError: If a number is not positive, a view side is no multiple of ``patch_size *
-            merge``, or only one of ``grid`` and ``slice`` is None.
+            merge``, only one of ``grid`` and ``slice`` is None, or ``overlap`` is negative, no
+            multiple of ``merge``, or not below a slice's side where it has a neighbour.
 
     Example:
         >>> plan = plan_slices(1920, 1080)
@@ -47,6 +49,7 @@ class SlicePlan:
     slice: Pair | None
     patch_size: int
     merge: int
+    overlap: int = 0
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "merge"):
@@ -67,6 +70,13 @@ class SlicePlan:
                     f"{name} must have sides that are multiples of patch_size * merge = {unit} px, "
                     f"got {size}"
                 )
+        overlap = _checks.overlap(self.overlap, self.merge)
+        object.__setattr__(self, "overlap", overlap)
+        if min(self._strides, default=1) < 1:
+            raise ValueError(
+                f"overlap must be below the sides of a slice of {self.slice} px, got {overlap} "
+                f"patches of {self.patch_size} px"
+            )
 
     @property
     def num_slices(self) -> int:
@@ -95,6 +105,15 @@ class SlicePlan:
         return num_tokens
 
     @property
+    def num_overlap_tokens(self) -> int:
+        """Packed tokens that are there only because slices overlap: the price of ``overlap``."""
+        if self.grid is None or self.slice is None:
+            return 0
+        height, width = self._patch_grid(self.slice)
+        stride_width, stride_height = (stride // self.patch_size for stride in self._strides)
+        return self.num_slices * (height * width - stride_height * stride_width)
+
+    @property
     def num_merged_tokens(self) -> int:
         """Tokens that are left once ``merge`` x ``merge`` patches have become one."""
         return self.num_tokens // self.merge**2
@@ -104,7 +123,10 @@ class SlicePlan:
         """Size of the resized image the slices are cut from, (width, height) px, or None."""
         if self.grid is None or self.slice is None:
             return None
-        return self.grid[1] * self.slice[0], self.grid[0] * self.slice[1]
+        return tuple(
+            (number - 1) * stride + side
+            for number, stride, side in zip(self.grid[::-1], self._strides, self.slice, strict=True)
+        )
 
     @property
     def boxes(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -112,8 +134,9 @@ class SlicePlan:
         if self.grid is None or self.slice is None:
             return ()
         (rows, columns), (width, height) = self.grid, self.slice
+        right, down = self._strides
         return tuple(
-            (column * width, row * height, (column + 1) * width, (row + 1) * height)
+            (column * right, row * down, column * right + width, row * down + height)
             for row in range(rows)
             for column in range(columns)
         )
@@ -152,9 +175,22 @@ class SlicePlan:
         slices = "no slices"
         if self.grid is not None and self.slice is not None:
             slices = f"{_times(self.grid)} slices of {_times(self.slice)} px"
+        if self.num_overlap_tokens:
+            slices += f" that share {self.overlap} patches (+{self.num_overlap_tokens} tokens)"
         return (
             f"SlicePlan(image {_times(self.image_size)} px, thumbnail {_times(self.thumbnail)} px, "
             f"{slices}, {self.num_tokens} tokens)"
+        )
+
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        """Distance in px from a slice to the next one, across and down."""
+        if self.grid is None or self.slice is None:
+            return ()
+        shared = self.overlap * self.patch_size
+        return tuple(
+            side - shared * (number > 1)
+            for side, number in zip(self.slice, self.grid[::-1], strict=True)
         )
 
     def _patch_grid(self, size: Pair) -> Pair:

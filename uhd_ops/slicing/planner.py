@@ -33,6 +33,7 @@ def plan_slices(
     scale_resolution: int = 448,
     patch_size: int = 14,
     merge: int = 4,
+    overlap: int = 0,
     max_patches: int | None = DEFAULT_MAX_PATCHES,
 ) -> SlicePlan:
     """Choose an image's views from its size: a thumbnail and, if it is large, a grid of slices.
@@ -50,6 +51,9 @@ def plan_slices(
         patch_size: Side of a patch in px.
         merge: View sides are multiples of ``merge`` patches, so that ``merge`` x ``merge`` patches
             can become one token: 4 is the processor's downsample mode "16x", 2 its "4x".
+        overlap: Patches that a slice shares with each neighbour, a multiple of ``merge``. Slices
+            grow by that much wherever they have neighbours, so the number of tokens grows; the
+            plan prints by how much. The processor's slices, and LLaVA-UHD's, do not overlap.
         max_patches: Refuse a plan with more patches than this in all views; None for no limit.
 
     Returns:
@@ -71,9 +75,11 @@ def plan_slices(
     options = _checks.options(
         max_slices=max_slices, scale_resolution=scale_resolution, patch_size=patch_size, merge=merge
     )
+    overlap = _checks.overlap(overlap, options["merge"])
     limit = _checks.patch_limit(max_patches)
     sides = np.array([[width], [height]], dtype=np.int64)
-    row = _backend.plan_slices(sides[0], sides[1], **options)[0].item()
+    plans = _overlapping(_backend.plan_slices(sides[0], sides[1], **options), overlap, options)
+    row = plans[0].item()
     rows, columns, *sizes, _, num_tokens = row
     if limit is not None and num_tokens > limit:
         raise _too_many_patches("the image", width, height, num_tokens, limit)
@@ -84,6 +90,7 @@ def plan_slices(
         slice=(sizes[2], sizes[3]) if rows else None,
         patch_size=options["patch_size"],
         merge=options["merge"],
+        overlap=overlap,
     )
 
 
@@ -95,6 +102,7 @@ def plan_slices_batch(
     scale_resolution: int = 448,
     patch_size: int = 14,
     merge: int = 4,
+    overlap: int = 0,
     max_patches: int | None = DEFAULT_MAX_PATCHES,
 ) -> np.ndarray:
     """Plan many images at once, for example the sizes of a whole data set.
@@ -106,6 +114,7 @@ def plan_slices_batch(
         scale_resolution: A view has about ``scale_resolution``² px.
         patch_size: Side of a patch in px.
         merge: View sides are multiples of ``merge`` patches.
+        overlap: Patches that a slice shares with each neighbour.
         max_patches: Refuse the batch if one plan has more patches than this. With None no size is
             refused, and the field "num_tokens" says which ones to drop.
 
@@ -132,6 +141,7 @@ def plan_slices_batch(
     options = _checks.options(
         max_slices=max_slices, scale_resolution=scale_resolution, patch_size=patch_size, merge=merge
     )
+    overlap = _checks.overlap(overlap, options["merge"])
     limit = _checks.patch_limit(max_patches)
     try:
         width_array, height_array = np.broadcast_arrays(width_array, height_array)
@@ -144,9 +154,23 @@ def plan_slices_batch(
     # ravel copies what broadcasting only repeats; the native planner reads contiguous memory.
     width_array, height_array = width_array.ravel(), height_array.ravel()
     plans = _backend.plan_slices(width_array, height_array, **options)
+    plans = _overlapping(plans, overlap, options)
     if limit is not None:
         _check_patches(plans["num_tokens"] > limit, plans, width_array, height_array, shape, limit)
     return plans.reshape(shape)
+
+
+def _overlapping(plans: np.ndarray, overlap: int, options: dict[str, int]) -> np.ndarray:
+    """Let slices grow by ``overlap`` patches along the sides where they have neighbours."""
+    if overlap == 0:
+        return plans
+    patch = options["patch_size"]
+    before = plans["slice_width"] * plans["slice_height"]
+    plans["slice_width"] += overlap * patch * (plans["grid_columns"] > 1)
+    plans["slice_height"] += overlap * patch * (plans["grid_rows"] > 1)
+    grown = (plans["slice_width"] * plans["slice_height"] - before) // patch**2
+    plans["num_tokens"] += plans["grid_rows"] * plans["grid_columns"] * grown
+    return plans
 
 
 def _check_patches(
