@@ -26,9 +26,10 @@ TOP_LEVEL = {
     "requirements-dev.txt",
 }
 # A floor may import the ones below it and those that stand aside; nothing of uhd_ops otherwise.
-FLOORS = ("cli", "retrofit", "nn", "ops", "_native")
+FLOORS = ("cli", "integrations", "retrofit", "nn", "ops", "_native")
 ASIDE = {
     "cli": {"", "slicing", "flops", "grids", "_build_info", "reference"},  # "": public names
+    "integrations": {"grids", "reference"},
     "retrofit": {"slicing", "flops", "grids", "reference"},
     "nn": {"slicing", "grids", "reference"},
     "ops": {"grids", "padded_grids", "reference"},

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random vision models of transformers, each with its compressor as a loop over windows."""
+
+import dataclasses
+import math
+
+import torch
+import transformers
+from families.case import merge_batch, mlp_mean, randomise
+
+SIZE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 28,  # a 7 x 7 grid
+    "patch_size": 4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HfCase:
+    """A class of models.
+
+    Attributes:
+        model: Name of the class.
+        config: Name of the class of its config.
+        options: Of the config, beside SIZE.
+        trunk: Name of the submodule that is the ViT; empty for the model itself.
+        layers: Name of its list of layers.
+        resizes: Options of a call with images of another size; None where it takes only one.
+        by_hand: ``by_hand(vit, images, ...)``: the hidden states with a compressor; see below.
+    """
+
+    model: str
+    config: str
+    options: dict
+    by_hand: object
+    trunk: str = ""
+    layers: str = "encoder.layers"
+    resizes: dict | None = dataclasses.field(default_factory=dict)
+
+    @property
+    def cls(self):
+        return getattr(transformers, self.model)
+
+    def make(self, **options):
+        config = getattr(transformers, self.config)(**{**SIZE, **self.options, **options})
+        return randomise(self.cls(config))
+
+    def make_exact(self):
+        """Make a float64 model that computes in float64 throughout."""
+        model = self.make().double()
+        if "DINOv3" in self.model:
+            model.rope_embeddings = ExactRope(model.rope_embeddings.inv_freq)
+        return model
+
+    def vit(self, model):
+        return model.get_submodule(self.trunk)
+
+
+def random_images(height=28, width=28, batch=2, dtype=torch.float64):
+    return torch.randn(batch, 3, height, width, dtype=dtype)
+
+
+def merge_clip(layer, tokens, grid, prefix, window, attention=True):
+    def attend(x, present):
+        return layer.self_attn(layer.layer_norm1(x[None]), None)[0][0]
+
+    def mlp(z):
+        return mlp_mean(layer.layer_norm2, layer.mlp, z)
+
+    return merge_batch(tokens, grid, prefix, window, attend if attention else None, mlp)
+
+
+def clip_by_hand(vit, images, layer=1, window=2, positions="center", attention=True):
+    """Hidden states of an untouched CLIP or SigLIP with the compressor behind ``layer``.
+
+    Returns:
+        What enters the first layer and what leaves each layer.
+    """
+    grid = images.shape[-2] // 4, images.shape[-1] // 4
+    tokens = vit.embeddings(images, interpolate_pos_encoding=grid != (7, 7))
+    tokens = getattr(vit, "pre_layrnorm", lambda x: x)(tokens)
+    states = [tokens]
+    for index, block in enumerate(vit.encoder.layers):
+        tokens = block(tokens, None)
+        if index == layer:
+            prefix = tokens.shape[1] - grid[0] * grid[1]
+            tokens = merge_clip(block, tokens, grid, prefix, window, attention)
+        states.append(tokens)
+    return states
+
+
+def centers(grid, window, positions):
+    """Row and column of every merged token, on the fine grid, in tokens; (0.5, 0.5) the first."""
+    spans = []
+    for side in grid:
+        starts = range(0, side, window)
+        if positions == "center":
+            spans.append([(start + min(start + window, side)) / 2 for start in starts])
+        else:
+            spans.append([index + 0.5 for index in range(len(starts))])
+    return torch.tensor([(row, col) for row in spans[0] for col in spans[1]], dtype=torch.float64)
+
+
+def dinov3_table(inverse, coordinates, grid):
+    """Cosines and sines at coordinates in tokens, as DINOv3 defines them."""
+    scaled = 2 * coordinates / torch.tensor(grid) - 1
+    angles = 2 * math.pi * scaled[:, :, None] * inverse
+    angles = angles.flatten(1).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+class ExactRope(torch.nn.Module):
+    """Stands in for DINOv3's rotary embeddings, which are float32 whatever the model is."""
+
+    def __init__(self, inverse):
+        super().__init__()
+        self.inv_freq = inverse.double()
+
+    def forward(self, images):
+        grid = images.shape[-2] // 4, images.shape[-1] // 4
+        return dinov3_table(self.inv_freq, centers(grid, 1, "center"), grid)
+
+
+def dino_by_hand(vit, images, layer=1, window=2, positions="center", attention=True):
+    """As above, for DINOv2 and DINOv3."""
+    grid = images.shape[-2] // 4, images.shape[-1] // 4
+    tokens = vit.embeddings(images)
+    prefix = tokens.shape[1] - grid[0] * grid[1]
+    tables = {}
+    if hasattr(vit, "rope_embeddings"):
+        tables["position_embeddings"] = vit.rope_embeddings(images)
+    fine = tables
+    states = [tokens]
+    for index, block in enumerate(
+        vit.encoder.layer if hasattr(vit, "encoder") else vit.model.layer
+    ):
+        tokens = block(tokens, **tables)
+        if index == layer:
+
+            def attend(x, present, block=block):
+                own = {name: tuple(t[present] for t in pair) for name, pair in fine.items()}
+                return block.layer_scale1(block.attention(block.norm1(x[None]), **own)[0])[0]
+
+            def mlp(z, block=block):
+                return block.layer_scale2(mlp_mean(block.norm2, block.mlp, z))
+
+            chosen = attend if attention else None
+            tokens = merge_batch(tokens, grid, prefix, window, chosen, mlp)
+            if tables:
+                places = centers(grid, window, positions)
+                table = dinov3_table(vit.rope_embeddings.inv_freq, places, grid)
+                tables = {"position_embeddings": table}
+        states.append(tokens)
+    return states
+
+
+CLIP = {"intermediate_size": 48}
+DINOV2 = {"mlp_ratio": 2}
+STAGES = {"out_indices": [1, 2, 4]}
+RESIZED = {"interpolate_pos_encoding": True}
+CASES = {
+    "SigLIP": HfCase(
+        "SiglipVisionModel", "SiglipVisionConfig", CLIP, clip_by_hand, resizes=RESIZED
+    ),
+    "SigLIP, no head": HfCase(
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
+        {**CLIP, "vision_use_head": False, "hidden_act": "gelu"},
+        clip_by_hand,
+        resizes=RESIZED,
+    ),
+    "CLIP": HfCase("CLIPVisionModel", "CLIPVisionConfig", CLIP, clip_by_hand, resizes=RESIZED),
+    "CLIP with projection": HfCase(
+        "CLIPVisionModelWithProjection",
+        "CLIPVisionConfig",
+        {**CLIP, "projection_dim": 8},
+        clip_by_hand,
+        "vision_model",
+        resizes=RESIZED,
+    ),
+    "DINOv2": HfCase("Dinov2Model", "Dinov2Config", DINOV2, dino_by_hand, layers="encoder.layer"),
+    "DINOv2, gated": HfCase(
+        "Dinov2Model",
+        "Dinov2Config",
+        {**DINOV2, "use_swiglu_ffn": True, "qkv_bias": False},
+        dino_by_hand,
+        layers="encoder.layer",
+    ),
+    "DINOv2 with registers": HfCase(
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        DINOV2,
+        dino_by_hand,
+        layers="encoder.layer",
+    ),
+    "DINOv2 classifier": HfCase(
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        DINOV2,
+        dino_by_hand,
+        "dinov2",
+        "encoder.layer",
+    ),
+    "DINOv3": HfCase(
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**CLIP, "num_register_tokens": 4},
+        dino_by_hand,
+        layers="model.layer",
+    ),
+    "DINOv3, gated": HfCase(
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**CLIP, "use_gated_mlp": True, "hidden_act": "silu"},
+        dino_by_hand,
+        layers="model.layer",
+    ),
+}
+BACKBONES = {
+    "DINOv2": HfCase(
+        "Dinov2Backbone", "Dinov2Config", {**DINOV2, **STAGES}, dino_by_hand, "", "encoder.layer"
+    ),
+    "DINOv2 with registers": HfCase(
+        "Dinov2WithRegistersBackbone",
+        "Dinov2WithRegistersConfig",
+        {**DINOV2, **STAGES},
+        dino_by_hand,
+        "",
+        "encoder.layer",
+    ),
+    "DINOv3": HfCase(
+        "DINOv3ViTBackbone",
+        "DINOv3ViTConfig",
+        {**CLIP, **STAGES, "num_register_tokens": 2, "return_class_token": True},
+        dino_by_hand,
+        "",
+        "model.layer",
+    ),
+}
