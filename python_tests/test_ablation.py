@@ -105,6 +105,10 @@ def test_every_variant_in_a_model(name):
     for key, parameter in vit.named_parameters():
         if ".compressor." in key:
             assert parameter.grad.any(), key
+    torch._dynamo.reset()
+    compiled = torch.compile(vit.forward_features, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), vit.forward_features(x))
     batched = vit.blocks[1].compressor(torch.randn(2, 15, DIM), (3, 5))
     assert batched.shape == (2, 6, DIM)
 

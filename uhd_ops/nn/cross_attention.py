@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from uhd_ops.grids import Grids
+from uhd_ops.grids import Grids, pairs_of
 from uhd_ops.nn.attention_branch import WindowAttention
 from uhd_ops.nn.host_block import HostAttention, HostOwnAttention
 from uhd_ops.nn.positions import Rotary, rotate
-from uhd_ops.nn.regularization import drop_views, packed_views
+from uhd_ops.nn.regularization import drop_views
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.reference._windows import window_tokens
 
@@ -54,43 +54,41 @@ class CrossAttention(WindowAttention):
             raise NotImplementedError(
                 'attention="cross_mean" has no rotary position for its query; use "cross_top_left"'
             )
-        packed, views = packed_views(x, 2, grids)
-        rows, present = window_tokens(views, self.window, x.device)
         tokens = self.norm(x)
-        q, k, v = (y.reshape(packed, *y.shape[-2:]) for y in self._project(tokens))
+        q, k, v = self._project(tokens)
         q, k, v = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), self.v_norm(v).to(v.dtype)
         if positions is not None:
-            shape = (packed, *positions.sin.shape[-2:])
-            table = Rotary(*(y.expand(*x.shape[:-1], *shape[1:]).reshape(shape) for y in positions))
-            q, k = (rotate(y, table, self.rotate_half) for y in (q, k))
-        flat = x.reshape(packed, -1)
-        gate = None if self.gate is None else self.gate(tokens).sigmoid().reshape(packed, -1)
-        base, q, gate = (None if y is None else self._pick(y, rows, views) for y in (flat, q, gate))
-        y = self.inner_norm(self._attend_window(q, k[rows], v[rows], present))
-        branch = self.post(self.proj_drop(self.proj(y if gate is None else y * gate)))
+            q, k = (rotate(y, positions, self.rotate_half) for y in (q, k))
+        rows, present = window_tokens(pairs_of(grids), self.window, x.device)
+        dim = x.dim() - 2  # of the tokens; heads and channels are behind it
+        k, v = (y.index_select(dim, rows.flatten()).unflatten(dim, rows.shape) for y in (k, v))
+        y = self.inner_norm(self._attend_window(self._pick(q, grids, rows, dim), k, v, present))
+        if self.gate is not None:
+            y = y * self._pick(self.gate(tokens).sigmoid(), grids, rows, dim)
+        branch = self.post(self.proj_drop(self.proj(y)))
         if self.training and self.drop_path:
-            branch = drop_views(branch, self.drop_path, views, self.window)
-        merged = base + branch
-        return merged if x.dim() == 2 else merged.unflatten(0, (x.shape[0], -1))
+            branch = drop_views(branch, self.drop_path, grids, self.window)
+        return self._pick(x, grids, rows, dim) + branch
 
-    def _pick(self, y: torch.Tensor, rows: torch.Tensor, views: Grids) -> torch.Tensor:
-        """One row per window of ``y (N, ...)``: that of its top-left token, or the mean."""
+    def _pick(self, y: torch.Tensor, grids: Grids, rows: torch.Tensor, dim: int) -> torch.Tensor:
+        """One row per window: that of its top-left token, or the mean."""
         if self.query == "cross_top_left":
-            return y[rows[:, 0]]
-        return window_mean(y.flatten(1), views, self.window).unflatten(1, y.shape[1:])
+            return y.index_select(dim, rows[:, 0])
+        merged = window_mean(y.flatten(dim + 1), grids, self.window)
+        return merged.unflatten(-1, y.shape[dim + 1 :])
 
     def _attend_window(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, present: torch.Tensor
     ) -> torch.Tensor:
-        """Queries ``(M, H, D)`` to the window's keys ``(M, f², H, D)``; returns ``(M, H * D)``."""
+        """Queries ``(..., M, H, D)`` to keys ``(..., M, f², H, D)``; ``(..., M, H * D)``."""
         groups = self.num_heads // self.num_kv_heads
-        k, v = (y.repeat_interleave(groups, -2).transpose(1, 2) for y in (k, v))
+        k, v = (y.repeat_interleave(groups, -2).transpose(-3, -2) for y in (k, v))
         out = functional.scaled_dot_product_attention(
-            q[:, :, None],
+            q[..., None, :],
             k,
             v,
             attn_mask=present[:, None, None],
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scale,
         )
-        return out.flatten(1)
+        return out.flatten(-3)

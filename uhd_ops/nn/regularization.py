@@ -85,10 +85,3 @@ def gathered_window_attention(
     )
     out = out.transpose(1, 2).reshape(batch, present.numel(), *q.shape[-2:])
     return out[:, slots_of_tokens(views, window, q.device)].reshape(q.shape)
-
-
-def packed_views(x: torch.Tensor, token_dims: int, grids: Grids) -> tuple[int, PackedGrids]:
-    """Number of packed tokens, and the grids of all views of a batched or packed ``x``."""
-    if x.dim() == token_dims:
-        return x.shape[0], PackedGrids.of(grids)
-    return x.shape[0] * x.shape[1], PackedGrids.of(grids, x.shape[0])

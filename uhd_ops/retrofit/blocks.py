@@ -83,14 +83,6 @@ class LayoutAware(Mixed):
             )
         return running.layout
 
-    def _derived(
-        self, x: torch.Tensor, source: torch.Tensor, derive: Callable[[torch.Tensor], Any]
-    ) -> Any:
-        """Return ``derive(source)``, computed once in a forward pass where that is possible."""
-        if self.layout_while_tracing is not None:
-            return derive(source)
-        return running_forward(x).derived(source, derive)
-
 
 class CompressedBlock(LayoutAware):
     """A block whose patch tokens are merged after its own body.
@@ -135,3 +127,11 @@ class CoarsePart(Mixed):
 
 class CoarseBlock(LayoutAware, CoarsePart):
     """A whole block of that kind; it knows the layout of the tokens in front of the compressor."""
+
+    def _derived(
+        self, x: torch.Tensor, source: torch.Tensor, derive: Callable[[torch.Tensor], Any]
+    ) -> Any:
+        """Return ``derive(source)``, computed once in a forward pass where that is possible."""
+        if self.layout_while_tracing is not None:
+            return derive(source)
+        return running_forward(x).derived(source, self.window, derive)

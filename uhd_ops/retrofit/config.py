@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -24,7 +25,8 @@ class EarlyCompressorConfig:
         mlp: Where the MLP comes from: "reuse", "plain" or "none".
         form: Its weight form: "dense", "block" or "tied".
         window: Side of a window, in tokens.
-        positions: Rotary positions of merged tokens: "center" or "reindex".
+        positions: Positions of merged tokens: "center" or "reindex".
+        removed_by: The function that undoes the insertion.
     """
 
     layer: int
@@ -33,6 +35,8 @@ class EarlyCompressorConfig:
     form: str
     window: int
     positions: str = "center"
+
+    removed_by: ClassVar[str] = "remove_early_compressor"
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
@@ -69,6 +73,7 @@ class ProgressiveCompressionConfig:
         hidden_dim: Hidden channels of the pooling's MLP, or None for its default.
         window: Side of a window, in tokens.
         positions: Positions of merged tokens: "center" or "reindex".
+        removed_by: The function that undoes the insertion.
     """
 
     layers: tuple[int, ...]
@@ -76,6 +81,8 @@ class ProgressiveCompressionConfig:
     hidden_dim: int | None
     window: int
     positions: str = "center"
+
+    removed_by: ClassVar[str] = "remove_progressive_compression"
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, (tuple, list)):

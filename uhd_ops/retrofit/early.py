@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from uhd_ops.retrofit.config import Config, EarlyCompressorConfig, ProgressiveCompressionConfig
+from uhd_ops.retrofit.config import EarlyCompressorConfig
 from uhd_ops.retrofit.insertion import insert, remove
 from uhd_ops.retrofit.registry import family_of, refuse_other
 
@@ -24,18 +24,27 @@ def insert_early_compressor(
 
     The blocks behind ``layer`` then work on ``ceil(h / window) * ceil(w / window)`` tokens instead
     of ``h * w``. Class and register tokens pass the compressor unchanged and never enter a window.
-    Every parameter keeps its name; the compressor's own are ``blocks.<layer>.compressor.*``,
-    initialised from block ``layer`` as :meth:`uhd_ops.nn.EarlyCompressor.from_block` says.
+    Every parameter keeps its name; the compressor's own are ``blocks.<layer>.compressor.*``, or
+    ``encoder.layers.<layer>.compressor.*`` and the like in transformers, initialised from block
+    ``layer`` as :meth:`uhd_ops.nn.EarlyCompressor.from_block` says.
 
     The model stays what it was for its users: ``forward``, ``forward_features``,
     ``forward_intermediates`` (whose maps from block ``layer`` on are coarse; ``feature_info`` says
     so), gradient checkpointing (not the reentrant kind), ``copy.deepcopy``, pickling and
-    ``torch.compile`` work as before. Refused at run time are attention masks, causal attention, and
-    patch dropout in training.
+    ``torch.compile`` work as before. In transformers, ``hidden_states``, ``attentions`` and feature
+    maps behind ``layer`` are those of merged tokens; the options are kept in ``config``, and
+    :func:`uhd_ops.integrations.transformers.from_pretrained` loads what ``save_pretrained`` wrote.
+    Padded batches (NaFlex, SigLIP 2) are merged sample by sample; masks and ``patch_valid`` behind
+    the compressor are those of the merged tokens, and the grids are read from the device once for
+    each forward pass. Refused at run time are attention masks made for the full sequence, causal
+    attention, and patch dropout in training.
 
     Args:
-        vit: timm's ``VisionTransformer`` (SigLIP, CLIP, DeiT, DINOv2, AugReg and others built on
-            it).
+        vit: A plain vision transformer of timm: ``VisionTransformer`` (SigLIP, CLIP, DeiT, DINOv2,
+            AIMv2, ViTamin and others built on it), ``Eva`` (EVA-02, DINOv3, Perception Encoder),
+            ``Beit``, ``VisionTransformerRelPos``, ``VisionTransformerSAM``, ``NaFlexVit``,
+            ``Cait``, and the encoders of Qwen 3, DeepSeek and Gemma 4. Or one of transformers: the
+            vision models of SigLIP, SigLIP 2, CLIP, DINOv2 and DINOv3. docs/models.md has the list.
         layer: 0-based index of the block after whose body the compressor runs; the last block is
             allowed.
         attention: Whether tokens attend inside their window before they are merged, or which query
@@ -44,10 +53,10 @@ def insert_early_compressor(
         form: Weight form of the MLP: ``"dense"`` as in the released checkpoints, ``"block"``, or
             ``"tied"``. They start as the same function.
         window: Side of a window, in tokens.
-        positions: What rotary position a merged token has in the blocks behind the compressor:
-            ``"center"``, the centre of its window, which keeps all distances, or ``"reindex"``, its
-            index on the merged grid, which divides them by ``window``. Models without rotary
-            embeddings take either.
+        positions: What position a merged token has in the blocks behind the compressor, where they
+            have rotary embeddings or relative positions: ``"center"``, the centre of its window,
+            which keeps all distances, or ``"reindex"``, its index on the merged grid, which divides
+            them by ``window``. Models with absolute positions only take either.
 
     Returns:
         ``vit`` itself. Where it holds a compressor with the same options already, nothing is done.
@@ -73,7 +82,7 @@ def insert_early_compressor(
     family = family_of(vit)
     config = EarlyCompressorConfig(layer, attention, mlp, form, window, positions)
     present = getattr(family.transformer(vit), "early_compressor", None)
-    refuse_other(present, config, _remover(present))
+    refuse_other(present, config)
     return vit if present == config else insert(vit, config, family)
 
 
@@ -103,11 +112,5 @@ def remove_early_compressor(vit: nn.Module) -> nn.Module:
     if present is None:
         raise ValueError("vit holds no compressor, so there is nothing to remove")
     if not isinstance(present, EarlyCompressorConfig):
-        raise ValueError(f"vit holds {present}; call {_remover(present)}(vit) to remove it")
+        raise ValueError(f"vit holds {present}; call {present.removed_by}(vit) to remove it")
     return remove(vit, family)
-
-
-def _remover(present: Config | None) -> str:
-    """Name the function that removes what a model holds."""
-    progressive = isinstance(present, ProgressiveCompressionConfig)
-    return "remove_progressive_compression" if progressive else "remove_early_compressor"

@@ -31,8 +31,7 @@ def freeze_for_stage(vit: nn.Module, stage: int) -> nn.Module:
             case of an error, nothing is changed.
 
     Source:
-        Two stages in the manner of LLaVA-UHD v4; the paper does not list, parameter by parameter,
-        what trains when, so the division is ours.
+        Training in stages, as LLaVA-UHD v4 does; this division is ours, not the paper's recipe.
 
     Example:
         >>> from timm.models.vision_transformer import VisionTransformer

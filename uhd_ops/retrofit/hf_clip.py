@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.hf_parts import (
     CompressedHfModel,
     CompressedLayer,
@@ -44,7 +44,7 @@ def transformer(vit: nn.Module) -> nn.Module:
     return getattr(vit, "vision_model", vit)
 
 
-def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+def check(vit: nn.Module, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_understood(transformer(vit), config, "encoder.layers", "EncoderLayer")
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from uhd_ops.nn.positions import Frequencies, Rotary
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.hf_parts import (
     CoarseLayer,
     CompressedHfModel,
@@ -95,7 +95,7 @@ def frequencies_of(inverse: torch.Tensor) -> Frequencies:
     )
 
 
-def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+def check(vit: nn.Module, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_understood(vit, config, "model.layer")
 

@@ -19,7 +19,7 @@ from uhd_ops.nn.hosts import _checks as checks
 from uhd_ops.nn.hosts import hf_parts as parts
 from uhd_ops.retrofit import insert_early_compressor, takes_compressor
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     Compressed,
@@ -48,7 +48,7 @@ class BuiltFromConfig(Compressed):
 class CompressedHfModel(BuiltFromConfig, CompressedModel):
     """A model of transformers; its ``config`` tells of the compressor too, so both are saved."""
 
-    def _remember(self, config: EarlyCompressorConfig) -> None:
+    def _remember(self, config: Config) -> None:
         super()._remember(config)
         self.config.early_compressor = dataclasses.asdict(config)
 
@@ -137,7 +137,7 @@ def insert_configured(model: nn.Module) -> list[str]:
 
 
 def require_understood(
-    vit: nn.Module, config: EarlyCompressorConfig, blocks_name: str, layer: str = "Layer"
+    vit: nn.Module, config: Config, blocks_name: str, layer: str = "Layer"
 ) -> None:
     """Refuse a model whose methods, encoder or layers are not those of its class.
 
@@ -151,7 +151,7 @@ def require_understood(
     require_methods(vit, cls, ("forward",))
     family = re.sub(r"(Vision)?(Model|Backbone)$", "", cls.__name__)
     expected = {blocks_name.rpartition(".")[0]: parts.sibling(cls, f"{family}Encoder")}
-    for index in range(config.layer, len(vit.get_submodule(blocks_name))):
+    for index in range(config.indices[0], len(vit.get_submodule(blocks_name))):
         expected[f"{blocks_name}.{index}"] = parts.sibling(cls, f"{family}{layer}")
     for name, part in expected.items():
         checks.require_exactly(vit.get_submodule(name), f"vit.{name}", (part,))

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from uhd_ops.grids import PackedGrids
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.hf_parts import (
     CoarseLayer,
     CompressedHfModel,
@@ -110,7 +110,7 @@ def layout_of(
     return layout
 
 
-def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+def check(vit: nn.Module, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_understood(vit, config, "encoder.layers", "EncoderLayer")
 

@@ -57,7 +57,7 @@ class TokenLayout(NamedTuple):
         self, x: torch.Tensor, compressor: nn.Module, positions: Rotary | None = None
     ) -> torch.Tensor:
         """Run the compressor on the patches; prefix tokens pass unchanged."""
-        merged = compressor(x[:, self.prefix :], self.grid, positions)
+        merged = compressor(x[:, self.prefix :], self.grid, *given(positions))
         return torch.cat([x[:, : self.prefix], merged], dim=1) if self.prefix else merged
 
     def merge_table(
@@ -67,25 +67,37 @@ class TokenLayout(NamedTuple):
         return merge_table(sin, cos, self.grid, window, positions, self.frequencies)
 
 
+def given(positions: Rotary | None) -> tuple[Rotary, ...]:
+    """The arguments that tell a compressor the positions: none where there are none.
+
+    Pooling does not take any.
+    """
+    return () if positions is None else (positions,)
+
+
 class RunningForward:
     """One forward pass of a model with a compressor.
 
     Attributes:
         layout: How its tokens are laid out.
-        tables: What blocks derived from a tensor that several of them are given, by its id.
+        tables: What blocks derived from a tensor that several of them are given, by its id and the
+            side of the windows.
     """
 
     def __init__(self, layout: Any) -> None:
         self.layout = layout
-        self.tables: dict[int, tuple[torch.Tensor, Any]] = {}
+        self.tables: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
 
-    def derived(self, source: torch.Tensor, derive: Callable[[torch.Tensor], Any]) -> Any:
+    def derived(
+        self, source: torch.Tensor, window: int, derive: Callable[[torch.Tensor], Any]
+    ) -> Any:
         """Return ``derive(source)``, once for all blocks where no gradient flows through it."""
         if source.requires_grad:
             return derive(source)
-        if id(source) not in self.tables:
-            self.tables[id(source)] = source, derive(source)  # keeps the id from being reused
-        return self.tables[id(source)][1]
+        key = id(source), window
+        if key not in self.tables:
+            self.tables[key] = source, derive(source)  # keeps the id from being reused
+        return self.tables[key][1]
 
 
 RUNNING: ContextVar[RunningForward | None] = ContextVar("the running forward pass", default=None)

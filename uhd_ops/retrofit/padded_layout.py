@@ -12,6 +12,7 @@ from torch import nn
 
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
+from uhd_ops.retrofit.layout import given
 
 
 class PaddedLayout:
@@ -107,7 +108,7 @@ class PaddedLayout:
         self, x: torch.Tensor, compressor: nn.Module, positions: Rotary | None = None
     ) -> torch.Tensor:
         """Run the compressor on the patches; prefix tokens pass unchanged, padding is zero."""
-        merged = compressor(self.pack(x[:, self.prefix :]), self.grids, positions)
+        merged = compressor(self.pack(x[:, self.prefix :]), self.grids, *given(positions))
         merged = self.merged(compressor.window).unpack(merged)
         return torch.cat([x[:, : self.prefix], merged], dim=1) if self.prefix else merged
 

@@ -68,7 +68,7 @@ def insert_progressive_compression(
     family = family_of(vit, library="timm")
     config = ProgressiveCompressionConfig(layers, pool, hidden_dim, window, positions)
     present = getattr(family.transformer(vit), "early_compressor", None)
-    refuse_other(present, config, "remove_progressive_compression")
+    refuse_other(present, config)
     return vit if present == config else insert(vit, config, family)
 
 

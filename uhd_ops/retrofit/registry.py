@@ -67,12 +67,12 @@ def takes_compressor(module: nn.Module) -> bool:
     return _file_of(module) is not None
 
 
-def refuse_other(present: Config | None, config: Config, remove: str) -> None:
+def refuse_other(present: Config | None, config: Config) -> None:
     """Refuse a second insertion with other options: it would lose trained weights."""
     if present is not None and present != config:
         raise ValueError(
-            f"vit holds a compressor already, {present}; call {remove}(vit) before inserting "
-            f"{config}"
+            f"vit holds a compressor already, {present}; call {present.removed_by}(vit) before "
+            f"inserting {config}"
         )
 
 

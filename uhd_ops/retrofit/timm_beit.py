@@ -14,7 +14,7 @@ from uhd_ops.nn.host_block import HostBlock
 from uhd_ops.nn.hosts import _checks as checks
 from uhd_ops.nn.hosts import read_block
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import Family, require_methods
 from uhd_ops.retrofit.relative_positions import (
@@ -52,11 +52,11 @@ class CoarseBeitAttention(CoarsePart):
         return self.body_class._get_rel_pos_bias(merged)
 
 
-def check(vit: beit.Beit, config: EarlyCompressorConfig) -> None:
+def check(vit: beit.Beit, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, beit.Beit, _METHODS)
     require_patch_embedding(vit)
-    for index, block in enumerate(vit.blocks[config.layer :], config.layer):
+    for index, block in enumerate(vit.blocks[config.indices[0] :], config.indices[0]):
         checks.require_exactly(block, f"vit.blocks.{index}", (beit.Block,))
         checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (beit.Attention,))
 

@@ -9,7 +9,7 @@ import torch
 from timm.models.cait import Cait
 
 from uhd_ops.retrofit.blocks import CompressedBlock
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedModel, Family, require_methods
 from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
@@ -51,7 +51,7 @@ class CompressedCait(CompressedModel):
         return TokenLayout(height, width, 0)  # the class token joins behind the blocks
 
 
-def check(vit: Cait, config: EarlyCompressorConfig) -> None:
+def check(vit: Cait, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, Cait, _METHODS)
     require_patch_embedding(vit)

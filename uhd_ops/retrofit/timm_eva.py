@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.models.eva import Eva
 
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     CompressedModel,
@@ -71,7 +71,7 @@ class CompressedEva(CompressedModel):
         return TokenLayout(height, width, self.num_prefix_tokens, frequencies_of(self.rope))
 
 
-def check(vit: Eva, config: EarlyCompressorConfig) -> None:
+def check(vit: Eva, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, Eva, _METHODS)
     require_patch_embedding(vit)

@@ -17,7 +17,7 @@ from torch import nn
 from uhd_ops.nn.layers import Limits
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     CompressedModel,
@@ -221,7 +221,7 @@ class CompressedGemma4VitClassifier(CompressedWrapper):
         return self.forward_head(features, patch_valid=getattr(layout, "valid", None))
 
 
-def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+def check(vit: nn.Module, config: Config) -> None:
     """Refuse a model that is not understood."""
     if isinstance(vit, Gemma4VitClassifier):
         require_methods(vit, Gemma4VitClassifier, (*_METHODS, "forward_head"))

@@ -16,7 +16,7 @@ from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.blocks import CoarseBlock
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedModel, Family, refuse_masks, require_methods
 from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
@@ -170,7 +170,7 @@ class CompressedNaFlexVit(CompressedModel):
         return TokenLayout(height, width, prefix, frequencies)
 
 
-def check(vit: NaFlexVit, config: EarlyCompressorConfig) -> None:
+def check(vit: NaFlexVit, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, NaFlexVit, _METHODS)
     require_rope(vit)

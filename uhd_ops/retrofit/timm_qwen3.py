@@ -9,7 +9,7 @@ import torch
 from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 from torch import nn
 
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.model import CompressedWrapper, Family, encoder_or_self
 from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
 from uhd_ops.retrofit.timm_channels_last import CompressedEncoder, require_encoder
@@ -67,7 +67,7 @@ class CompressedQwen3Classifier(CompressedWrapper):
         )
 
 
-def check(vit: nn.Module, config: EarlyCompressorConfig) -> None:
+def check(vit: nn.Module, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_encoder(vit, Qwen3VitEncoder, Qwen3VitClassifier)
 

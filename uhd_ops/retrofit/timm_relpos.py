@@ -16,7 +16,7 @@ from uhd_ops.nn.host_block import HostBlock
 from uhd_ops.nn.hosts import _checks as checks
 from uhd_ops.nn.hosts import read_block
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import Family, require_methods
 from uhd_ops.retrofit.relative_positions import (
@@ -49,11 +49,11 @@ class CoarseRelPos(CoarsePart):
         return self.body_class.get_bias(merged)
 
 
-def check(vit: relpos.VisionTransformerRelPos, config: EarlyCompressorConfig) -> None:
+def check(vit: relpos.VisionTransformerRelPos, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, relpos.VisionTransformerRelPos, _METHODS)
     require_patch_embedding(vit)
-    for index, block in enumerate(vit.blocks[config.layer :], config.layer):
+    for index, block in enumerate(vit.blocks[config.indices[0] :], config.indices[0]):
         name = f"vit.blocks.{index}"
         checks.require_exactly(block, name, (relpos.RelPosBlock, relpos.ResPostRelPosBlock))
         checks.require_exactly(block.attn, f"{name}.attn", (relpos.RelPosAttention,))

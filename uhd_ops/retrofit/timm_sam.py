@@ -18,8 +18,9 @@ from timm.models import vision_transformer_sam as sam
 from torch import nn
 
 from uhd_ops.nn.hosts import _checks as checks
+from uhd_ops.nn.hosts import body_class
 from uhd_ops.retrofit.blocks import CoarseBlock, CoarsePart, CompressedBlock
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.model import (
     CompressedModel,
     Family,
@@ -57,7 +58,7 @@ class MapLayout(NamedTuple):
 
     def merge(self, x: torch.Tensor, compressor: nn.Module, positions: None) -> torch.Tensor:
         """Run the compressor on the map."""
-        merged = compressor(x.flatten(1, 2), tuple(self), positions)
+        merged = compressor(x.flatten(1, 2), tuple(self))
         return merged.unflatten(1, self.merged(compressor.window))
 
 
@@ -92,7 +93,7 @@ class CoarseSamBlock(CoarseBlock):
             window_size=-(-self.window_size // stride),
             attn=functools.partial(self.attn, fine=fine),
         )
-        return self.body_class.forward(merged, x)
+        return body_class(self).forward(merged, x)
 
 
 class CoarseSamAttention(CoarsePart):
@@ -125,11 +126,11 @@ def _strided(table: torch.Tensor, fine: int, merged: int, stride: int) -> torch.
     return torch.cat([vectors[0].flip(0), vectors[1:, 0]])
 
 
-def check(vit: sam.VisionTransformerSAM, config: EarlyCompressorConfig) -> None:
+def check(vit: sam.VisionTransformerSAM, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, sam.VisionTransformerSAM, _METHODS)
     require_patch_embedding(vit)
-    for index, block in enumerate(vit.blocks[config.layer :], config.layer):
+    for index, block in enumerate(vit.blocks[config.indices[0] :], config.indices[0]):
         checks.require_exactly(block, f"vit.blocks.{index}", (sam.Block,))
         checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (sam.Attention,))
 

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from uhd_ops.retrofit.blocks import CompressedBlock
-from uhd_ops.retrofit.config import EarlyCompressorConfig
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     CompressedModel,
@@ -78,7 +78,7 @@ class CompressedVisionTransformer(CompressedModel):
         return TokenLayout(height, width, self.num_prefix_tokens)
 
 
-def check(vit: VisionTransformer, config: EarlyCompressorConfig) -> None:
+def check(vit: VisionTransformer, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, VisionTransformer, _METHODS)
     require_patch_embedding(vit)

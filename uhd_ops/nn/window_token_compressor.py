@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The windowed token compressor of LLaVA-UHD v3: pooling, content-adaptive or plain."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from uhd_ops.grids import Grids
+from uhd_ops.ops._arguments import Layout, check_positive_int, check_tensor, layout_of
+from uhd_ops.ops._window_spread import spread_windows
+from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
+from uhd_ops.ops.window_mean import window_mean
+from uhd_ops.ops.window_pool import window_pool
+
+POOLS = ("adaptive", "mean", "unshuffle")
+
+
+class WindowTokenCompressor(nn.Module):
+    """Merge each window of tokens into one by pooling.
+
+    ``pool="adaptive"``: with the tokens x_i of a window and their mean m::
+
+        z_i = fc2(gelu(fc1([x_i ; m])))
+        y[c] = sum_i softmax_i(z_i[c]) * x_i[c]             the softmax is over the window
+
+    ``fc2`` starts at zero, so the module starts as :func:`uhd_ops.window_mean`, with the kernels
+    bit for bit. ``fc1`` does not: with both at zero no gradient would ever reach either.
+    ``fc1 [x_i ; m]`` is computed as the sum of two products, one with the tokens and one with the
+    means, of which there are f² times fewer; nothing is concatenated.
+
+    ``pool="mean"`` is the mean of a window, without parameters; ``pool="unshuffle"`` is
+    ``fc2(gelu(fc1(z)))`` of the concatenated tokens z of a window, without norm and residual.
+
+    Args:
+        dim: Channels C of a token.
+        pool: ``"adaptive"``, ``"mean"`` or ``"unshuffle"``.
+        hidden_dim: Hidden channels of the MLP; None means C. The released variants have C, 4C and
+            C / 2.
+        window: Side f of a window, in tokens.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``pool`` is unknown, a size is below 1, or ``window`` below 2.
+
+    Shape:
+        x: ``(N, C)`` packed tokens, or ``(B, h*w, C)`` with one ``(h, w)`` grid.
+        Result: ``(M, C)`` merged tokens, or ``(B, M / B, C)``.
+
+    Source:
+        LLaVA-UHD v3, windowed token compression.
+
+    Example:
+        >>> compressor = WindowTokenCompressor(dim=32)
+        >>> x, grids = torch.randn(4 * 6 + 3 * 5, 32), [(4, 6), (3, 5)]
+        >>> compressor(x, grids).shape
+        torch.Size([12, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        pool: str = "adaptive",
+        hidden_dim: int | None = None,
+        window: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_dim = dim if hidden_dim is None else hidden_dim
+        for name, size in (("dim", dim), ("hidden_dim", hidden_dim), ("window", window)):
+            check_positive_int(size, name)
+        if window < 2:
+            raise ValueError(f"window must be at least 2, got {window}")
+        if pool not in POOLS:
+            raise ValueError(f'pool must be "adaptive", "mean" or "unshuffle", got {pool!r}')
+        self.dim, self.pool, self.window = dim, pool, window
+        factory = {"device": device, "dtype": dtype}
+        if pool == "adaptive":
+            self.fc1 = nn.Linear(2 * dim, hidden_dim, **factory)
+            self.fc2 = nn.Linear(hidden_dim, dim, **factory)
+            nn.init.zeros_(self.fc2.weight)
+            nn.init.zeros_(self.fc2.bias)
+        elif pool == "unshuffle":
+            self.fc1 = nn.Linear(window**2 * dim, hidden_dim, **factory)
+            self.fc2 = nn.Linear(hidden_dim, dim, **factory)
+
+    def forward(self, x: torch.Tensor, grids: Grids) -> torch.Tensor:
+        """Merge the windows of packed or batched tokens.
+
+        Args:
+            x: Tokens ``(N, C)``, or ``(B, h*w, C)`` with one grid; no class or register tokens.
+            grids: Their grids.
+
+        Returns:
+            Merged tokens ``(M, C)``, or ``(B, M / B, C)``, on the grids
+            ``PackedGrids(grids).merged(window)``.
+
+        Raises:
+            TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
+            ValueError: ``x`` has another number of tokens or channels.
+        """
+        check_tensor(x, "x")
+        layout = layout_of(x, "x", grids, self.window, ("C",))
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x must have C = {self.dim} channels, got shape {tuple(x.shape)}")
+        if self.pool == "mean":
+            return window_mean(x, grids, self.window)
+        if self.pool == "unshuffle":
+            hidden = self.fc1(pixel_unshuffle(x, grids, self.window))
+            return self.fc2(functional.gelu(hidden))
+        return window_pool(x, self._logits(x, grids, layout), grids, self.window)
+
+    def _logits(self, x: torch.Tensor, grids: Grids, layout: Layout) -> torch.Tensor:
+        """The logits of the tokens in their windows; ``[x_i ; m]`` is never put together."""
+        with_token, with_mean = self.fc1.weight.chunk(2, 1)
+        mean = window_mean(x, grids, self.window).flatten(0, -2)
+        of_mean = functional.linear(mean, with_mean, self.fc1.bias)
+        of_mean = layout.unpack_tokens(spread_windows(of_mean, layout, self.window, grids))
+        return self.fc2(functional.gelu(functional.linear(x, with_token) + of_mean))
+
+    def extra_repr(self) -> str:
+        """Show the configuration."""
+        return f"dim={self.dim}, pool={self.pool!r}, window={self.window}"
