@@ -53,7 +53,7 @@ def try_model(name: str) -> Row:
     try:
         insert_early_compressor(model, layer=middle(model))
     except NotImplementedError as error:
-        return Row(name, kind, str(error))
+        return Row(name, kind, str(error).rpartition(f"got {kind}: ")[2])
     return Row(name, kind, "")
 
 
@@ -79,7 +79,8 @@ def table(rows: list[Row]) -> str:
         "",
         f"Written by `python docs/models.py` with timm {timm.__version__}: {supported} of "
         f"{len(rows)} entry points are supported.",
-        "Models of all other classes change their resolution inside, and are refused by name.",
+        "All other classes of timm reduce the resolution in stages or are no transformers, and are",
+        "refused by name.",
         "",
         "| class | entry points | supported | refused, and why |",
         "|---|---:|---:|---|",

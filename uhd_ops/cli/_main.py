@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import uhd_ops
-from uhd_ops.cli import _bench, _encode, _info
+from uhd_ops.cli import _bench, _encode, _flops, _info
 from uhd_ops.cli._support import UserError
 
 
@@ -48,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"uhd_ops {uhd_ops.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in (("encode", _encode), ("info", _info), ("bench", _bench)):
+    modules = {"encode": _encode, "flops": _flops, "info": _info, "bench": _bench}
+    for name, module in modules.items():
         summary = module.SUMMARY
         command = commands.add_parser(name, help=summary, description=f"{summary}.")
         module.add_arguments(command)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ def load_encoder(name: str, *, pretrained: bool, seed: int, dtype: torch.dtype) 
     try:
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(_why_not(name, error, pretrained, timm.list_models)) from error
+        raise UserError(why_not(name, error, pretrained=pretrained)) from error
     weights = "pretrained" if pretrained else f"random (seed {seed})"
     with user_errors(NotImplementedError, AttributeError, prefix=f"model {name}: "):
         from uhd_ops.flops import vit_config
@@ -75,7 +75,10 @@ def _hub_answers(timeout: float = 5.0) -> bool:
     return True
 
 
-def _why_not(name: str, error: Exception, pretrained: bool, list_models: Any) -> str:
+def why_not(name: str, error: Exception, *, pretrained: bool) -> str:
+    """Say why timm could not make a model."""
+    from timm import list_models
+
     if isinstance(error, OSError):
         return (
             f"the pretrained weights of {name} are not on this machine and cannot be fetched "

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vision transformer costs, with and without the early compressor, layer by layer.
+"""What a vision transformer costs, with and without compressors, layer by layer.
 
-Two ways of counting:
+Three ways to a count: :func:`count_vit` from sizes alone, for planning and for the papers' tables;
+:func:`of_vit` for a model, by the grids of the views it is to encode; :func:`count_forward` for any
+module and input. And two ways of counting:
 
 * ``"macs"``: multiply-accumulates of the matrix products, and nothing else; half of what PyTorch's
   ``FlopCounterMode`` reports. A window attends to its own tokens.
@@ -19,19 +21,38 @@ Example:
     1573.1
 """
 
-from uhd_ops.flops.config import SIGLIP_SO400M, CompressorConfig, ViTConfig
+from uhd_ops.flops.config import (
+    SIGLIP_SO400M,
+    CompressorConfig,
+    ConnectorConfig,
+    PoolConfig,
+    ViTConfig,
+)
 from uhd_ops.flops.count import count_vit
+from uhd_ops.flops.models import of_vit, patch_size
+from uhd_ops.flops.operators import register_formulas
+from uhd_ops.flops.paper import PAPER_ROWS, PaperRow, PaperTotal, paper_totals
 from uhd_ops.flops.report import FlopReport, LayerCount
-from uhd_ops.flops.timm_vit import compressor_config, of_vit, vit_config
+from uhd_ops.flops.timm_vit import compressor_config, vit_config
+from uhd_ops.flops.trace import count_forward
 
 __all__ = [
+    "PAPER_ROWS",
     "SIGLIP_SO400M",
     "CompressorConfig",
+    "ConnectorConfig",
     "FlopReport",
     "LayerCount",
+    "PaperRow",
+    "PoolConfig",
+    "PaperTotal",
     "ViTConfig",
     "compressor_config",
+    "paper_totals",
+    "count_forward",
     "count_vit",
     "of_vit",
+    "patch_size",
+    "register_formulas",
     "vit_config",
 ]

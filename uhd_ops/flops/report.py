@@ -12,8 +12,9 @@ class LayerCount:
     """Operations of one layer, a multiply-accumulate counted as one.
 
     Attributes:
-        name: ``patch_embed``, ``blocks.<i>`` or ``compressor``.
-        tokens: Tokens that enter the layer, prefix tokens included.
+        name: ``patch_embed``, ``blocks.<i>``, ``compressor`` and others; see what returns the
+            report.
+        tokens: Tokens that enter the layer: prefix tokens too where they do.
         linear: Products with weights.
         attention: Products of attention: queries with keys, probabilities with values.
         elementwise: Everything else; 0 when only MACs are counted.
@@ -67,17 +68,25 @@ class FlopReport:
 
     def table(self) -> str:
         """Return the rows as text, in units of 1e9 operations."""
+        width = max(14, *(len(layer.name) + 2 for layer in self.layers))
         lines = [
-            f"{'layer':<14}{'tokens':>8}{'linear':>12}{'attention':>12}{'elementwise':>13}{'total':>12}"
+            f"{'layer':<{width}}{'tokens':>8}{'linear':>12}{'attention':>12}"
+            f"{'elementwise':>13}{'total':>12}"
         ]
         for layer in self.layers:
             counts = (layer.linear, layer.attention, layer.elementwise, layer.total)
             linear, attention, elementwise, total = (f"{count / 1e9:.4f}" for count in counts)
             lines.append(
-                f"{layer.name:<14}{layer.tokens:>8}{linear:>12}{attention:>12}{elementwise:>13}{total:>12}"
+                f"{layer.name:<{width}}{layer.tokens:>8}{linear:>12}{attention:>12}"
+                f"{elementwise:>13}{total:>12}"
             )
-        lines.append(f"{'total':<59}{self.giga:>12.4f}")
+        lines.append(f"{'total':<{width + 45}}{self.giga:>12.4f}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.table()
+
+
+def compressor_names(count: int) -> list[str]:
+    """Names of the rows of ``count`` compressors, in the order in which they run."""
+    return ["compressor"] if count == 1 else [f"compressors.{index}" for index in range(count)]

@@ -1,54 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the sizes of a timm ViT, and of a compressor inserted into it, for counting."""
+"""Read the sizes of a timm VisionTransformer, and of what was inserted into it."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from uhd_ops.flops.config import CompressorConfig, ViTConfig
-from uhd_ops.flops.count import count_vit
-from uhd_ops.flops.report import FlopReport
-from uhd_ops.grids import Grids
-
-
-def of_vit(
-    vit: nn.Module,
-    grids: Grids,
-    *,
-    counting: str = "macs",
-    full_window_attention: bool | None = None,
-) -> FlopReport:
-    """Count the operations of a timm ``VisionTransformer``, an inserted compressor included.
-
-    Args:
-        vit: The model; only its sizes are read, so it may be on the meta device.
-        grids: Patch grids of the views, in any accepted form.
-        counting: See :func:`uhd_ops.flops.count_vit`.
-        full_window_attention: See :func:`uhd_ops.flops.count_vit`.
-
-    Returns:
-        Rows for the patch embedding, every block and the compressor; heads are left out.
-
-    Raises:
-        NotImplementedError: The model is no plain ViT with one block size, joint qkv projection and
-            two-layer MLP.
-        TypeError: ``grids`` has no accepted form.
-        ValueError: ``counting`` is unknown.
-
-    Example:
-        >>> import timm
-        >>> with torch.device("meta"):  # sizes only, no weights
-        ...     vit = timm.create_model("vit_base_patch16_siglip_512")
-        >>> round(of_vit(vit, [(32, 32)]).giga, 1)
-        106.9
-    """
-    return count_vit(
-        vit_config(vit),
-        grids,
-        compressor_config(vit),
-        counting=counting,
-        full_window_attention=full_window_attention,
-    )
+from uhd_ops.flops.config import CompressorConfig, PoolConfig, ViTConfig
 
 
 def vit_config(vit: nn.Module) -> ViTConfig:
@@ -65,10 +22,12 @@ def vit_config(vit: nn.Module) -> ViTConfig:
             two-layer MLP.
     """
     name = type(vit).__name__
+    classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(vit).__mro__}
+    if "timm.models.vision_transformer.VisionTransformer" not in classes:
+        raise NotImplementedError(f"vit must be a plain timm VisionTransformer, got {name}")
     try:
         projection = vit.patch_embed.proj.weight
         sizes = {_block_sizes(block) for block in vit.blocks}
-        depth, prefix_tokens = len(vit.blocks), vit.num_prefix_tokens
     except AttributeError as error:
         raise NotImplementedError(
             f"vit must be a plain timm VisionTransformer, got {name}: {error}"
@@ -77,46 +36,62 @@ def vit_config(vit: nn.Module) -> ViTConfig:
         raise NotImplementedError(
             f"vit must have blocks of one size, got {name} with {len(sizes)} sizes"
         )
-    if projection.dim() != 4 or projection.shape[2] != projection.shape[3]:
+    matrices = [key for key, x in vit.patch_embed.named_parameters() if x.dim() > 1]
+    square = projection.dim() == 4 and projection.shape[2] == projection.shape[3]
+    if matrices != ["proj.weight"] or not square:
         raise NotImplementedError(
-            f"vit must embed square patches with one convolution, got {name} with weights "
-            f"{tuple(projection.shape)}"
+            f"vit must embed square patches with one convolution, got {name} with the weights "
+            f"{matrices}, the last of shape {tuple(projection.shape)}"
         )
     dim, heads, mlp_hidden = sizes.pop()
     return ViTConfig(
         dim=dim,
-        depth=depth,
+        depth=len(vit.blocks),
         heads=heads,
         mlp_hidden=mlp_hidden,
         patch=projection.shape[-1],
         in_channels=projection.shape[1],
-        prefix_tokens=prefix_tokens,
+        prefix_tokens=vit.num_prefix_tokens,
     )
 
 
-def compressor_config(vit: nn.Module) -> CompressorConfig | None:
-    """Read the structure of the early compressor inserted into a ViT.
+def compressor_config(
+    vit: nn.Module,
+) -> CompressorConfig | tuple[PoolConfig, ...] | None:
+    """Read the structure of what was inserted into a timm ``VisionTransformer``.
 
     Args:
         vit: The model.
 
     Returns:
-        The structure, or None for a model without a compressor.
+        The structure of its early compressor, those of the steps of progressive compression, or
+        None for a model without any.
+
+    Raises:
+        NotImplementedError: The model holds compressors of another origin.
     """
-    for layer, block in enumerate(vit.blocks):
-        compressor = getattr(block, "compressor", None)
-        if compressor is not None:
-            return CompressorConfig(
-                layer=layer,
-                attention="window" if compressor.attention else None,
-                form=compressor.form,
-                window=compressor.window,
-            )
-    return None
+    found = [layer for layer, block in enumerate(vit.blocks) if hasattr(block, "compressor")]
+    if not found:
+        return None
+    options = getattr(vit, "early_compressor", None)
+    if hasattr(options, "pool"):
+        names = ("pool", "hidden_dim", "window")
+        own = {name: getattr(options, name) for name in names}
+        return tuple(PoolConfig(layer, **own) for layer in found)
+    if options is None or len(found) > 1:
+        raise NotImplementedError(
+            "vit must hold what insert_early_compressor or insert_progressive_compression made, "
+            f"got {type(vit).__name__} with compressors behind the blocks {found}"
+        )
+    names = ("attention", "mlp", "form", "window")
+    return CompressorConfig(found[0], **{name: getattr(options, name) for name in names})
 
 
 def _block_sizes(block: nn.Module) -> tuple[int, int, int]:
     """Width, heads and hidden width of a block that has the counted matrices and no others."""
+    kind = type(block.attn).__qualname__
+    if kind != "Attention":  # differential attention has the same matrices and costs more
+        raise NotImplementedError(f"vit must have blocks with timm's Attention, got {kind}")
     dim, hidden = block.attn.qkv.in_features, block.mlp.fc1.out_features
     expected = {
         "attn.qkv": (3 * dim, dim),

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``uhd-ops flops``: the numbers that it prints are the library's."""
+
+import json
+
+import pytest
+import timm
+from PIL import Image
+
+from uhd_ops import flops, insert_early_compressor, insert_progressive_compression
+from uhd_ops.cli import main
+
+MODEL = "test_vit"  # timm's smallest: 6 blocks of width 64, patch 16, 160 px
+
+
+def result_of(capsys, *options):
+    assert main(["flops", *options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_paper(capsys):
+    assert main(["flops", "--paper"]) == 0
+    lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines if line]
+    rows = [row for row in cells if len(row) == 5]
+    assert len(rows) == len(flops.PAPER_ROWS) == 12
+    for row, expected in zip(rows, flops.PAPER_ROWS, strict=True):
+        assert row[:2] == [expected.table, expected.name]
+        published, computed, difference = map(float, row[2:])
+        assert published == expected.published
+        assert abs(computed - expected.computed) <= 0.0005
+        assert abs(difference) < 0.1
+    corrected = [row for row in cells if len(row) == 4]
+    assert ["as published", "3555.07", "1573.10", "55.8%"] in corrected
+    assert ["true windows, tied form", "489.17", "220.29", "55.0%"] in corrected
+    assert ["plain MACs", "3511.18", "1502.45", "57.2%"] in corrected
+    assert len(corrected) == 14
+
+
+def test_paper_json(capsys):
+    result = result_of(capsys, "--paper")
+    assert [row["computed"] for row in result["rows"]] == [row.computed for row in flops.PAPER_ROWS]
+    assert [part["grid"] for part in result["corrected"]] == [[70, 70], [32, 32]]
+    for part in result["corrected"]:
+        for row, variant in zip(part["variants"], flops.paper_totals(part["grid"]), strict=True):
+            values = (variant.name, variant.giga, variant.without, variant.saved)
+            assert tuple(row[key] for key in ("name", "with", "without", "saved")) == values
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--layer", "2"],
+        ["--layer", "2", "--grid", "7x5", "--form", "tied", "--window", "3"],
+        ["--layer", "1", "--image", "64x32", "--attention", "none", "--mlp", "plain"],
+        ["--layer", "5", "--attention", "cross_mean", "--mlp", "none"],
+    ],
+)
+def test_model(options, capsys):
+    result = result_of(capsys, MODEL, *options)
+    grid = (7, 5) if "--grid" in options else (2, 4) if "--image" in options else (10, 10)
+    assert result["grid"] == list(grid)
+    vit = timm.create_model(MODEL)
+    assert result["without"] == flops.of_vit(vit, [grid]).to_dict()
+    inserted = {"layer": int(options[1])}
+    inserted |= {"form": "tied", "window": 3} if "tied" in options else {}
+    inserted |= {"attention": False, "mlp": "plain"} if "plain" in options else {}
+    inserted |= {"attention": "cross_mean", "mlp": "none"} if "cross_mean" in options else {}
+    expected = flops.of_vit(insert_early_compressor(vit, **inserted), [grid])
+    assert result["with"] == expected.to_dict()
+
+
+def test_progressive(capsys):
+    result = result_of(capsys, MODEL, "--progressive", "1,3", "--pool", "unshuffle")
+    vit = insert_progressive_compression(timm.create_model(MODEL), (1, 3), pool="unshuffle")
+    assert result["with"] == flops.of_vit(vit, [(10, 10)]).to_dict()
+    assert main(["flops", MODEL, "--progressive", "1,3"]) == 0
+    printed = capsys.readouterr().out
+    assert "progressive 1, 3, pool adaptive, window 2\n" in printed
+    assert "compressors.1" in printed
+
+
+def test_model_table(capsys):
+    assert main(["flops", MODEL, "--layer", "2"]) == 0
+    printed = capsys.readouterr().out
+    report = flops.of_vit(insert_early_compressor(timm.create_model(MODEL), 2), [(10, 10)])
+    lines = [line for line in printed.splitlines() if "blocks." in line or "compressor " in line]
+    assert len(lines) == 6 + 1
+    assert "layer 2, attention window, mlp reuse, form dense, window 2\n" in printed
+    assert f"{report.giga:.3f}" in printed
+    assert "saved: " in printed
+    assert "10x10 patches of 16x16 px" in printed
+
+
+def test_other_families(capsys):
+    """One that must be made for the size, one that takes any."""
+    result = result_of(capsys, "beit_base_patch16_224", "--grid", "4x6", "--layer", "1")
+    tokens = {row["name"]: row["tokens"] for row in result["with"]["layers"]}
+    assert (tokens["patch_embed"], tokens["compressor"]) == (24, 24)
+    assert (tokens["blocks.1"], tokens["blocks.2"]) == (25, 7)
+    result = result_of(capsys, "vit_small_patch16_dinov3", "--grid", "4x6", "--layer", "1")
+    tokens = {row["name"]: row["tokens"] for row in result["with"]["layers"]}
+    assert (tokens["blocks.1"], tokens["blocks.2"]) == (29, 11)
+
+
+@pytest.mark.parametrize("options", [["--paper"], [MODEL, "--layer", "2"]])
+def test_plot(options, tmp_path, capsys):
+    path = tmp_path / "flops.png"
+    assert main(["flops", *options, "--plot", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {path}\n")
+    with Image.open(path) as picture:
+        assert min(picture.size) > 400
+        assert len(picture.convert("L").getcolors()) > 10  # not blank
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name one model, or pass --paper"),
+        ([MODEL, "--paper"], "name one model, or pass --paper"),
+        (["--paper", "--form", "tied"], "--form goes with a model, not with --paper"),
+        ([MODEL, "--pool", "mean"], "--pool goes with --progressive"),
+        (
+            [MODEL, "--progressive", "1,2", "--form", "tied"],
+            "--form goes with the early compressor, not with --progressive",
+        ),
+        ([MODEL, "--progressive", "3,2"], "layers must ascend, with at least one, got (3, 2)"),
+        ([MODEL, "--progressive", "3,9"], "layers must be in 1..6 for a model of 6 blocks"),
+        (["vit_tinny"], "timm has no model 'vit_tinny'; it has"),
+        (["resnet18"], "model resnet18: vit must tell the side of its patches, got ResNet"),
+        ([MODEL, "--layer", "6"], "layer must be in 0..5 for a model of 6 blocks, got 6"),
+        ([MODEL, "--image", "100x64"], "an image of 100x64 px is no whole number of patches"),
+        ([MODEL, "--window", "1"], "window must be at least 2, got 1"),
+        (["--paper", "--plot", "{folder}/no/x.png"], "cannot write the plot: "),
+        (["--paper", "--plot", "{folder}/x.nothing"], "Format 'nothing' is not supported"),
+    ],
+)
+def test_refuses(options, message, tmp_path, capsys):
+    assert main(["flops", *(option.format(folder=tmp_path) for option in options)]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("uhd-ops flops: error: ")
+    assert message in line
+    assert not printed.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([MODEL, "--grid", "4"], "argument --grid: must look like 32x32, got '4'"),
+        ([MODEL, "--grid", "0x4"], "argument --grid: must have sides of at least 1, got '0x4'"),
+        ([MODEL, "--grid", "4x4", "--image", "4x4"], "not allowed with argument --grid"),
+        ([MODEL, "--progressive", "4,"], "argument --progressive: must be an integer, got ''"),
+        ([MODEL, "--layer", "-1"], "argument --layer: must be at least 0, got -1"),
+    ],
+)
+def test_bad_arguments(options, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["flops", *options])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_packages(monkeypatch, capsys):
+    find = "uhd_ops.cli._support.importlib.util.find_spec"
+    monkeypatch.setattr(find, lambda name: None)
+    assert main(["flops", "--paper", "--plot", "x.png"]) == 2
+    expected = "missing packages: rich, matplotlib; install them with: pip install uhd_ops[cli]"
+    assert expected in capsys.readouterr().err
+    assert main(["flops", MODEL, "--json"]) == 2
+    assert "missing packages: timm;" in capsys.readouterr().err

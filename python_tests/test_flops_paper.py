@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``uhd_ops.flops`` against the published numbers of LLaVA-UHD v3 and v4."""
+
+import dataclasses
+
+import pytest
+
+from uhd_ops import flops
+from uhd_ops.flops import (
+    SIGLIP_SO400M,
+    CompressorConfig,
+    ConnectorConfig,
+    PoolConfig,
+    ViTConfig,
+    count_vit,
+)
+from uhd_ops.nn import ABLATION
+
+
+@pytest.mark.parametrize("row", flops.PAPER_ROWS, ids=lambda row: f"{row.table}: {row.name}")
+def test_paper_counting_reproduces_the_tables(row):
+    assert abs(row.difference) <= 0.05  # the tables have one decimal
+    assert row.difference == row.computed - row.published
+
+
+def test_paper_rows_are_the_ablation():
+    """The rows count what the options of the same name insert."""
+    variants = {row.name: row.compressor for row in flops.PAPER_ROWS if row.table == "4, A3"}
+    assert variants.pop("post-ViT baseline") is None
+    assert variants == {name: CompressorConfig(**options) for name, options in ABLATION.items()}
+    layers = {row.name: row.compressor for row in flops.PAPER_ROWS if row.table == "5"}
+    assert layers == {f"after layer {k}": CompressorConfig(layer=k) for k in (3, 6, 9, 15)}
+
+
+# Counted by FlopCounterMode on transformers' vision tower of MiniCPM-V 4.6, halved.
+@pytest.mark.parametrize(
+    ("side", "compressor", "expected"),
+    [
+        (70, None, 3511.1785),
+        (70, CompressorConfig(), 1502.4538),
+        (32, None, 486.8596),
+        (32, CompressorConfig(), 238.5390),
+    ],
+)
+def test_macs_of_the_released_tower(side, compressor, expected):
+    assert round(count_vit(SIGLIP_SO400M, [(side, side)], compressor).giga, 4) == expected
+
+
+# With and without block or tied weights: counted by hand from the sizes of the layers.
+CORRECTED = {
+    (70, 70): (1573.10, 1516.29, 1443.40, 1425.18, 1502.45, 1429.57, 1411.35),
+    (32, 32): (241.81, 239.33, 224.10, 220.29, 238.54, 223.31, 219.50),
+}
+
+
+@pytest.mark.parametrize("grid", CORRECTED)
+def test_corrected_totals(grid):
+    variants = flops.paper_totals(grid)
+    assert tuple(round(v.giga, 2) for v in variants) == CORRECTED[grid]
+    without = {(70, 70): (3555.07, 3511.18), (32, 32): (489.17, 486.86)}[grid]
+    assert [round(v.without, 2) for v in variants] == [without[0]] * 4 + [without[1]] * 3
+    saved = {(70, 70): "55.8%", (32, 32): "50.6%"}[grid]
+    assert f"{variants[0].saved:.1%}" == saved
+
+
+@pytest.mark.parametrize(
+    ("compressor", "merger_times", "full", "expected"),
+    [
+        (None, 2, None, 498.54),
+        (CompressorConfig(), 1, None, 244.38),
+        (CompressorConfig(), 1, False, 241.90),
+        (CompressorConfig(form="tied"), 1, False, 222.86),
+    ],
+)
+def test_connector(compressor, merger_times, full, expected):
+    """With the connector to a language model of width 4096, at 448x448 px."""
+    report = count_vit(
+        SIGLIP_SO400M,
+        [(32, 32)],
+        compressor,
+        connector=ConnectorConfig(4096, merger_times),
+        counting="paper",
+        full_window_attention=full,
+    )
+    assert round(report.giga, 2) == expected
+    assert report.layers[-1].name == "connector"
+
+
+@pytest.mark.parametrize(
+    ("layers", "patch", "grid", "released", "ours"),
+    [
+        ((4, 18), 10, (100, 100), 2412, 2400),
+        ((5, 19), 10, (100, 100), 2784, 2772),
+        ((), 14, (72, 72), 3806, 3806),
+    ],
+)
+def test_progressive_compression(layers, patch, grid, released, ours):
+    """ViT-UHD of LLaVA-UHD v3, first merge after 4 or after 5 blocks, and MoonViT at 1024 px."""
+    vit = dataclasses.replace(SIGLIP_SO400M, patch=patch)
+    pools = PoolConfig.progressive(layers, concatenate=True)
+    report = count_vit(vit, [grid], pools)
+    assert round(report.giga) == released
+    tokens = grid[0] * grid[1]
+    for index, layer in enumerate(layers):
+        row = report[f"compressors.{index}"]
+        assert (row.tokens, row.linear) == (tokens, 3 * tokens * 1152**2)
+        assert report[f"blocks.{layer - 1}"].tokens == tokens
+        tokens //= 4
+        assert report[f"blocks.{layer}"].tokens == tokens
+    assert round(count_vit(vit, [grid], PoolConfig.progressive(layers)).giga) == ours
+
+
+def test_pools_by_hand():
+    """A 3x4 view merged to 2x2 and to 1x1."""
+    vit = ViTConfig(dim=2, depth=3, heads=1, mlp_hidden=1, patch=1, in_channels=1)
+
+    def rows(*pools, counting="paper"):
+        report = count_vit(vit, [(3, 4)], pools, counting=counting)
+        assert [row.name for row in report.layers[1:]] == [
+            *("blocks.0", "compressors.0", "blocks.1", "compressors.1", "blocks.2"),
+        ]
+        assert [row.tokens for row in report.layers] == [12, 12, 12, 4, 4, 1]
+        return report["compressors.0"], report["compressors.1"]
+
+    first, second = rows(PoolConfig(1, "mean"), PoolConfig(0, hidden_dim=5))
+    assert first.linear == 12 * (2 * 5 + 5 * 2) + 4 * 2 * 5
+    # Activations; scale and softmax, and the terms of both means, per channel.
+    assert first.elementwise == 12 * (5 + (4 + 1 + 1) * 2)
+    assert (second.linear, second.attention, second.elementwise) == (0, 0, 4 * 2)
+    first, second = rows(PoolConfig(0, concatenate=True), PoolConfig(1, "unshuffle", 3))
+    assert first.linear == 12 * (4 * 2 + 2 * 2)
+    assert (second.linear, second.elementwise) == (4 * 2 * 3 + 3 * 2, 3)
+    assert rows(PoolConfig(0), PoolConfig(1), counting="macs")[0].elementwise == 0

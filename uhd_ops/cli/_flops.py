@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``uhd-ops flops``: what a vision transformer costs, and the tables of LLaVA-UHD v4."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from uhd_ops import flops
+from uhd_ops.cli import _flops_report
+from uhd_ops.cli._support import UserError, non_negative_int, positive_int, require, user_errors
+from uhd_ops.flops.paper import RECIPE_GRID, STATED_GRID
+from uhd_ops.retrofit import insert_early_compressor, insert_progressive_compression
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SUMMARY = "count the operations of a model with and without compression"
+_ATTENTIONS = {
+    "window": True,
+    "cross_top_left": "cross_top_left",
+    "cross_mean": "cross_mean",
+    "none": False,
+}
+_EARLY = {"layer": 6, "attention": "window", "mlp": "reuse", "form": "dense", "window": 2}
+_PROGRESSIVE = {"progressive": None, "pool": "adaptive", "window": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="timm vision transformer; its weights are neither fetched nor made",
+    )
+    add("--paper", action="store_true", help="recompute tables 4, 5 and A3 of LLaVA-UHD v4 instead")
+    add(
+        "--layer",
+        type=non_negative_int,
+        metavar="K",
+        help="0-based block after which the compressor runs (default: 6)",
+    )
+    add("--attention", choices=tuple(_ATTENTIONS), help="in front of merging (default: window)")
+    add("--mlp", choices=("reuse", "plain", "none"), help="of the compressor (default: reuse)")
+    add("--form", choices=("dense", "block", "tied"), help="weight form (default: dense)")
+    add("--window", type=positive_int, metavar="F", help="side of a window (default: 2)")
+    add(
+        "--progressive",
+        type=_counts,
+        metavar="K,K",
+        help="merge after so many blocks each, such as 4,18, instead of the early compressor",
+    )
+    add("--pool", choices=("adaptive", "mean", "unshuffle"), help="how (default: adaptive)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--grid", type=_sides, metavar="HxW", help="patch grid of the view")
+    size.add_argument(
+        "--image",
+        type=_sides,
+        metavar="WxH",
+        help="size of the view in px (default: the size that the model was made for)",
+    )
+    add("--plot", type=Path, metavar="FILE", help="draw the result to a PNG file")
+    add("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Count and print.
+
+    Raises:
+        UserError: Arguments do not go together, the model or a package is missing or unsuitable, or
+            the plot cannot be written.
+    """
+    if arguments.paper == bool(arguments.model):
+        raise UserError("name one model, or pass --paper")
+    require(*([] if arguments.json else ["rich"]), *(["matplotlib"] if arguments.plot else []))
+    if arguments.paper:
+        result, show, draw = _paper(arguments), _flops_report.show_paper, "draw_paper"
+    else:
+        require("timm")
+        result, show, draw = _model(arguments), _flops_report.show_model, "draw_model"
+    if arguments.plot:
+        from uhd_ops.cli import _flops_plot
+
+        with user_errors(OSError, ValueError, prefix="cannot write the plot: "):
+            getattr(_flops_plot, draw)(arguments.plot, result)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    show(result)
+    if arguments.plot:
+        print(f"wrote {arguments.plot}")
+
+
+def _paper(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is shown of the paper's numbers."""
+    _refuse(arguments, (*_EARLY, *_PROGRESSIVE, "grid", "image"), "a model, not with --paper")
+    return {
+        "rows": [
+            {
+                "table": row.table,
+                "name": row.name,
+                "published": row.published,
+                "computed": row.computed,
+                "difference": row.difference,
+            }
+            for row in flops.PAPER_ROWS
+        ],
+        "corrected": [
+            {
+                "grid": list(grid),
+                "variants": [
+                    {"name": v.name, "without": v.without, "with": v.giga, "saved": v.saved}
+                    for v in flops.paper_totals(grid)
+                ],
+            }
+            for grid in (STATED_GRID, RECIPE_GRID)
+        ],
+    }
+
+
+def _model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is shown of one model."""
+    name, options = arguments.model, _options(arguments)
+    errors = (ValueError, NotImplementedError)
+    vit = _make(name)
+    with user_errors(*errors, prefix=f"model {name}: "):
+        patch = flops.patch_size(vit)
+        grid = _grid(arguments, vit, patch)
+        try:
+            without = flops.of_vit(vit, [grid])
+        except ValueError:  # made for another size
+            vit = _make(name, img_size=tuple(s * p for s, p in zip(grid, patch, strict=True)))
+            without = flops.of_vit(vit, [grid])
+        with_it = flops.of_vit(_insert(vit, **options), [grid])
+    return {
+        "model": name,
+        "patch": list(patch),
+        "grid": list(grid),
+        "compressor": options,
+        "without": without.to_dict(),
+        "with": with_it.to_dict(),
+    }
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What to insert, with the defaults filled in."""
+    defaults = _PROGRESSIVE if arguments.progressive else _EARLY
+    others = (_EARLY.keys() | _PROGRESSIVE.keys()) - defaults.keys()
+    kind = "the early compressor, not with --progressive"
+    _refuse(arguments, sorted(others), kind if arguments.progressive else "--progressive")
+    given = {name: getattr(arguments, name) for name in defaults}
+    return {name: defaults[name] if value is None else value for name, value in given.items()}
+
+
+def _refuse(arguments: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """Refuse arguments that would have no effect."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} goes with {where}")
+
+
+def _insert(vit: nn.Module, **options: Any) -> nn.Module:
+    layers = options.pop("progressive", None)
+    if layers is not None:
+        return insert_progressive_compression(vit, layers, **options)
+    options["attention"] = _ATTENTIONS[options["attention"]]
+    return insert_early_compressor(vit, **options)
+
+
+def _make(name: str, **options: Any) -> nn.Module:
+    """Make a timm model without weights."""
+    import timm
+
+    from uhd_ops.cli._models import why_not
+
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, num_classes=0, **options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(why_not(name, error, pretrained=False)) from error
+
+
+def _grid(arguments: argparse.Namespace, vit: nn.Module, patch: tuple[int, int]) -> tuple[int, int]:
+    """The patch grid asked for, or that of the size that the model was made for."""
+    if arguments.grid:
+        return arguments.grid
+    if arguments.image:
+        width, height = arguments.image
+    else:
+        height, width = vit.pretrained_cfg["input_size"][1:]
+    if height % patch[0] or width % patch[1]:
+        raise ValueError(
+            f"an image of {width}x{height} px is no whole number of patches of "
+            f"{patch[1]}x{patch[0]} px"
+        )
+    return height // patch[0], width // patch[1]
+
+
+def _sides(text: str) -> tuple[int, int]:
+    """Argparse type: two sides of at least 1."""
+    first, _, second = text.partition("x")
+    try:
+        sides = int(first), int(second)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must look like 32x32, got {text!r}") from None
+    if min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"must have sides of at least 1, got {text!r}")
+    return sides
+
+
+def _counts(text: str) -> list[int]:
+    """Argparse type: numbers of blocks, separated by commas."""
+    return [positive_int(part) for part in text.split(",")]
