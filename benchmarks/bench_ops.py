@@ -125,33 +125,41 @@ def test_window_attention_forward_backward(benchmark, dtype):
 # ---- one row per window
 
 
+ROWS_PER_WINDOW = [
+    ("pixel_unshuffle", rivals.UNSHUFFLE),
+    ("window_mean", rivals.MEAN),
+    ("window_pool", rivals.POOL),
+]
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
-@pytest.mark.parametrize(
-    ("name", "forms"), [("pixel_unshuffle", rivals.UNSHUFFLE), ("window_mean", rivals.MEAN)]
-)
+@pytest.mark.parametrize(("name", "forms"), ROWS_PER_WINDOW)
 def test_rows_per_window(benchmark, dtype, name, forms, backward):
     spec, op = SPECS[name], getattr(uhd_ops, name)
-    x = randn(GRIDS.num_tokens, CHANNELS, dtype=dtype)
-    expected = spec.reference(x.double(), GRIDS)
-    moved = (x.numel() + expected.numel()) * x.element_size() * (1 + backward)
-    others = {key: lambda f=f: f(x, GRID) for key, f in forms.items()}
-    for key, rival in {**others, "ours": lambda: op(x, GRIDS)}.items():
+    count = 2 if name == "window_pool" else 1  # its logits
+    leaves = [x.clone() for x in randn(count, GRIDS.num_tokens, CHANNELS, dtype=dtype)]
+    expected = spec.reference(*(x.double() for x in leaves), GRIDS)
+    others = {key: lambda f=f: f(*leaves, GRID) for key, f in forms.items()}
+    ours = lambda: op(*leaves, GRIDS)  # noqa: E731
+    for key, rival in {**others, "ours": ours}.items():
         check(key, rival(), expected, dtype)
-    ours = lambda: op(x, GRIDS)  # noqa: E731
+    inputs = sum(x.numel() for x in leaves)
+    elements = (inputs + expected.numel()) * (1 + backward)
     if backward:
-        x.requires_grad_()
+        elements += inputs * (name == "window_pool")  # the others need no input again
         grad = randn(*expected.shape, dtype=dtype)
         others = {key: backward_of(f, grad) for key, f in others.items()}
         ours = backward_of(ours, grad)
-    title = f"{name} {'forward + backward' if backward else 'forward'}"
+        leaves = [x.requires_grad_() for x in leaves]
+    moved = elements * dtype.itemsize
     record(
-        title,
+        f"{name} {'forward + backward' if backward else 'forward'}",
         dtype,
         benchmark,
         ours,
         with_copy(others, moved),
         moved=moved,
-        leaves=[x] if backward else [],
+        leaves=leaves if backward else [],
     )
 
 

@@ -65,6 +65,10 @@ def mean_avg_pool(x, grid):
     return F.avg_pool2d(image, 2).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+def pool(x, logits, grid):
+    return (split(logits, grid).softmax(1) * split(x, grid)).sum(1)
+
+
 def unshuffle_norm(x, weight, bias, grid):
     z = split(x, grid)
     return F.layer_norm(z.flatten(1), (z.shape[1] * z.shape[2],), weight, bias, 1e-6), z.mean(1)
@@ -96,4 +100,5 @@ MEAN: dict[str, Callable] = {
     "eager avg_pool2d": mean_avg_pool,
     "compiled": torch.compile(mean),
 }
+POOL: dict[str, Callable] = {"eager": pool, "compiled": torch.compile(pool)}
 NORM: dict[str, Callable] = {"eager": unshuffle_norm, "compiled": torch.compile(unshuffle_norm)}

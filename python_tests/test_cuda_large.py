@@ -11,7 +11,8 @@ from uhd_ops.reference import SPECS
 
 pytestmark = pytest.mark.cuda
 
-GRIDDED_KERNELS = ["pixel_unshuffle", "pixel_unshuffle_mlp", "window_attention", "window_mean"]
+GRIDDED_KERNELS = ["pixel_unshuffle", "pixel_unshuffle_mlp"]
+GRIDDED_KERNELS += ["window_attention", "window_mean", "window_pool"]
 BATCHES = [[(4, 6), (3, 5)], [(8, 8)], [(1, 1), (0, 3), (6, 9)], [(2, 2)] * 4]
 MAX_TOKENS, MAX_VIEWS = 80, 6
 

@@ -31,6 +31,7 @@ from gpu.cases import (  # noqa: E402
     FORWARD,
     MEAN,
     NORM,
+    POOL,
     UNSHUFFLE,
     Case,
     all_cases,
@@ -60,8 +61,8 @@ def test_the_most_important_cases_come_first():
     assert all(side % case.window == 0 for case in cases for side in case.grid)
 
 
-@pytest.mark.parametrize(("op", "options"), [(ATTENTION, {}), (UNSHUFFLE, {}), (MEAN, {})])
-def test_work_is_what_the_definitions_say(op, options):
+@pytest.mark.parametrize("op", [ATTENTION, UNSHUFFLE, MEAN, POOL])
+def test_work_is_what_the_definitions_say(op):
     case = Case(op, FORWARD, grid=(4, 6), **TINY)
     spec = SPECS[op]
     call = spec.make([case.grid], torch.float64)
@@ -72,14 +73,14 @@ def test_work_is_what_the_definitions_say(op, options):
         assert case.flops == spec.flops(call)
 
 
-@pytest.mark.parametrize("op", [ATTENTION, NORM, UNSHUFFLE, MEAN])
+@pytest.mark.parametrize("op", [ATTENTION, NORM, UNSHUFFLE, MEAN, POOL])
 def test_a_backward_pass_moves_its_tensors_once(op):
     # Results of the forward pass, whose gradients come in; inputs, where they are needed again; and
     # the gradients that go out.
     case = Case(op, BACKWARD, grid=(4, 6), **TINY)
-    x = problems.inputs(case, CPU, 0)[: 3 if op == ATTENTION else 1]
+    x = problems.inputs(case, CPU, 0)[: {ATTENTION: 3, POOL: 2}.get(op, 1)]
     y = measure.as_tuple(problems.definition(case)(*problems.inputs(case, CPU, 0)))
-    again = 1 if op in (ATTENTION, NORM) else 0
+    again = 1 if op in (ATTENTION, NORM, POOL) else 0
     elements = sum(t.numel() for t in y) + (1 + again) * sum(t.numel() for t in x)
     assert case.bytes_moved == elements * 8
 

@@ -21,7 +21,7 @@ from uhd_ops.reference import SPECS
 kernels_only = native_only("orders beside the definitions' own are the kernels' affair")
 RAGGED = [(4, 6), (3, 5), (1, 7), (9, 2), (0, 3), (8, 8)]
 SIDE = {"window_attention": "window", "window_mean": "window", "pixel_unshuffle": "factor"}
-SIDE["pixel_unshuffle_mlp"] = "factor"
+SIDE |= {"pixel_unshuffle_mlp": "factor", "window_pool": "window"}
 
 
 def walk(top, left, height, width, sides):

@@ -6,17 +6,27 @@ from uhd_ops._build_info import build_info
 from uhd_ops.grids import PackedGrids
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
+from uhd_ops.ops.reorder_tokens import reorder_tokens
 from uhd_ops.ops.tile_average import tile_average
 from uhd_ops.ops.tile_block_diagonal import tile_block_diagonal
 from uhd_ops.ops.tile_vector import tile_vector
 from uhd_ops.ops.view_attention import view_attention
 from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean
+from uhd_ops.ops.window_pool import window_pool
 from uhd_ops.padded_grids import PaddedGrids
-from uhd_ops.retrofit import insert_early_compressor, remove_early_compressor
+from uhd_ops.retrofit import (
+    freeze_for_stage,
+    insert_early_compressor,
+    insert_progressive_compression,
+    refine_patch_embedding,
+    remove_early_compressor,
+    remove_progressive_compression,
+)
 from uhd_ops.slicing import (
     SlicePlan,
     load_image,
+    pack_batches,
     pack_views,
     plan_slices,
     plan_slices_batch,
@@ -31,16 +41,22 @@ __all__ = [
     "SlicePlan",
     "build_info",
     "flops",
+    "freeze_for_stage",
     "insert_early_compressor",
+    "insert_progressive_compression",
     "load_image",
     "nn",
+    "pack_batches",
     "pack_views",
     "pixel_unshuffle",
     "pixel_unshuffle_mlp",
     "plan_slices",
     "plan_slices_batch",
     "reference",
+    "refine_patch_embedding",
     "remove_early_compressor",
+    "remove_progressive_compression",
+    "reorder_tokens",
     "slice_image",
     "tile_average",
     "tile_block_diagonal",
@@ -48,4 +64,5 @@ __all__ = [
     "view_attention",
     "window_attention",
     "window_mean",
+    "window_pool",
 ]

@@ -12,7 +12,8 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 ATTENTION = "window_attention"
 NORM = "gather + LayerNorm + mean"
 TIED, DENSE = "pixel_unshuffle_mlp tied", "pixel_unshuffle_mlp dense"
-UNSHUFFLE, MEAN, TILES = "pixel_unshuffle", "window_mean", "tile_block_diagonal + tile_average"
+UNSHUFFLE, MEAN, POOL = "pixel_unshuffle", "window_mean", "window_pool"
+TILES = "tile_block_diagonal + tile_average"
 
 # Tokens of the sizes that are compared. 70 x 70 is one view of 980 px; its sides are no multiples
 # of 8 and 16, so larger windows use the nearest grid that every rival can divide.
@@ -61,6 +62,8 @@ class Case:
             NORM: 3 * nc + merged if backward else 2 * nc + merged,
             UNSHUFFLE: 2 * nc,
             MEAN: nc + merged,
+            # Forward: x, logits. Backward: the same, and a gradient of each.
+            POOL: 4 * nc + merged if backward else 2 * nc + merged,
             # Backward reads the diagonal blocks only. Each of the two reads or writes 4 tiles.
             TILES: 10 * ci if backward else 22 * ci,
             TIED: self._mlp_bytes(ci * 2),
@@ -112,6 +115,7 @@ def _important() -> list[Case]:
         Case(DENSE, BOTH),
         *_both_ways(UNSHUFFLE, **full),
         *_both_ways(MEAN, **full),
+        *_both_ways(POOL, **full),
         *_both_ways(TILES, **full),
     ]
 
@@ -162,6 +166,6 @@ def _rest() -> list[Case]:
             cases += _attention(tokens, dtype=dtype)
             cases += _both_ways(NORM, dtype=dtype, grid=GRIDS[tokens])
     for tokens in (4900, 16384, 1024):
-        for op in (UNSHUFFLE, MEAN):
+        for op in (UNSHUFFLE, MEAN, POOL):
             cases += _both_ways(op, grid=GRIDS[tokens])
     return cases

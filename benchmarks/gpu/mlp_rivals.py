@@ -28,6 +28,10 @@ def mean_avg_pool(case: Case, device: torch.device):
     return lambda x: eager.mean_avg_pool(x, case.grid)
 
 
+def pool(case: Case, device: torch.device):
+    return lambda x, logits: eager.pool(x, logits, case.grid)
+
+
 def tiles(case: Case, device: torch.device):
     return lambda w1, w2: (torch.block_diag(*[w1] * 4), (w2 / 4).repeat(1, 4))
 

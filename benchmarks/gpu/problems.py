@@ -11,7 +11,7 @@ import torch
 
 import uhd_ops
 from gpu import attention_rivals, mlp_rivals
-from gpu.cases import ATTENTION, DENSE, MEAN, NORM, TIED, TILES, UNSHUFFLE, Case
+from gpu.cases import ATTENTION, DENSE, MEAN, NORM, POOL, TIED, TILES, UNSHUFFLE, Case
 from uhd_ops import reference
 
 Tensors = tuple[torch.Tensor, ...]
@@ -75,6 +75,10 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
         Rival("eager avg_pool2d", mlp_rivals.mean_avg_pool),
         Rival("compiled", _compiled(mlp_rivals.mean), compiled=True),
     ),
+    POOL: (
+        Rival("eager", mlp_rivals.pool),
+        Rival("compiled", _compiled(mlp_rivals.pool), compiled=True),
+    ),
     TILES: (
         Rival("eager", mlp_rivals.tiles),
         Rival("compiled", _compiled(mlp_rivals.tiles), compiled=True),
@@ -98,6 +102,8 @@ def inputs(case: Case, device: torch.device, seed: int) -> Tensors:
     x = randn(n, c)
     if case.op in (UNSHUFFLE, MEAN):
         return (x,)
+    if case.op == POOL:
+        return x, randn(n, c)
     norm = randn(4 * c), randn(4 * c)
     if case.op == NORM:
         # Our kernel takes the norm's weights in float32, torch's takes them in the dtype of x.
@@ -119,6 +125,7 @@ def ours(case: Case, device: torch.device) -> Function:
         ATTENTION: lambda q, k, v: uhd_ops.window_attention(q, k, v, grids, case.window),
         UNSHUFFLE: lambda x: uhd_ops.pixel_unshuffle(x, grids),
         MEAN: lambda x: uhd_ops.window_mean(x, grids),
+        POOL: lambda x, logits: uhd_ops.window_pool(x, logits, grids),
         TILES: lambda w1, w2: (uhd_ops.tile_block_diagonal(w1, 4), uhd_ops.tile_average(w2, 4)),
         TIED: lambda *tensors: _mlp(uhd_ops.pixel_unshuffle_mlp, grids, *tensors),
         DENSE: lambda *tensors: _mlp(uhd_ops.pixel_unshuffle_mlp, grids, *tensors),
@@ -133,6 +140,7 @@ def definition(case: Case) -> Function:
         NORM: lambda x, w, b, *_: eager.unshuffle_norm(x, w, b, case.grid),
         UNSHUFFLE: lambda x: reference.pixel_unshuffle(x, grids),
         MEAN: lambda x: reference.window_mean(x, grids),
+        POOL: lambda x, logits: reference.window_pool(x, logits, grids),
         TILES: lambda w1, w2: (reference.tile_block_diagonal(w1, 4), reference.tile_average(w2, 4)),
         TIED: lambda *tensors: _mlp(reference.pixel_unshuffle_mlp, grids, *tensors),
         DENSE: lambda *tensors: _mlp(reference.pixel_unshuffle_mlp, grids, *tensors),

@@ -69,14 +69,14 @@ inline void store(Half* p, Vec<float> v, int n) {
 }
 #else
 template <class T>
-inline Vec<AccumulateT<T>> load(const T* p, int n) {
-  T lanes[kLanes<AccumulateT<T>>] = {};
+inline Vec<AccumulateT<T> > load(const T* p, int n) {
+  T lanes[kLanes<AccumulateT<T> >] = {};
   std::memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
 }
 template <class T>
-inline void store(T* p, Vec<AccumulateT<T>> v, int n) {
-  T lanes[kLanes<AccumulateT<T>>];
+inline void store(T* p, Vec<AccumulateT<T> > v, int n) {
+  T lanes[kLanes<AccumulateT<T> >];
   store(lanes, v);
   std::memcpy(p, lanes, n * sizeof(T));
 }
@@ -113,11 +113,18 @@ inline Vec<double> exp(Vec<double> x) {
 }
 
 // exp for float: x = n ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial of e^r, times 2^n.
-// Below -87.336 it returns 0 and above 88.376 infinity, where 2^n would leave the normal floats; a
-// NaN stays a NaN.
+// Below -87.336, where 2^n would leave the normal floats, it returns 0; above 88.376, or 88.722
+// with AVX-512, infinity; a NaN stays a NaN.
 inline Vec<float> exp(Vec<float> x) {
-  const Vec<float> low = splat(-87.33655f), high = splat(88.3762626647949f);
+  const Vec<float> low = splat(-87.33655f);
+#if defined(UHD_ISA_AVX512)
+  // Both return their last operand where one is a NaN. e^100 is infinite, and no larger n occurs.
+  const __m512 raised = _mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)x);
+  const Vec<float> clamped = (Vec<float>)_mm512_maskz_min_ps(0xffff, (__m512)splat(100.0f), raised);
+#else
+  const Vec<float> high = splat(88.3762626647949f);
   const Vec<float> clamped = x < low ? low : x > high ? high : x;
+#endif
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> shifted = clamped * 1.44269504f + magic;
   const Vec<float> n = shifted - magic;
@@ -130,11 +137,16 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(UHD_ISA_AVX512)
+  const __mmask16 not_low = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(not_low, (__m512)p, (__m512)n);
+#else
   // The low bits of `shifted` are the integer n; moved into the exponent field they make 2^n.
   const WordVec exponent = (reinterpret_cast<WordVec>(shifted) << 23) + 0x3f800000;
-  const Vec<float> y = p * reinterpret_cast<Vec<float>>(exponent);
+  const Vec<float> y = p * reinterpret_cast<Vec<float> >(exponent);
   const Vec<float> bounded = x < low ? splat(0.0f) : x > high ? splat(INFINITY) : y;
   return x == x ? bounded : x;
+#endif
 }
 
 }  // namespace

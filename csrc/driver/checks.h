@@ -14,6 +14,7 @@ void check_tile_vector(Report& report, bool quick);
 void check_unshuffle_norm(Report& report, bool quick);
 void check_window_attention(Report& report, bool quick);
 void check_window_mean(Report& report, bool quick);
+void check_window_pool(Report& report, bool quick);
 
 }  // namespace driver
 }  // namespace uhd

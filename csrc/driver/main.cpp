@@ -26,6 +26,7 @@ constexpr Operator kOperators[] = {
     {"unshuffle_norm", uhd::driver::check_unshuffle_norm},
     {"window_attention", uhd::driver::check_window_attention},
     {"window_mean", uhd::driver::check_window_mean},
+    {"window_pool", uhd::driver::check_window_pool},
 };
 
 constexpr const char* kUsage =

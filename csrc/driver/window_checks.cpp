@@ -4,6 +4,7 @@
 #include "driver/layouts.h"
 #include "pixel_unshuffle/pixel_unshuffle.h"
 #include "window_mean/window_mean.h"
+#include "window_pool/window_pool.h"
 
 namespace uhd {
 namespace driver {
@@ -41,7 +42,8 @@ void for_cases(Report& report, const char* name, bool quick, Body&& body) {
   }
 }
 
-// Both operators have the same tensors; `slots` is the number of tokens in a row of outputs.
+// Mean and pixel-unshuffle have the same tensors; `slots` is the number of tokens in a row of
+// outputs.
 template <class Args>
 Args arguments_of(Side& side, bool forward, DType dtype, const Case& one, int64_t slots,
                   const Matrix& input, Limit limit) {
@@ -72,6 +74,34 @@ Matrix input_of(Random& random, bool forward, DType dtype, const Case& one, int6
                                  slots * one.channels, layout.num_windows(), one.gap);
 }
 
+WindowPool pool_arguments(Side& side, bool forward, DType dtype, const Case& one, const Matrix& x,
+                          const Matrix& logits, const Matrix& grad_out) {
+  const Layout& layout = one.layout;
+  // A weight: 2 roundings of its exponent, 3 of the exponential, the sum and its quotient. Pooling
+  // adds a product per token, the gradient of a logit a difference and 3 products.
+  const Limit limit{1, static_cast<double>(2 * one.window * one.window + 10)};
+  WindowPool args{};
+  args.views = layout.table(side);
+  args.dtype = side.dtype();
+  args.channels = one.channels;
+  args.x = side.input(x);
+  args.x_stride = x.stride;
+  args.logits = side.input(logits);
+  args.logits_stride = logits.stride;
+  if (forward) {
+    args.out = side.output(
+        {"out", dtype, layout.window_rows(), one.channels, layout.num_windows(), limit});
+    return args;
+  }
+  args.grad_out = side.input(grad_out);
+  args.grad_out_stride = grad_out.stride;
+  args.grad_x =
+      side.output({"grad_x", dtype, layout.token_rows(), one.channels, layout.num_tokens(), limit});
+  args.grad_logits = side.output(
+      {"grad_logits", dtype, layout.token_rows(), one.channels, layout.num_tokens(), limit});
+  return args;
+}
+
 }  // namespace
 
 void check_window_mean(Report& report, bool quick) {
@@ -92,6 +122,28 @@ void check_window_mean(Report& report, bool quick) {
                             : scalar::window_mean_backward(args, 0, end);
                   },
                   forward ? cuda::window_mean_forward : cuda::window_mean_backward);
+            });
+}
+
+void check_window_pool(Report& report, bool quick) {
+  for_cases(report, "window_pool", quick,
+            [&](bool forward, DType dtype, Random& random, const Case& one) {
+              const Matrix x = input_of(random, true, dtype, one, 1);
+              Matrix logits = input_of(random, true, dtype, one, 1);
+              logits.name = "logits";
+              const Matrix grad_out = input_of(random, false, dtype, one, 1);
+              report.check(
+                  one.name(), dtype,
+                  [&](Side& side) {
+                    return pool_arguments(side, forward, dtype, one, x, logits, grad_out);
+                  },
+                  [&](const WindowPool& args) {
+                    const int64_t end = one.layout.num_windows();
+                    if (end == 0) return;
+                    forward ? scalar::window_pool_forward(args, 0, end)
+                            : scalar::window_pool_backward(args, 0, end);
+                  },
+                  forward ? cuda::window_pool_forward : cuda::window_pool_backward);
             });
 }
 

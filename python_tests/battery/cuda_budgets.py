@@ -64,6 +64,10 @@ BUDGETS = (
     Budget(r"unshuffle_forward<unsigned (long|int|short)>", 64),
     Budget(r"unshuffle_backward<\w+, [248]>", 64, (LOAD, STORE)),
     Budget(r"unshuffle_backward<\w+, 1>", 64),
+    # window_pool; the 16-byte path holds 8 or 9 chunks
+    Budget(r"pool_(forward|backward)<\w+, [248]>", 128, (LOAD, STORE)),
+    Budget(r"pool_forward<\w+, 1>", 96),
+    Budget(r"pool_backward<\w+, 1>", 128),
     # weight tiling
     Budget(r"(average|block_diagonal|vector)_(forward|backward)<\w+, [248]>", 48, (LOAD, STORE)),
     Budget(r"(average|block_diagonal|vector)_(forward|backward)<\w+, 1>", 48),
