@@ -168,6 +168,18 @@ def test_the_block_is_copied_not_shared():
     assert all(p.requires_grad for p in compressor.parameters())
 
 
+def test_the_function_of_a_compiled_part_is_not_copied():
+    block, x = random_block(), tokens()
+    expected = EarlyCompressor.from_block(block)(x, GRIDS)
+    for part in (block.norm1, block.attn.qkv):
+        part.compile(backend="eager")
+    compressor = EarlyCompressor.from_block(block)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    assert torch.equal(compressor(x, GRIDS), expected)
+
+
 def test_draws_no_random_numbers():
     block = random_block()
     state = torch.get_rng_state()
@@ -199,8 +211,11 @@ def test_autocast():
     assert out.isfinite().all()
 
 
-def test_no_views():
-    compressor = EarlyCompressor(DIM, HEADS, layer_scale=0.1)
+@pytest.mark.parametrize("attention", [True, "cross_mean"])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_no_views(attention, rate):
+    rates = {"attention_dropout": rate, "dropout": rate, "drop_path": rate}
+    compressor = EarlyCompressor(DIM, HEADS, layer_scale=0.1, attention=attention, **rates)
     assert compressor(torch.empty(0, DIM), []).shape == (0, DIM)
 
 

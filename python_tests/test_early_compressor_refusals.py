@@ -77,6 +77,12 @@ class OtherBlock(Block):
     pass
 
 
+def quantised(inputs, outputs):
+    layer = nn.Linear(inputs, outputs)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    return layer
+
+
 PLAIN = "must hold its weight as a plain parameter, got weight_mask, weight_orig"
 REFUSED = {
     "class attention": (
@@ -112,6 +118,10 @@ REFUSED = {
     "differential attention, pruned": (
         lambda: spoil(functools.partial(Block, attn_layer="diff"), attn__qkv=pruned(DIM, 96)),
         f"block.attn.qkv {PLAIN}",
+    ),
+    "quantised in place": (
+        lambda: spoil(attn__qkv=quantised(DIM, 96)),
+        "block.attn.qkv.weight must have a floating dtype, got torch.int8",
     ),
     "parallel, pruned": (
         lambda: spoil(ParallelScalingBlock, in_proj=pruned(DIM, 224)),

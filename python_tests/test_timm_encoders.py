@@ -147,6 +147,23 @@ def test_compressor_of_the_encoder_alone(name):
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
+@torch.no_grad()
+def test_encoder_first_then_its_classifier(name):
+    model, other = CASES[name].make(), CASES[name].make()
+    other.load_state_dict(model.state_dict())
+    insert_early_compressor(other, 1)
+    insert_early_compressor(model.encoder, 1)
+    assert insert_early_compressor(model, 1) is model
+    assert type(model) is type(other)
+    assert model.early_compressor == other.early_compressor
+    assert model.feature_info == other.feature_info
+    x = pixels()
+    assert torch.equal(model(x), other(x))
+    remove_early_compressor(model)
+    assert type(model).__name__ == name
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_features_only(name):
     net = FeatureGetterNet(CASES[name].make(), out_indices=(0, 2))
     insert_early_compressor(net.model, 1)

@@ -179,7 +179,7 @@ class EarlyCompressor(nn.Module):
     def _build(
         self, host: HostBlock, window: int, form: str, attention: bool | str, mlp: str
     ) -> None:
-        check_options(window, form, attention, mlp)
+        window = check_options(window, form, attention, mlp)
         self.dim, self.window, self.form = host.dim, window, form
         self.attention, self.parallel = attention, host.parallel
         if attention in QUERIES:
@@ -218,6 +218,8 @@ class EarlyCompressor(nn.Module):
             ``PackedGrids(grids).merged(window)``.
 
         Raises:
+            NotImplementedError: ``positions`` are given, but the attention takes none: that of a
+                host without rotary embeddings, or ``attention="cross_mean"``.
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
@@ -244,7 +246,9 @@ class EarlyCompressor(nn.Module):
 class _Sum(nn.ModuleList):
     """Several branches side by side."""
 
-    def forward(self, x: torch.Tensor, grids: Grids, *args, residual: bool = False):
+    def forward(
+        self, x: torch.Tensor, grids: Grids, *args: Rotary | None, residual: bool = False
+    ) -> torch.Tensor:
         """Add what the branches return; ``residual`` is added once."""
         first, *others = self
         options = {"residual": residual} if isinstance(first, WindowMlp) else {}
@@ -265,9 +269,9 @@ def merged_grids(grids: Grids, window: int) -> Grids:
     return PackedGrids.of(grids).merged(window)
 
 
-def check_options(window: int, form: str, attention: bool | str, mlp: str) -> None:
-    """Check the options of a compressor against each other."""
-    check_positive_int(window, "window")
+def check_options(window: int, form: str, attention: bool | str, mlp: str) -> int:
+    """Check the options of a compressor against each other; return ``window`` as an int."""
+    window = check_positive_int(window, "window")
     if window < 2:
         raise ValueError(f"window must be at least 2, got {window}")
     if form not in FORMS:
@@ -282,3 +286,4 @@ def check_options(window: int, form: str, attention: bool | str, mlp: str) -> No
         raise ValueError(f'mlp must be "reuse", "plain" or "none", got {mlp!r}')
     if attention in QUERIES and mlp == "plain":
         raise ValueError(f'mlp must be "reuse" or "none" with attention={attention!r}, got "plain"')
+    return window

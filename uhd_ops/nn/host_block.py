@@ -170,14 +170,12 @@ class HostBlock:
         """Make a block with torch's own initialisation; arguments as for EarlyCompressor."""
         _check_rates(attention_dropout=attention_dropout, dropout=dropout, drop_path=drop_path)
         _check_activation(activation)
-        for name, value in (("bias", bias), ("qk_norm", qk_norm)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        _check_flags(bias=bias, qk_norm=qk_norm)
         if check_finite(eps, "eps") < 0:
             raise ValueError(f"eps must not be negative, got {eps}")
         if layer_scale is not None:
             check_finite(layer_scale, "layer_scale")
-        head_dim, hidden_dim = _check_sizes(dim, num_heads, head_dim, hidden_dim)
+        dim, num_heads, head_dim, hidden_dim = _check_sizes(dim, num_heads, head_dim, hidden_dim)
         gamma = None if layer_scale is None else torch.full((dim,), float(layer_scale), **factory)
         head_norm = nn.LayerNorm(head_dim, eps, **factory) if qk_norm else None
         attention = HostAttention(
@@ -208,23 +206,27 @@ class HostBlock:
 
 def _check_sizes(
     dim: int, num_heads: int, head_dim: int | None, hidden_dim: int | None
-) -> tuple[int, int]:
-    """Check the sizes; return head_dim and hidden_dim with their defaults filled in."""
-    for name, value in (("dim", dim), ("num_heads", num_heads)):
-        check_positive_int(value, name)
+) -> tuple[int, int, int, int]:
+    """Check the sizes; return them as ints, with defaults filled in."""
+    dim, num_heads = check_positive_int(dim, "dim"), check_positive_int(num_heads, "num_heads")
     if head_dim is None and dim % num_heads:
         raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
     head_dim = dim // num_heads if head_dim is None else head_dim
     hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
-    for name, value in (("head_dim", head_dim), ("hidden_dim", hidden_dim)):
-        check_positive_int(value, name)
-    return head_dim, hidden_dim
+    head_dim = check_positive_int(head_dim, "head_dim")
+    return dim, num_heads, head_dim, check_positive_int(hidden_dim, "hidden_dim")
 
 
 def _check_rates(**probabilities: float) -> None:
     for name, value in probabilities.items():
         if not 0 <= check_finite(value, name) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def _check_activation(activation: str) -> None:

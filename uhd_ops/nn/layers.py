@@ -57,7 +57,9 @@ class Limits(nn.Module):
         self.register_buffer("output_min", output_min.detach().clone())
         self.register_buffer("output_max", output_max.detach().clone())
 
-    def forward(self, x: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor]):
+    def forward(
+        self, x: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """Return ``layer(x)`` with both clamped."""
         if not self.enabled:
             return layer(x)
@@ -90,13 +92,15 @@ def clone_module(module: nn.Module | None) -> nn.Module:
     """Copy a module with its parameters, buffers and submodules; None is Identity.
 
     The parameters are new and trainable. Unlike ``copy.deepcopy``, it leaves the hooks behind: what
-    somebody observes in the host is not what the compressor does.
+    somebody observes in the host is not what the compressor does. Likewise ``module.compile()``,
+    which leaves a function in the module that reads the weights of that one.
     """
     if module is None:
         return nn.Identity()
     clone = type(module).__new__(type(module))
     nn.Module.__init__(clone)
     own = {name: value for name, value in vars(module).items() if name not in vars(clone)}
+    own.pop("_compiled_call_impl", None)
     vars(clone).update(own)
     clone.training = module.training
     for name, parameter in module._parameters.items():

@@ -13,10 +13,10 @@ from torch.nn import functional
 from uhd_ops.grids import Grids
 from uhd_ops.nn.host_block import HostMlp
 from uhd_ops.nn.layers import Weights, clone_module, post_of, tile_norm
+from uhd_ops.nn.merge_with import merge_with
 from uhd_ops.nn.mlp_forms import MlpWeights, convert_mlp
 from uhd_ops.nn.regularization import drop_views
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
-from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 
@@ -88,17 +88,13 @@ class WindowMlp(nn.Module):
         )
 
     def _fused(self, x: torch.Tensor, grids: Grids, residual: bool) -> torch.Tensor:
-        return pixel_unshuffle_mlp(
+        return merge_with(
             x,
             grids,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            norm_weight=self.norm.weight,
-            norm_bias=self.norm.bias,
-            eps=self.norm.eps,
-            factor=self.window,
+            self.norm,
+            self.fc1,
+            self.fc2,
+            window=self.window,
             activation=self.activation,
             residual=residual,
         )

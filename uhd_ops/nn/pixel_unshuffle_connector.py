@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.nn.merge_with import merge_with
 from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tensor, layout_of
-from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 
 
@@ -71,8 +71,10 @@ class PixelUnshuffleConnector(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "out_dim": out_dim, "merger_times": merger_times, "window": window}
-        _check_options(sizes, activation, eps)
+        dim, out_dim = check_positive_int(dim, "dim"), check_positive_int(out_dim, "out_dim")
+        merger_times = check_positive_int(merger_times, "merger_times")
+        window = check_positive_int(window, "window")
+        _check_options(window, activation, eps)
         self.dim, self.out_dim = dim, out_dim
         self.merger_times, self.window, self.activation = merger_times, window, activation
         wide, factory = window**2 * dim, {"device": device, "dtype": dtype}
@@ -104,17 +106,13 @@ class PixelUnshuffleConnector(nn.Module):
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must have C = {self.dim} channels, got shape {tuple(x.shape)}")
         for stage in self.stages:
-            x = pixel_unshuffle_mlp(
+            x = merge_with(
                 x,
                 grids,
-                stage.fc1.weight,
-                stage.fc1.bias,
-                stage.fc2.weight,
-                stage.fc2.bias,
-                norm_weight=stage.norm.weight,
-                norm_bias=stage.norm.bias,
-                eps=stage.norm.eps,
-                factor=self.window,
+                stage.norm,
+                stage.fc1,
+                stage.fc2,
+                window=self.window,
                 activation=self.activation,
                 residual=False,
             )
@@ -135,11 +133,9 @@ class PixelUnshuffleConnector(nn.Module):
         )
 
 
-def _check_options(sizes: dict[str, int], activation: str, eps: float) -> None:
-    for name, value in sizes.items():
-        check_positive_int(value, name)
-    if sizes["window"] < 2:
-        raise ValueError(f"window must be at least 2, got {sizes['window']}")
+def _check_options(window: int, activation: str, eps: float) -> None:
+    if window < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
         raise ValueError(f"activation must be one of {names}, got {activation!r}")

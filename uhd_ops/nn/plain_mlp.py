@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from uhd_ops.grids import Grids
-from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
+from uhd_ops.nn.merge_with import merge_with
 from uhd_ops.ops.window_mean import window_mean
 
 
@@ -36,17 +36,13 @@ class PlainMlp(nn.Module):
 
     def forward(self, x: torch.Tensor, grids: Grids, *, residual: bool) -> torch.Tensor:
         """``(N, C)`` to ``(M, C)``; with ``residual``, plus the mean of each window."""
-        return pixel_unshuffle_mlp(
+        return merge_with(
             x,
             grids,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            norm_weight=self.norm.weight,
-            norm_bias=self.norm.bias,
-            eps=self.norm.eps,
-            factor=self.window,
+            self.norm,
+            self.fc1,
+            self.fc2,
+            window=self.window,
             activation="gelu",
             residual=residual,
         )

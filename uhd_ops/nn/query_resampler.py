@@ -15,7 +15,8 @@ from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tenso
 class QueryResampler(nn.Module):
     """Turn each view into a fixed number of tokens of the language model.
 
-    With the tokens X of a view and their 2-D sine-cosine embedding P::
+    With the tokens X of a view and their 2-D sine-cosine embedding P, which is float32 as in the
+    released model::
 
         K = ln_kv(kv_proj(X))
         Y = attention(ln_q(query), K + P, K)        query: (Q, D), learned
@@ -64,10 +65,11 @@ class QueryResampler(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("out_dim", out_dim), ("num_queries", num_queries)):
-            check_positive_int(size, name)
+        dim = check_positive_int(dim, "dim")
+        out_dim = check_positive_int(out_dim, "out_dim")
+        num_queries = check_positive_int(num_queries, "num_queries")
         num_heads = max(1, out_dim // 128) if num_heads is None else num_heads
-        check_positive_int(num_heads, "num_heads")
+        num_heads = check_positive_int(num_heads, "num_heads")
         if out_dim % 4 or out_dim % num_heads:
             raise ValueError(
                 f"out_dim must be a multiple of 4 and of num_heads = {num_heads}, got {out_dim}"

@@ -35,7 +35,7 @@ def drop_path(
         keep = keep / (1 - probability)
     if lengths is None:
         return branch * keep[:, None]
-    counts = torch.tensor(lengths, device=branch.device)
+    counts = torch.tensor(lengths, dtype=torch.int64, device=branch.device)
     return branch * keep.repeat_interleave(counts, 0, output_size=branch.shape[0])
 
 

@@ -130,7 +130,8 @@ def choose_ratios(
         >>> choose_ratios([0.1, 5.0, 0.2], [(4, 4)] * 3, max_tokens=24)
         [4, 1, 4]
     """
-    check_positive_int(max_tokens, "max_tokens")
+    max_tokens = check_positive_int(max_tokens, "max_tokens")
+    window = check_positive_int(window, "window")
     grids = PackedGrids.of(grids)
     times = times_of(ratios, len(ratios), window)
     if not times or times != sorted(set(times)):
@@ -153,12 +154,12 @@ def choose_ratios(
             f"max_tokens must be at least {total}, what is left with ratio {ratios[-1]} for every "
             f"view, got {max_tokens}"
         )
-    return [ratios[level] for level in chosen]
+    return [int(ratios[level]) for level in chosen]
 
 
 def times_of(ratios: Any, views: int, window: int) -> list[int]:
     """Return how often each view is merged, given its ratio ``window ** (2 * times)``."""
-    check_positive_int(window, "window")
+    window = check_positive_int(window, "window")
     if window < 2:
         raise ValueError(f"window must be at least 2, got {window}")
     if not isinstance(ratios, Sequence) or isinstance(ratios, str):
@@ -167,7 +168,7 @@ def times_of(ratios: Any, views: int, window: int) -> list[int]:
         raise ValueError(f"ratios must have one entry for each of {views} views, got {len(ratios)}")
     times = []
     for index, ratio in enumerate(ratios):
-        check_positive_int(ratio, f"ratios[{index}]")
+        ratio = check_positive_int(ratio, f"ratios[{index}]")
         count = 0
         while window ** (2 * count) < ratio:
             count += 1

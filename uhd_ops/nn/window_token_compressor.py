@@ -72,8 +72,9 @@ class WindowTokenCompressor(nn.Module):
     ) -> None:
         super().__init__()
         hidden_dim = dim if hidden_dim is None else hidden_dim
-        for name, size in (("dim", dim), ("hidden_dim", hidden_dim), ("window", window)):
-            check_positive_int(size, name)
+        dim = check_positive_int(dim, "dim")
+        hidden_dim = check_positive_int(hidden_dim, "hidden_dim")
+        window = check_positive_int(window, "window")
         if window < 2:
             raise ValueError(f"window must be at least 2, got {window}")
         if pool not in POOLS:

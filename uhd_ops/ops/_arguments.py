@@ -7,7 +7,9 @@ FakeTensorMode and while torch.compile traces.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -117,14 +119,26 @@ def check_same_shape(x: torch.Tensor, name: str, other: torch.Tensor, other_name
         )
 
 
-def check_positive_int(value: object, name: str) -> None:
-    """``value`` is an int in [1, LARGEST_INT]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def check_positive_int(value: object, name: str) -> int:
+    """``value`` is an integer in [1, LARGEST_INT], NumPy's included; returns it as an int."""
+    value = check_int(value, name)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if value > LARGEST_INT:
         raise ValueError(f"{name} must be at most {LARGEST_INT}, got {value}")
+    return value
+
+
+def check_int(value: object, name: str) -> int:
+    """``value`` is an integer, NumPy's included, and no bool; returns it as an int."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # operator.index would fix a symbol's value
+    # A tensor has an index too, but to read it waits for its device; and torch.compile makes a
+    # tensor of a NumPy integer.
+    if not isinstance(value, (bool, torch.Tensor)) and not torch.compiler.is_compiling():
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def check_finite(value: object, name: str) -> float:

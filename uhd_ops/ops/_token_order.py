@@ -53,9 +53,8 @@ def check_order(order: object, name: str, window: int | None = None) -> tuple[in
         error = ValueError if isinstance(order, str) else TypeError
         got = repr(order) if isinstance(order, str) else type(order).__name__
         raise error(f"{name} must be {names} or sides of nested blocks such as (8, 2), got {got}")
-    sides = named[order] if isinstance(order, str) else tuple(order)
-    for side in sides:
-        arguments.check_positive_int(side, f"every side in {name}")
+    sides = named[order] if isinstance(order, str) else order
+    sides = tuple(arguments.check_positive_int(side, f"every side in {name}") for side in sides)
     if any(inner >= outer for outer, inner in pairwise(sides)):
         raise ValueError(
             f"{name} must name blocks from the outermost to the innermost, each smaller than the "

@@ -55,7 +55,7 @@ def pixel_unshuffle(
                 [2., 2., 5., 5.]])
     """
     arguments.check_tensor(x, "x")
-    arguments.check_positive_int(factor, "factor")
+    factor = arguments.check_positive_int(factor, "factor")
     sides = token_order.check_order(order_in, "order_in", factor)
     layout = arguments.layout_of(x, "x", grids, factor, ("C",))
     if not _native.has_kernels(x.device):

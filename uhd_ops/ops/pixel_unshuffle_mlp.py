@@ -102,7 +102,7 @@ def pixel_unshuffle_mlp(
         >>> pixel_unshuffle_mlp(x, grids, fc1.weight, fc1.bias, fc2.weight, fc2.bias).shape
         torch.Size([12, 8])
     """
-    _check_options(eps, factor, activation, residual)
+    factor = _check_options(eps, factor, activation, residual)
     arguments.check_tensor(x, "x")
     sides = token_order.check_order(order_in, "order_in", factor)
     layout = arguments.layout_of(x, "x", grids, factor, ("C",))
@@ -149,8 +149,9 @@ def _mlp(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, form, factor, activation
     return y
 
 
-def _check_options(eps, factor, activation, residual) -> None:
-    arguments.check_positive_int(factor, "factor")
+def _check_options(eps, factor, activation, residual) -> int:
+    """Check the options; return ``factor`` as an int."""
+    factor = arguments.check_positive_int(factor, "factor")
     if arguments.check_finite(eps, "eps") < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
@@ -158,6 +159,7 @@ def _check_options(eps, factor, activation, residual) -> None:
         raise ValueError(f"activation must be one of {names}, got {activation!r}")
     if not isinstance(residual, bool):
         raise TypeError(f"residual must be a bool, got {type(residual).__name__}")
+    return factor
 
 
 def _check_parameters(x, mlp, norm, factor, residual) -> str:

@@ -37,7 +37,7 @@ def tile_average(weight: torch.Tensor, tiles: int) -> torch.Tensor:
         tensor([[1., 2., 1., 2.]])
     """
     arguments.check_tensor(weight, "weight")
-    arguments.check_positive_int(tiles, "tiles")
+    tiles = arguments.check_positive_int(tiles, "tiles")
     if weight.dim() != 2:
         raise ValueError(f"weight must be (O, I), got shape {tuple(weight.shape)}")
     if not _native.has_kernels(weight.device):

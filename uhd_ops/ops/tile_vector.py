@@ -36,7 +36,7 @@ def tile_vector(vector: torch.Tensor, tiles: int) -> torch.Tensor:
         tensor([1., 2., 1., 2.])
     """
     arguments.check_tensor(vector, "vector")
-    arguments.check_positive_int(tiles, "tiles")
+    tiles = arguments.check_positive_int(tiles, "tiles")
     if vector.dim() != 1:
         raise ValueError(f"vector must be (I,), got shape {tuple(vector.shape)}")
     if not _native.has_kernels(vector.device):

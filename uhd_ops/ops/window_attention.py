@@ -76,7 +76,7 @@ def window_attention(
     for name, x in (("k", k), ("v", v)):
         arguments.check_like(x, name, q, "q")
         arguments.check_same_shape(x, name, q, "q")
-    arguments.check_positive_int(window, "window")
+    window = arguments.check_positive_int(window, "window")
     sides_in = token_order.check_order(order_in, "order_in", window)
     sides = token_order.check_order(order, "order", window)
     layout = arguments.layout_of(q, "q", grids, window, ("H", "D"))

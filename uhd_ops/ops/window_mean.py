@@ -52,7 +52,7 @@ def window_mean(
                 [3.5000]])
     """
     arguments.check_tensor(x, "x")
-    arguments.check_positive_int(window, "window")
+    window = arguments.check_positive_int(window, "window")
     sides = token_order.check_order(order_in, "order_in", window)
     layout = arguments.layout_of(x, "x", grids, window, ("C",))
     if not _native.has_kernels(x.device):

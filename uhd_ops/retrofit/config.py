@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
-
-from torch import nn
 
 from uhd_ops.nn.early_compressor import EarlyCompressor, check_options
 from uhd_ops.nn.host_block import HostBlock
 from uhd_ops.nn.positions import POSITIONS
-from uhd_ops.ops._arguments import check_positive_int
+from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
+from uhd_ops.ops._arguments import check_int, check_positive_int
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class EarlyCompressorConfig:
     removed_by: ClassVar[str] = "remove_early_compressor"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise TypeError(f"layer must be an int, got {type(self.layer).__name__}")
-        check_options(self.window, self.form, self.attention, self.mlp)
+        object.__setattr__(self, "layer", check_int(self.layer, "layer"))
+        window = check_options(self.window, self.form, self.attention, self.mlp)
+        object.__setattr__(self, "window", window)
         _check_positions(self.positions)
 
     @property
@@ -85,14 +85,16 @@ class ProgressiveCompressionConfig:
     removed_by: ClassVar[str] = "remove_progressive_compression"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, (tuple, list)):
+        if not isinstance(self.layers, Sequence) or isinstance(self.layers, str):
             raise TypeError(f"layers must be a sequence of ints, got {type(self.layers).__name__}")
-        object.__setattr__(self, "layers", tuple(self.layers))
-        for index, layer in enumerate(self.layers):
-            check_positive_int(layer, f"layers[{index}]")
+        layers = (check_positive_int(n, f"layers[{i}]") for i, n in enumerate(self.layers))
+        object.__setattr__(self, "layers", tuple(layers))
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers must ascend, with at least one, got {self.layers}")
-        check_positive_int(self.window, "window")
+        object.__setattr__(self, "window", check_positive_int(self.window, "window"))
+        if self.hidden_dim is not None:
+            hidden_dim = check_positive_int(self.hidden_dim, "hidden_dim")
+            object.__setattr__(self, "hidden_dim", hidden_dim)
         _check_positions(self.positions)
         self._make(4, device="meta")  # checks pool, hidden_dim and window as its class does
 
@@ -101,14 +103,12 @@ class ProgressiveCompressionConfig:
         """The blocks after which tokens are merged, 0-based."""
         return tuple(layer - 1 for layer in self.layers)
 
-    def build(self, host: HostBlock) -> nn.Module:
+    def build(self, host: HostBlock) -> WindowTokenCompressor:
         """Make the compressor behind a block."""
         like = host.mlps[0].fc2.weight
         return self._make(host.dim, device=like.device, dtype=like.dtype)
 
-    def _make(self, dim: int, **factory: object) -> nn.Module:
-        from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
-
+    def _make(self, dim: int, **factory: object) -> WindowTokenCompressor:
         return WindowTokenCompressor(
             dim, pool=self.pool, hidden_dim=self.hidden_dim, window=self.window, **factory
         )

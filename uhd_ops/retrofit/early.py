@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from uhd_ops.retrofit.config import EarlyCompressorConfig
-from uhd_ops.retrofit.insertion import insert, remove
+from uhd_ops.retrofit.insertion import insert, insert_again, remove
 from uhd_ops.retrofit.registry import family_of, refuse_other
 
 
@@ -60,6 +60,7 @@ def insert_early_compressor(
 
     Returns:
         ``vit`` itself. Where it holds a compressor with the same options already, nothing is done.
+        An optimiser made before does not know the compressor's parameters, which are new.
 
     Raises:
         NotImplementedError: The class of the model, a part of block ``layer``, or ``mlp`` is not
@@ -83,7 +84,7 @@ def insert_early_compressor(
     config = EarlyCompressorConfig(layer, attention, mlp, form, window, positions)
     present = getattr(family.transformer(vit), "early_compressor", None)
     refuse_other(present, config)
-    return vit if present == config else insert(vit, config, family)
+    return (insert_again if present == config else insert)(vit, config, family)
 
 
 def remove_early_compressor(vit: nn.Module) -> nn.Module:

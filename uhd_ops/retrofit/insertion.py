@@ -55,9 +55,15 @@ def insert(vit: nn.Module, config: Config, family: Family) -> nn.Module:
     for index, compressor in compressors.items():
         blocks[index].compressor = compressor.train(blocks[index].training)
     for model in dict.fromkeys((transformer, vit)):
-        model._remember(config)
-        for info in _merged_features(model, config):
-            info["reduction"] *= config.window
+        _remember(model, config)
+    return vit
+
+
+def insert_again(vit: nn.Module, config: Config, family: Family) -> nn.Module:
+    """Insert what the transformer holds already; a model that wraps it may not know of it yet."""
+    if vit is not family.transformer(vit) and not isinstance(vit, CompressedWrapper):
+        vit.__class__ = mixed(family.wrapper, type(vit))
+        _remember(vit, config)
     return vit
 
 
@@ -93,6 +99,12 @@ def restore_model(model: nn.Module) -> None:
         info["reduction"] //= config.window
     model._forget()
     model.__class__ = model.body_class
+
+
+def _remember(model: nn.Module, config: Config) -> None:
+    model._remember(config)
+    for info in _merged_features(model, config):
+        info["reduction"] *= config.window
 
 
 def _merged_features(vit: nn.Module, config: Config) -> list[dict]:

@@ -88,6 +88,8 @@ class PaddedLayout:
 
     def merged(self, window: int) -> PaddedLayout:
         """The layout behind the compressor, as long as its longest sample needs."""
+        if window == 1:  # not merged: the padding stays
+            return self
         if window not in self._merged:
             grids = self.grids.merged(window)
             self._merged[window] = PaddedLayout(

@@ -76,7 +76,7 @@ def refine_patch_embedding(
     if not isinstance(vit, nn.Module):
         raise TypeError(f"vit must be a torch.nn.Module, got {type(vit).__name__}")
     _check_model(vit)
-    check_positive_int(patch_size, "patch_size")
+    patch_size = check_positive_int(patch_size, "patch_size")
     embed = vit.patch_embed
     size = embed.img_size if img_size is None else _pair(img_size)
     if any(side % patch_size for side in size):
@@ -117,9 +117,7 @@ def _pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
     sides = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
     if len(sides) != 2:
         raise ValueError(f"img_size must be one side or (height, width), got {img_size}")
-    for side in sides:
-        check_positive_int(side, "img_size")
-    return tuple(sides)
+    return tuple(check_positive_int(side, "img_size") for side in sides)
 
 
 def _check_model(vit: nn.Module) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from uhd_ops.retrofit.config import ProgressiveCompressionConfig
-from uhd_ops.retrofit.insertion import insert, remove
+from uhd_ops.retrofit.insertion import insert, insert_again, remove
 from uhd_ops.retrofit.registry import family_of, refuse_other
 
 
@@ -69,7 +69,7 @@ def insert_progressive_compression(
     config = ProgressiveCompressionConfig(layers, pool, hidden_dim, window, positions)
     present = getattr(family.transformer(vit), "early_compressor", None)
     refuse_other(present, config)
-    return vit if present == config else insert(vit, config, family)
+    return (insert_again if present == config else insert)(vit, config, family)
 
 
 def remove_progressive_compression(vit: nn.Module) -> nn.Module:

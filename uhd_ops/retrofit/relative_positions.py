@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from uhd_ops.nn.hosts import _checks as checks
 from uhd_ops.retrofit.blocks import CoarseBlock
+from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedModel
 
@@ -86,6 +88,16 @@ class CoarseBiasBlock(CoarseBlock):
             return None
         layout, window, positions = self._layout_of(x), self.window, self.positions
         return self._derived(x, bias, lambda b: merge_bias(b, layout, window, positions))
+
+
+def require_blocks(
+    vit: nn.Module, config: Config, classes: tuple[type, ...], attention: type
+) -> None:
+    """Refuse blocks, from the compressed one on, of another class or with another attention."""
+    first = config.indices[0]
+    for index, block in enumerate(vit.blocks[first:], first):
+        checks.require_exactly(block, f"vit.blocks.{index}", classes)
+        checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (attention,))
 
 
 class RelativePositionsModel(CompressedModel):

@@ -11,7 +11,6 @@ from timm.models import beit
 from torch import nn
 
 from uhd_ops.nn.host_block import HostBlock
-from uhd_ops.nn.hosts import _checks as checks
 from uhd_ops.nn.hosts import read_block
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
@@ -22,6 +21,7 @@ from uhd_ops.retrofit.relative_positions import (
     RelativePositionsModel,
     StandIn,
     merge_bias,
+    require_blocks,
 )
 from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
 
@@ -56,9 +56,7 @@ def check(vit: beit.Beit, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, beit.Beit, _METHODS)
     require_patch_embedding(vit)
-    for index, block in enumerate(vit.blocks[config.indices[0] :], config.indices[0]):
-        checks.require_exactly(block, f"vit.blocks.{index}", (beit.Block,))
-        checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (beit.Attention,))
+    require_blocks(vit, config, (beit.Block,), beit.Attention)
 
 
 def read(vit: beit.Beit, block: nn.Module) -> HostBlock:

@@ -24,6 +24,7 @@ from uhd_ops.retrofit.relative_positions import (
     RelativePositionsModel,
     StandIn,
     merge_bias,
+    require_blocks,
 )
 from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
 
@@ -53,13 +54,14 @@ def check(vit: relpos.VisionTransformerRelPos, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, relpos.VisionTransformerRelPos, _METHODS)
     require_patch_embedding(vit)
-    for index, block in enumerate(vit.blocks[config.indices[0] :], config.indices[0]):
-        name = f"vit.blocks.{index}"
-        checks.require_exactly(block, name, (relpos.RelPosBlock, relpos.ResPostRelPosBlock))
-        checks.require_exactly(block.attn, f"{name}.attn", (relpos.RelPosAttention,))
+    classes = (relpos.RelPosBlock, relpos.ResPostRelPosBlock)
+    require_blocks(vit, config, classes, relpos.RelPosAttention)
+    allowed = (layers.RelPosBias, layers.RelPosMlp)
+    first = config.indices[0]
+    for index, block in enumerate(vit.blocks[first:], first):
         if block.attn.rel_pos is not None:
-            allowed = (layers.RelPosBias, layers.RelPosMlp)
-            checks.require_exactly(block.attn.rel_pos, f"{name}.attn.rel_pos", allowed)
+            name = f"vit.blocks.{index}.attn.rel_pos"
+            checks.require_exactly(block.attn.rel_pos, name, allowed)
 
 
 def read(vit: relpos.VisionTransformerRelPos, block: nn.Module) -> HostBlock:

@@ -17,7 +17,6 @@ import torch
 from timm.models import vision_transformer_sam as sam
 from torch import nn
 
-from uhd_ops.nn.hosts import _checks as checks
 from uhd_ops.nn.hosts import body_class
 from uhd_ops.retrofit.blocks import CoarseBlock, CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
@@ -27,7 +26,7 @@ from uhd_ops.retrofit.model import (
     refuse_patch_dropout,
     require_methods,
 )
-from uhd_ops.retrofit.relative_positions import StandIn, stride_of
+from uhd_ops.retrofit.relative_positions import StandIn, require_blocks, stride_of
 from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
 
 _METHODS = ("forward", "forward_features", "forward_intermediates")
@@ -130,9 +129,7 @@ def check(vit: sam.VisionTransformerSAM, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, sam.VisionTransformerSAM, _METHODS)
     require_patch_embedding(vit)
-    for index, block in enumerate(vit.blocks[config.indices[0] :], config.indices[0]):
-        checks.require_exactly(block, f"vit.blocks.{index}", (sam.Block,))
-        checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (sam.Attention,))
+    require_blocks(vit, config, (sam.Block,), sam.Attention)
 
 
 FAMILY = Family(

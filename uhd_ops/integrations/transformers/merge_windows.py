@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from uhd_ops.grids import PackedGrids
+from uhd_ops.nn.merge_with import merge_with
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
-from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from uhd_ops.ops.window_mean import window_mean
 
 
@@ -41,20 +41,7 @@ def merge_windows(
         # Quantised, adapted or watched modules are called, not read.
         y = fc2(activation(fc1(norm(pixel_unshuffle(x, grids, window)))))
         return y + window_mean(x, grids, window) if residual else y
-    return pixel_unshuffle_mlp(
-        x,
-        grids,
-        fc1.weight,
-        fc1.bias,
-        fc2.weight,
-        fc2.bias,
-        norm_weight=norm.weight,
-        norm_bias=norm.bias,
-        eps=norm.eps,
-        factor=window,
-        activation=name,
-        residual=residual,
-    )
+    return merge_with(x, grids, norm, fc1, fc2, window=window, activation=name, residual=residual)
 
 
 def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:

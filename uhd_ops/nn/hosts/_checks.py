@@ -41,6 +41,10 @@ def linear(module: nn.Module, name: str) -> nn.Linear:
     """Return a plain Linear."""
     require_exactly(module, name, (nn.Linear,))
     require_plain(module, name)
+    if not module.weight.is_floating_point():  # quantised in place, say
+        raise NotImplementedError(
+            f"{name}.weight must have a floating dtype, got {module.weight.dtype}"
+        )
     return module
 
 
