@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from uhd_ops.nn import ABLATION
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -28,10 +30,37 @@ def test_retrofit_timm_vit():
     assert "bit for bit: True" in output
 
 
+def test_ops_in_your_model():
+    output = run(sys.executable, EXAMPLES / "03_ops_in_your_model.py")
+    assert "tokens: 131 -> 36, grids: [(8, 12), (5, 7)] -> [(4, 6), (3, 4)]" in output
+    assert "cu_seqlens of the merged tokens: [0, 24, 36]" in output
+    assert "block-major tokens, largest difference: " in output
+
+
+def test_warm_start(tmp_path):
+    script = EXAMPLES / "04_warm_start.py"
+    output = run(sys.executable, script, "--quick", "--seeds", "1", "--out", tmp_path)
+    (results,) = tmp_path.glob("warm_start_*.json")
+    record = json.loads(results.read_text())
+    assert record["steps"] == [0, 1, 2, 3, 6]
+    curves = {(row["arm"], row["start"]): row["correct"] for row in record["rows"]}
+    assert {arm for arm, _ in curves} > set(ABLATION)
+    assert all(0 <= n <= 50 for correct in curves.values() for n in correct)
+    assert {len(correct) for correct in curves.values()} == {5}
+    full = curves["window attention + reused MLP", "reused"]
+    tied = curves["window attention + reused MLP, tied", "reused"]
+    assert full[0] == tied[0]  # the same function, before it is trained
+    assert all(f"| {arm} | {start} | " in output for arm, start in curves)
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "01_one_op.py",
         "02_retrofit_timm_vit.py",
+        "03_ops_in_your_model.py",
+        "04_warm_start.py",
+        "warm_start_report.py",
     }
 
 

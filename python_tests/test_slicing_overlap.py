@@ -75,7 +75,7 @@ def test_batched_planner_agrees():
     ("overlap", "error", "message"),
     [
         (3, ValueError, "overlap must be a multiple of merge = 4 patches, got 3"),
-        (-4, ValueError, r"overlap must be an integer in \[1, 1024\], got -4"),
+        (-4, ValueError, r"overlap must be an integer in \[0, 1024\], got -4"),
         (4.0, TypeError, "overlap must be an integer, got 4.0"),
         (False, TypeError, "overlap must be an integer, got False"),
     ],

@@ -17,8 +17,8 @@ LARGEST_OPTION = {
 }
 
 
-def positive_integer(name: str, value: Any, largest: int) -> int:
-    """Return ``value`` as an int in [1, largest].
+def positive_integer(name: str, value: Any, largest: int, *, smallest: int = 1) -> int:
+    """Return ``value`` as an int in [smallest, largest].
 
     Raises:
         TypeError: If it is no integer; a bool and a float with an integral value are none.
@@ -30,8 +30,8 @@ def positive_integer(name: str, value: Any, largest: int) -> int:
             integer = operator.index(value)
     if integer is None:
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if not 1 <= integer <= largest:
-        raise ValueError(f"{name} must be an integer in [1, {largest}], got {integer}")
+    if not smallest <= integer <= largest:
+        raise ValueError(f"{name} must be an integer in [{smallest}, {largest}], got {integer}")
     return integer
 
 
@@ -44,9 +44,7 @@ def options(**values: Any) -> dict[str, int]:
 
 def overlap(value: Any, merge: int) -> int:
     """Return ``overlap`` as an int in [0, 1024] that is a multiple of ``merge``."""
-    # No overlap is the one number below those that positive_integer takes.
-    is_zero = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value == 0
-    number = 0 if is_zero else positive_integer("overlap", value, 1024)
+    number = positive_integer("overlap", value, 1024, smallest=0)
     if number % merge:
         raise ValueError(f"overlap must be a multiple of merge = {merge} patches, got {number}")
     return number
