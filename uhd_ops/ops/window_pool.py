@@ -69,7 +69,7 @@ def window_pool(
     """
     arguments.check_tensor(x, "x")
     arguments.check_like(logits, "logits", x, "x")
-    arguments.check_positive_int(window, "window")
+    window = arguments.check_positive_int(window, "window")
     sides = token_order.check_order(order_in, "order_in", window)
     layout = arguments.layout_of(x, "x", grids, window, ("C",))
     arguments.check_same_shape(logits, "logits", x, "x")
