@@ -50,8 +50,8 @@ def insert_early_compressor(
         attention: Whether tokens attend inside their window before they are merged, or which query
             attends to its window; as for :class:`uhd_ops.nn.EarlyCompressor`.
         mlp: ``"reuse"`` for the block's own MLP, ``"plain"`` or ``"none"``; likewise.
-        form: Weight form of the reused MLP: ``"dense"`` as in the released checkpoints, ``"block"``,
-            or ``"tied"``. They start as the same function. The other MLPs have one form only.
+        form: Weight form of the reused MLP: ``"dense"`` as in the released checkpoints,
+            ``"block"``, or ``"tied"``. They start as the same function. Other MLPs have one form.
         window: Side of a window, in tokens.
         positions: What position a merged token has in the blocks behind the compressor, where they
             have rotary embeddings or relative positions: ``"center"``, the centre of its window,
