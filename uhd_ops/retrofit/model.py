@@ -13,6 +13,7 @@ from torch import nn
 
 from uhd_ops.nn.host_block import HostBlock
 from uhd_ops.nn.hosts import read_block
+from uhd_ops.nn.positions import Frequencies
 from uhd_ops.retrofit.blocks import (
     CoarseBlock,
     CoarsePart,
@@ -190,3 +191,12 @@ def refuse_patch_dropout(vit: nn.Module) -> None:
             "patch dropout leaves no grid to merge windows of: set "
             "vit.patch_drop.prob = 0, or remove the compressor"
         )
+
+
+def image_layout(
+    vit: nn.Module, x: torch.Tensor, prefix: int, frequencies: Frequencies | None = None
+) -> TokenLayout:
+    """Return the layout of images ``(B, C, H, W)``, as the model's patch embedding cuts them."""
+    refuse_patch_dropout(vit)
+    height, width = vit.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+    return TokenLayout(height, width, prefix, frequencies)

@@ -18,7 +18,7 @@ from uhd_ops.nn.hosts import _checks as checks
 from uhd_ops.retrofit.blocks import CoarseBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import CompressedModel
+from uhd_ops.retrofit.model import CompressedModel, image_layout
 
 
 class StandIn:
@@ -131,5 +131,4 @@ class RelativePositionsModel(CompressedModel):
         )
 
     def _layout(self, x: torch.Tensor) -> TokenLayout:
-        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return TokenLayout(height, width, self.num_prefix_tokens)
+        return image_layout(self, x, self.num_prefix_tokens)

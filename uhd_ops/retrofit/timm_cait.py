@@ -11,7 +11,7 @@ from timm.models.cait import Cait
 from uhd_ops.retrofit.blocks import CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import CompressedModel, Family, require_methods
+from uhd_ops.retrofit.model import CompressedModel, Family, image_layout, require_methods
 from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
 
 # What the compressor relies on; a subclass that changes one of these is not understood.
@@ -47,8 +47,7 @@ class CompressedCait(CompressedModel):
         )
 
     def _layout(self, x: torch.Tensor) -> TokenLayout:
-        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return TokenLayout(height, width, 0)  # the class token joins behind the blocks
+        return image_layout(self, x, 0)  # the class token joins behind the blocks
 
 
 def check(vit: Cait, config: Config) -> None:

@@ -15,7 +15,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import CompressedModel, encoder_or_self, require_methods
+from uhd_ops.retrofit.model import CompressedModel, encoder_or_self, image_layout, require_methods
 from uhd_ops.retrofit.rope import frequencies_of, require_rope
 from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
 
@@ -66,8 +66,7 @@ class CompressedEncoder(CompressedModel):
         return getattr(self, "norm", nn.Identity())(x)
 
     def _layout(self, x: torch.Tensor) -> TokenLayout:
-        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return TokenLayout(height, width, 0, frequencies_of(self.rope))
+        return image_layout(self, x, 0, frequencies_of(self.rope))
 
 
 def require_encoder(vit: nn.Module, encoder: type[nn.Module], classifier: type[nn.Module]) -> None:

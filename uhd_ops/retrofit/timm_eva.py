@@ -13,8 +13,8 @@ from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     CompressedModel,
     Family,
+    image_layout,
     refuse_masks,
-    refuse_patch_dropout,
     require_methods,
 )
 from uhd_ops.retrofit.rope import (
@@ -66,9 +66,7 @@ class CompressedEva(CompressedModel):
         )
 
     def _layout(self, x: torch.Tensor) -> TokenLayout:
-        refuse_patch_dropout(self)
-        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return TokenLayout(height, width, self.num_prefix_tokens, frequencies_of(self.rope))
+        return image_layout(self, x, self.num_prefix_tokens, frequencies_of(self.rope))
 
 
 def check(vit: Eva, config: Config) -> None:

@@ -14,8 +14,8 @@ from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     CompressedModel,
     Family,
+    image_layout,
     refuse_masks,
-    refuse_patch_dropout,
     require_methods,
 )
 
@@ -73,9 +73,7 @@ class CompressedVisionTransformer(CompressedModel):
         )
 
     def _layout(self, x: torch.Tensor) -> TokenLayout:
-        refuse_patch_dropout(self)
-        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return TokenLayout(height, width, self.num_prefix_tokens)
+        return image_layout(self, x, self.num_prefix_tokens)
 
 
 def check(vit: VisionTransformer, config: Config) -> None:
