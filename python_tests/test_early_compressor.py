@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from families.case import window_slots
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional
@@ -51,18 +52,6 @@ def tokens(dtype=torch.float64):
     return torch.randn(TOKENS, DIM, dtype=dtype)
 
 
-def windows(height, width, f=2):
-    """Index lists of the windows of one view, and of the f*f slots after repeating the edge."""
-    for top in range(0, height, f):
-        for left in range(0, width, f):
-            slots = [
-                min(top + i, height - 1) * width + min(left + j, width - 1)
-                for i in range(f)
-                for j in range(f)
-            ]
-            yield sorted(set(slots)), slots
-
-
 def by_hand(block, x, grids, *, f=2, attention=True):
     """The paper's formula, window by window, with the modules of the block itself."""
     patches, dense = f * f, block.mlp
@@ -76,7 +65,7 @@ def by_hand(block, x, grids, *, f=2, attention=True):
     for height, width in grids:
         view = x[start : start + height * width]
         start += height * width
-        for present, slots in windows(height, width, f):
+        for present, slots in window_slots(height, width, f):
             y = view.clone()
             if attention:
                 y[present] = (

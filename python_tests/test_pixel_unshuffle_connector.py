@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from families.case import window_slots
 from torch.nn import functional
 
 from uhd_ops import PackedGrids
@@ -37,18 +38,12 @@ def by_hand(connector, x, grids, f=2, activation="gelu"):
     for stage in connector.stages:
         for index, (height, width) in enumerate(grids):
             merged = []
-            for top in range(0, height, f):
-                for left in range(0, width, f):
-                    slots = [
-                        min(top + i, height - 1) * width + min(left + j, width - 1)
-                        for i in range(f)
-                        for j in range(f)
-                    ]
-                    z = views[index][slots].flatten()
-                    norm = stage.norm
-                    z = functional.layer_norm(z, z.shape, norm.weight, norm.bias, norm.eps)
-                    z = ACTIVATIONS[activation](stage.fc1.weight @ z + stage.fc1.bias)
-                    merged.append(stage.fc2.weight @ z + stage.fc2.bias)
+            for _, slots in window_slots(height, width, f):
+                z = views[index][slots].flatten()
+                norm = stage.norm
+                z = functional.layer_norm(z, z.shape, norm.weight, norm.bias, norm.eps)
+                z = ACTIVATIONS[activation](stage.fc1.weight @ z + stage.fc1.bias)
+                merged.append(stage.fc2.weight @ z + stage.fc2.bias)
             views[index] = torch.stack(merged)
             grids[index] = -(-height // f), -(-width // f)
     return torch.cat(views), grids

@@ -15,7 +15,7 @@ from uhd_ops.nn.mlp_branch import WindowMlp
 from uhd_ops.nn.mlp_forms import FORMS
 from uhd_ops.nn.plain_mlp import NoMlp, PlainMlp
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.ops._arguments import check_positive_int, check_tensor, layout_of
+from uhd_ops.ops._arguments import check_positive_int, check_tokens
 from uhd_ops.ops.window_mean import window_mean
 
 MLPS = ("reuse", "plain", "none")
@@ -223,10 +223,7 @@ class EarlyCompressor(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
-        check_tensor(x, "x")
-        layout_of(x, "x", grids, self.window, ("C",))
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x must have C = {self.dim} channels, got shape {tuple(x.shape)}")
+        check_tokens(x, grids, self.window, self.dim)
         if self.attention in QUERIES:
             merged = self.attn(x, grids, positions)
             return self.mlp(merged, merged_grids(grids, self.window), residual=True)

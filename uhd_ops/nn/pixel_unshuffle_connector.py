@@ -8,7 +8,7 @@ from torch import nn
 
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.merge_with import merge_with
-from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tensor, layout_of
+from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tokens
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 
 
@@ -101,10 +101,7 @@ class PixelUnshuffleConnector(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
-        check_tensor(x, "x")
-        layout = layout_of(x, "x", grids, self.window, ("C",))
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x must have C = {self.dim} channels, got shape {tuple(x.shape)}")
+        layout = check_tokens(x, grids, self.window, self.dim)
         for stage in self.stages:
             x = merge_with(
                 x,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair
-from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tensor, layout_of
+from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tokens
 
 
 class QueryResampler(nn.Module):
@@ -104,10 +104,7 @@ class QueryResampler(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels, or a view is empty.
         """
-        check_tensor(x, "x")
-        layout_of(x, "x", grids, 1, ("C",))
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x must have C = {self.dim} channels, got shape {tuple(x.shape)}")
+        check_tokens(x, grids, 1, self.dim)
         if x.dim() == 3 and is_single_pair(grids):
             pairs, views, absent = PackedGrids.of(grids), x, None
         else:
@@ -116,7 +113,8 @@ class QueryResampler(nn.Module):
         if any(0 in pair for pair in pairs):
             raise ValueError(f"grids must not hold an empty view, got {list(pairs)}")
         keys = self.ln_kv(self.kv_proj(views))
-        positions = [sincos_2d(pair, self.out_dim, x.device) for pair in pairs]
+        tables = {pair: sincos_2d(pair, self.out_dim, x.device) for pair in dict.fromkeys(pairs)}
+        positions = [tables[pair] for pair in pairs]
         positions = nn.utils.rnn.pad_sequence(positions, batch_first=True) if positions else keys
         query = self.ln_q(self.query).expand(len(views), -1, -1)
         out, _ = self.attn(

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from uhd_ops.grids import Grids
-from uhd_ops.ops._arguments import Layout, check_positive_int, check_tensor, layout_of
+from uhd_ops.ops._arguments import Layout, check_positive_int, check_tokens
 from uhd_ops.ops._window_spread import spread_windows
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.window_mean import window_mean
@@ -105,10 +105,7 @@ class WindowTokenCompressor(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
-        check_tensor(x, "x")
-        layout = layout_of(x, "x", grids, self.window, ("C",))
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x must have C = {self.dim} channels, got shape {tuple(x.shape)}")
+        layout = check_tokens(x, grids, self.window, self.dim)
         if self.pool == "mean":
             return window_mean(x, grids, self.window)
         if self.pool == "unshuffle":

@@ -211,6 +211,15 @@ def layout_of(
     return layout
 
 
+def check_tokens(x: object, grids: Grids, window: int, channels: int) -> Layout:
+    """``x`` holds the tokens of ``grids`` with so many channels; returns where they are."""
+    check_tensor(x, "x")
+    layout = layout_of(x, "x", grids, window, ("C",))
+    if x.shape[-1] != channels:
+        raise ValueError(f"x must have C = {channels} channels, got shape {tuple(x.shape)}")
+    return layout
+
+
 def is_tracing(x: torch.Tensor) -> bool:
     """Whether sizes may be symbols and tensors may hold no data."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
