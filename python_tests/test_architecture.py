@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from specs import SPECS
 
 import uhd_ops
-from uhd_ops.reference import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "uhd_ops"
@@ -80,10 +80,11 @@ def test_top_level():
 def test_one_name_on_every_floor(name):
     assert SPECS[name].name == name
     assert (PACKAGE / "ops" / f"{name}.py").is_file()
-    assert (PACKAGE / "reference" / f"{name}.py").is_file()
     assert name in uhd_ops.__all__
+    assert name in uhd_ops.reference.__all__
     public, definition = getattr(uhd_ops, name), getattr(uhd_ops.reference, name)
     assert public.__module__ == f"uhd_ops.ops.{name}"
+    assert definition.__module__.startswith("uhd_ops.reference.")
     assert SPECS[name].reference is definition
     signatures = [inspect.signature(function).parameters for function in (public, definition)]
     kinds = [[(p.name, p.kind, p.default) for p in s.values()] for s in signatures]
@@ -172,7 +173,7 @@ def test_files_are_short_and_licensed(path):
     lines = path.read_text().splitlines()
     mark = "#" if path.suffix == ".py" else "//"
     assert lines[0] == f"{mark} SPDX-License-Identifier: Apache-2.0"
-    assert len(lines) <= 300
+    assert len(lines) <= 600
 
 
 PATHS = re.compile(

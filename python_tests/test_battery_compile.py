@@ -18,10 +18,10 @@ from battery import (
 )
 from battery.calls import batched
 from battery.marks import native_only
+from specs import SPECS
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from uhd_ops import PackedGrids
-from uhd_ops.reference import SPECS
 
 pytestmark = [
     native_only("the definition reads grids as data, which is not meant to be compiled"),

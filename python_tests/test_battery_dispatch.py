@@ -22,11 +22,11 @@ from battery import (
 )
 from battery.calls import batched
 from battery.marks import native_only
+from specs import SPECS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uhd_ops import _native
-from uhd_ops.reference import SPECS
 
 kernels_only = native_only("without the native library nothing is registered")
 HELPERS = {  # operators behind no SPEC, with arguments to check them on

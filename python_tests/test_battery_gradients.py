@@ -19,10 +19,10 @@ from battery import (
 )
 from battery.calls import random_like
 from battery.marks import native_only
+from specs import SPECS
 from torch.autograd import forward_ad
 
 import uhd_ops
-from uhd_ops.reference import SPECS
 
 kernels_only = native_only("the definition itself is tested by its users")
 

@@ -26,10 +26,10 @@ from battery import (
 )
 from battery.calls import LAYOUTS, batched, random_like
 from hypothesis import example, given
+from specs import SPECS
 
 from uhd_ops import PackedGrids
 from uhd_ops.ops._arguments import FLOAT_DTYPES
-from uhd_ops.reference import SPECS
 
 DTYPES = pytest.mark.parametrize(
     "dtype", FLOAT_DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]

@@ -20,10 +20,10 @@ from battery import (
     run,
 )
 from battery.calls import LAYOUTS, random_like, token_rows
+from specs import SPECS
 from torch.autograd import gradcheck
 
 import uhd_ops
-from uhd_ops.reference import SPECS
 
 pytestmark = pytest.mark.cuda
 

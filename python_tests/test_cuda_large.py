@@ -4,10 +4,10 @@
 import pytest
 import torch
 from battery import assert_close, assert_same_bits, make_call, public, run
+from specs import SPECS
 
 import uhd_ops
 from uhd_ops import PackedGrids, PaddedGrids
-from uhd_ops.reference import SPECS
 
 pytestmark = pytest.mark.cuda
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from battery.cuda_binary import LIBRARY, contents, kernels
 from battery.cuda_budgets import BUDGETS
+from specs import SPECS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import uhd_ops
 from uhd_ops import _native
-from uhd_ops.reference import SPECS
 
 ARCHS = ("sm_80", "sm_90a")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")

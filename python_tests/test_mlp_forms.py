@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
+from specs import SPECS
 
 import uhd_ops
 from uhd_ops.nn.mlp_forms import FORMS, MlpWeights, convert_mlp, form_of
-from uhd_ops.reference import SPECS
 
 CHANNELS, HIDDEN = 5, 7
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from specs import SPECS, Call
 from transformers.models.kimi_k25 import modeling_kimi_k25 as kimi
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 import uhd_ops
 from uhd_ops import PackedGrids
-from uhd_ops.reference import SPECS, Call
 
 HEADS = 2
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from specs import SPECS
+
 import uhd_ops
-from uhd_ops.reference import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

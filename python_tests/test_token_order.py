@@ -10,13 +10,13 @@ from battery.allocations import Allocations, nbytes
 from battery.calls import random_like
 from battery.marks import native_only
 from hypothesis import given
+from specs import SPECS
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import uhd_ops
 from uhd_ops import PackedGrids, PaddedGrids
 from uhd_ops.ops import _window_major
-from uhd_ops.reference import SPECS
 
 kernels_only = native_only("orders beside the definitions' own are the kernels' affair")
 RAGGED = [(4, 6), (3, 5), (1, 7), (9, 2), (0, 3), (8, 8)]

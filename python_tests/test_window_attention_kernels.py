@@ -14,9 +14,9 @@ from battery import assert_close, assert_same_bits, gradients
 from battery.calls import random_like, token_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from specs import SPECS, Call
 
 import uhd_ops
-from uhd_ops.reference import SPECS, Call
 
 SPEC = SPECS["window_attention"]
 HALVES = (torch.bfloat16, torch.float16)

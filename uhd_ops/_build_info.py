@@ -12,9 +12,20 @@ import numpy as np
 import torch
 
 from uhd_ops import _native
-from uhd_ops.reference import SPECS
 
 _DEVICES = ("cpu", "cuda")
+_OPERATORS = (
+    "pixel_unshuffle",
+    "pixel_unshuffle_mlp",
+    "reorder_tokens",
+    "tile_average",
+    "tile_block_diagonal",
+    "tile_vector",
+    "view_attention",
+    "window_attention",
+    "window_mean",
+    "window_pool",
+)
 # Operators that are no native operator themselves.
 _TORCH_ONLY = {"view_attention": "torch scaled_dot_product_attention"}
 # Likewise, but they need the tables of the native library.
@@ -107,9 +118,7 @@ def build_info() -> BuildInfo:
         cublaslt=_native.cublaslt,
         torch_target=_torch_version(build.get("torch_target")),
         compiler=build.get("compiler"),
-        backends={
-            op: {device: _backend(op, device) for device in _DEVICES} for op in sorted(SPECS)
-        },
+        backends={op: {device: _backend(op, device) for device in _DEVICES} for op in _OPERATORS},
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
+from specs import SPECS, Call
 
 from battery.operators import GRIDS
-from uhd_ops.reference import SPECS, Call
 
 
 def make_call(name: str, dtype=torch.float32, grids=GRIDS, *, seed: int = 0, **options) -> Call:

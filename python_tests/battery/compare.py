@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import torch
-
-from uhd_ops.reference import SPECS, Call, OpSpec
+from specs import SPECS, Call, OpSpec
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from specs import SPECS
 
 import uhd_ops
 from uhd_ops import _native
-from uhd_ops.reference import SPECS
 
 OPS = sorted(SPECS)
 GRIDDED = [name for name in OPS if SPECS[name].output is not None]

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._bad_inputs import bad
-from uhd_ops.reference._spec import BadInput
 from uhd_ops.reference._windows import as_pairs
 
 
@@ -41,23 +39,3 @@ def to_raster(x, grids, order, window=None) -> torch.Tensor:
 def from_raster(x, grids, order, window=None) -> torch.Tensor:
     """Packed tokens ``(N, ...)`` of raster order in this order."""
     return x[tokens_in_order(grids, order, window, x.device)]
-
-
-ORDERS = ("raster", "block", (3, 2))
-
-
-def bad_order(name: str, with_window: bool = True) -> tuple[BadInput, ...]:
-    """Spoil an argument that must be a token order."""
-    names = '"raster", "block"' + ', "window"' * with_window
-    known = f"{name} must be {names} or sides of nested blocks such as (8, 2), got "
-    nested = (
-        f"{name} must name blocks from the outermost to the innermost, each smaller than the one "
-        "around it, got (2, 8)"
-    )
-    side = f"every side in {name} must be at least 1, got 0"
-    return (
-        bad(f"{name} rows", name, lambda _: "rows", ValueError, f"{known}'rows'"),
-        bad(f"{name} int", name, lambda _: 2, TypeError, f"{known}int"),
-        bad(f"{name} inside out", name, lambda _: (2, 8), ValueError, nested),
-        bad(f"{name} zero", name, lambda _: (4, 0), ValueError, side),
-    )

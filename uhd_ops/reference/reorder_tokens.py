@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from uhd_ops.reference._bad_inputs import bad_tokens
-from uhd_ops.reference._spec import Call, OpSpec, random_tensor
-from uhd_ops.reference._token_order import bad_order, from_raster, to_raster
+from uhd_ops.reference._token_order import from_raster, to_raster
 from uhd_ops.reference._windows import packed, unpacked
 
 
@@ -13,36 +11,3 @@ def reorder_tokens(x, grids, order="raster", *, order_in="raster"):
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.reorder_tokens`."""
     x, pairs, batch = packed(x, grids, 1)
     return unpacked(from_raster(to_raster(x, pairs, order_in), pairs, order), grids, batch)
-
-
-def _make(grids, dtype, *, channels=8, order="block", order_in="raster", generator=None):
-    tokens = sum(h * w for h, w in grids)
-    x = random_tensor((tokens, channels), dtype, generator)
-    return Call((x, grids), {"order": order, "order_in": order_in})
-
-
-def _bytes_moved(call: Call) -> int:
-    """Read x, write it."""
-    return 2 * call.args[0].numel() * call.args[0].element_size()
-
-
-SPEC = OpSpec(
-    name="reorder_tokens",
-    reference=reorder_tokens,
-    make=_make,
-    options={
-        "order": ("block", "raster", (3, 2), (5, 3, 1)),
-        "order_in": ("raster", "block", (3, 2), (1,)),
-        "channels": (8, 1, 7),
-    },
-    bad_inputs=(
-        *bad_tokens(),
-        *bad_order("order", with_window=False),
-        *bad_order("order_in", with_window=False),
-    ),
-    roundings=lambda call: 0.0,  # every number is copied, forward and backward
-    bytes_moved=_bytes_moved,
-    flops=lambda call: 0,
-    output="tokens",
-    exempt={"native": "it is one index_select of torch, forward and backward"},
-)

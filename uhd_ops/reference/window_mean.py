@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._bad_inputs import bad_count, bad_tokens
-from uhd_ops.reference._spec import Call, OpSpec, random_tensor
-from uhd_ops.reference._token_order import ORDERS, bad_order, to_raster
+from uhd_ops.reference._token_order import to_raster
 from uhd_ops.reference._windows import (
     clamped_window,
     packed,
@@ -25,41 +23,3 @@ def window_mean(x, grids, window=2, *, order_in="raster"):
     total = slots.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
     mean = total / present.sum(1, keepdim=True)
     return unpacked(mean.to(x.dtype), grids, batch, window)
-
-
-def _make(grids, dtype, *, channels=8, window=2, order_in="raster", generator=None):
-    tokens = sum(h * w for h, w in grids)
-    x = random_tensor((tokens, channels), dtype, generator)
-    return Call((x, grids), {"window": window, "order_in": order_in})
-
-
-def _roundings(call: Call) -> float:
-    """Count the roundings in the accumulation type.
-
-    Forward adds k = window**2 tokens: k - 1 additions, each off by half an epsilon of at most k
-    times the largest token, and divides by k, another half epsilon; for standard normal tokens the
-    largest mean is about 1 / sqrt(k) of the largest token, and half of that is allowed for: (k - 1)
-    sqrt(k) + 1 / 2 < k ** 1.5. Backward divides once.
-    """
-    tokens = call.kwargs["window"] ** 2
-    return tokens**1.5
-
-
-def _bytes_moved(call: Call) -> int:
-    """Read x, write the means."""
-    x, grids = call.args
-    windows = window_tokens(grids, call.kwargs["window"])[0].shape[0]
-    return (x.shape[0] + windows) * x.shape[1] * x.element_size()
-
-
-SPEC = OpSpec(
-    name="window_mean",
-    reference=window_mean,
-    make=_make,
-    options={"channels": (8, 1, 7, 72, 100), "window": (2, 1, 3, 5), "order_in": ORDERS},
-    bad_inputs=(*bad_tokens(), *bad_count("window"), *bad_order("order_in")),
-    roundings=_roundings,
-    bytes_moved=_bytes_moved,
-    flops=lambda call: call.args[0].numel(),  # an addition for each; the divisions aside
-    output="windows",
-)

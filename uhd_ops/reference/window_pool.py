@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._bad_inputs import bad, bad_count, bad_tokens
-from uhd_ops.reference._spec import Call, OpSpec, random_tensor
-from uhd_ops.reference._token_order import ORDERS, bad_order, to_raster
+from uhd_ops.reference._token_order import to_raster
 from uhd_ops.reference._windows import (
     clamped_window,
     packed,
@@ -28,79 +26,3 @@ def window_pool(x, logits, grids, window=2, *, order_in="raster"):
     weights = logits[tokens].to(wide).masked_fill(absent, float("-inf")).softmax(1)
     slots = x[tokens].to(wide).masked_fill(absent, 0)
     return unpacked((weights * slots).sum(1).to(x.dtype), grids, batch, window)
-
-
-def _make(grids, dtype, *, channels=8, window=2, order_in="raster", generator=None):
-    tokens = sum(h * w for h, w in grids)
-    x, logits = (random_tensor((tokens, channels), dtype, generator) for _ in range(2))
-    return Call(
-        (x, logits, grids),
-        {"window": window, "order_in": order_in},
-        differentiable=(0, 1),
-        per_token=(0, 1),
-        grids=2,
-    )
-
-
-def _roundings(call: Call) -> float:
-    """Count the roundings in the accumulation type.
-
-    A weight is e^-z with z >= 0, the distance to the largest logit. z is off by half an epsilon of
-    z, and by as much again where the exponential is a power of two; z e^-z < 1 / 2, so this is at
-    most half an epsilon of the largest weight. The exponential itself is good to 2 epsilons, sum
-    and quotient of k = window**2 weights to (k + 1) / 2: a normalised weight is off by k / 2 + 3.
-    Pooling multiplies and adds k tokens, another k / 2 + 1 of the largest token, so its result is
-    off by less than k + 5 epsilons of the largest token. The gradient of a logit is grad * weight *
-    (token - pooled): the roundings of a weight, of a pooled token, and 2 more; below 2 k + 8.
-
-    For standard normal tokens the largest result is about 1 / sqrt(k) of the largest token, and
-    half of that is allowed for.
-    """
-    tokens = call.kwargs["window"] ** 2
-    return (2 * tokens + 8) * 2 * tokens**0.5
-
-
-def _bytes_moved(call: Call) -> int:
-    """Read x and the logits, write the pooled tokens."""
-    x, _, grids = call.args
-    windows = window_tokens(grids, call.kwargs["window"])[0].shape[0]
-    return (2 * x.shape[0] + windows) * x.shape[1] * x.element_size()
-
-
-SPEC = OpSpec(
-    name="window_pool",
-    reference=window_pool,
-    make=_make,
-    options={"channels": (8, 1, 7, 72, 100), "window": (2, 1, 3, 5), "order_in": ORDERS},
-    bad_inputs=(
-        *(one for one in bad_tokens() if one.label != "too many tokens"),
-        bad(
-            "too many tokens",
-            2,
-            lambda grids: [*grids, (1, 1)],
-            ValueError,
-            "x must be (N, C) with N = 40 tokens (sum of h*w over grids), got shape (39, 8)",
-        ),
-        bad(
-            "logits dtype",
-            1,
-            lambda logits: logits.double(),
-            TypeError,
-            "logits must have the dtype of x, torch.float32, got torch.float64",
-        ),
-        bad(
-            "logits shape",
-            1,
-            lambda logits: logits[:, :1],
-            ValueError,
-            "logits must have the shape of x, (39, 8), got (39, 1)",
-        ),
-        *bad_count("window"),
-        *bad_order("order_in"),
-    ),
-    roundings=_roundings,
-    bytes_moved=_bytes_moved,
-    # Of each token: a difference, an exponential, an addition, a multiply-add.
-    flops=lambda call: 5 * call.args[0].numel(),
-    output="windows",
-)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from uhd_ops.reference._spec import BadInput, Call
+from specs._spec import BadInput, Call
 
 
 def bad(
@@ -99,4 +99,21 @@ def bad_attention() -> tuple[BadInput, ...]:
             ValueError,
             "q must be (N, H, D) with N = 40 tokens (sum of h*w over grids), got shape (39, 2, 8)",
         ),
+    )
+
+
+def bad_order(name: str, with_window: bool = True) -> tuple[BadInput, ...]:
+    """Spoil an argument that must be a token order."""
+    names = '"raster", "block"' + ', "window"' * with_window
+    known = f"{name} must be {names} or sides of nested blocks such as (8, 2), got "
+    nested = (
+        f"{name} must name blocks from the outermost to the innermost, each smaller than the one "
+        "around it, got (2, 8)"
+    )
+    side = f"every side in {name} must be at least 1, got 0"
+    return (
+        bad(f"{name} rows", name, lambda _: "rows", ValueError, f"{known}'rows'"),
+        bad(f"{name} int", name, lambda _: 2, TypeError, f"{known}int"),
+        bad(f"{name} inside out", name, lambda _: (2, 8), ValueError, nested),
+        bad(f"{name} zero", name, lambda _: (4, 0), ValueError, side),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests and benchmarks need to know about an operator, in one record beside its definition."""
+"""What tests and benchmarks need to know about an operator, in one record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-Pairs = Sequence[tuple[int, int]]
+ORDERS = ("raster", "block", (3, 2))
+"""Values of ``order_in``: the default, one with a name, nested blocks."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,6 @@ class OpSpec:
         stored = (expected.abs() * info.eps + info.smallest_normal * info.eps) * 0.5
         slack = self.roundings(call) * accumulate.eps * largest
         return self.stored_roundings * stored * (1 + info.eps) + slack
-
-
-SPECS: dict[str, OpSpec] = {}
-"""Every operator by name; filled by ``uhd_ops.reference``."""
 
 
 def random_tensor(
