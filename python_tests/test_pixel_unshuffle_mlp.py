@@ -10,6 +10,7 @@ from specs import SPECS
 from torch.nn import functional
 
 import uhd_ops
+from uhd_ops.ops import _linear_activation
 from uhd_ops.ops._arguments import layout_of
 from uhd_ops.ops._linear_activation import linear_activation
 from uhd_ops.ops._unshuffle_norm import unshuffle_norm
@@ -125,6 +126,13 @@ def float64_activation(name, x):
     y = ACTIVATIONS[name](x)
     (slope,) = torch.autograd.grad(y.sum(), x)
     return y.detach(), slope
+
+
+def test_layers_without_kernels_have_the_same_activations():
+    x = torch.linspace(-14, 14, 2001, dtype=torch.float64)
+    assert list(_linear_activation.ACTIVATIONS) == list(ACTIVATIONS)
+    for name, function in _linear_activation.ACTIVATIONS.items():
+        torch.testing.assert_close(function(x), ACTIVATIONS[name](x), rtol=1e-14, atol=1e-15)
 
 
 @kernels_only

@@ -21,7 +21,7 @@ from torch import nn
 
 from uhd_ops.nn.layers import Limits
 from uhd_ops.ops._arguments import check_finite, check_positive_int
-from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
+from uhd_ops.ops._linear_activation import check_activation
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,7 @@ class HostBlock:
     ) -> HostBlock:
         """Make a block with torch's own initialisation; arguments as for EarlyCompressor."""
         _check_rates(attention_dropout=attention_dropout, dropout=dropout, drop_path=drop_path)
-        _check_activation(activation)
+        check_activation(activation)
         _check_flags(bias=bias, qk_norm=qk_norm)
         if check_finite(eps, "eps") < 0:
             raise ValueError(f"eps must not be negative, got {eps}")
@@ -227,9 +227,3 @@ def _check_flags(**flags: bool) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-
-
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
-        raise ValueError(f"activation must be one of {names}, got {activation!r}")

@@ -16,9 +16,9 @@ from uhd_ops.nn.layers import Weights, clone_module, post_of, tile_norm
 from uhd_ops.nn.merge_with import merge_with
 from uhd_ops.nn.mlp_forms import MlpWeights, convert_mlp
 from uhd_ops.nn.regularization import drop_views
+from uhd_ops.ops._linear_activation import ACTIVATIONS
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.window_mean import window_mean
-from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 
 
 class WindowMlp(nn.Module):

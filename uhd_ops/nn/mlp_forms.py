@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from uhd_ops.reference.pixel_unshuffle_mlp import mlp_form
+from uhd_ops.ops.pixel_unshuffle_mlp import mlp_form
 
 FORMS = ("dense", "block", "tied")
 

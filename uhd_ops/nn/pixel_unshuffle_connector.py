@@ -9,7 +9,7 @@ from torch import nn
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.merge_with import merge_with
 from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tokens
-from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
+from uhd_ops.ops._linear_activation import check_activation
 
 
 class PixelUnshuffleConnector(nn.Module):
@@ -133,8 +133,6 @@ class PixelUnshuffleConnector(nn.Module):
 def _check_options(window: int, activation: str, eps: float) -> None:
     if window < 2:
         raise ValueError(f"window must be at least 2, got {window}")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
-        raise ValueError(f"activation must be one of {names}, got {activation!r}")
+    check_activation(activation)
     if check_finite(eps, "eps") < 0:
         raise ValueError(f"eps must not be negative, got {eps}")

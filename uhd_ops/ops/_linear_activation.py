@@ -3,10 +3,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch.nn import functional
 
 from uhd_ops import _native
 from uhd_ops.ops._derivatives import refuse_second_derivative
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": lambda u: functional.gelu(u, approximate="tanh"),
+    "gelu": functional.gelu,
+    "quick_gelu": lambda u: u * torch.sigmoid(1.702 * u),
+    "silu": functional.silu,
+    "relu": functional.relu,
+}
+"""What the kernels compute, for layers that do not run them, by the name in the public API."""
+
+
+def check_activation(activation: str) -> None:
+    """Refuse what is no name of an activation."""
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
+        raise ValueError(f"activation must be one of {names}, got {activation!r}")
 
 
 def linear_activation(

@@ -10,10 +10,9 @@ from uhd_ops import _native, reference
 from uhd_ops.grids import Grids
 from uhd_ops.ops import _arguments as arguments
 from uhd_ops.ops import _token_order as token_order
-from uhd_ops.ops._linear_activation import linear_activation
+from uhd_ops.ops._linear_activation import check_activation, linear_activation
 from uhd_ops.ops._token_order import TokenOrder
 from uhd_ops.ops._unshuffle_norm import unshuffle_norm
-from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS, mlp_form
 
 
 def pixel_unshuffle_mlp(
@@ -128,6 +127,22 @@ def pixel_unshuffle_mlp(
     return layout.unpack_windows(layout.zero_padding(y))
 
 
+def mlp_form(fc1_weight: torch.Tensor, channels: int, factor: int) -> str | None:
+    """Read the weight form, "dense", "block" or "tied", from the shape of fc1's weight.
+
+    Three dimensions mean block. Two mean dense where the last is ``factor² * channels`` and tied
+    where it is ``channels``. With ``factor=1`` the two are the same network; it counts as dense.
+
+    Returns:
+        The form, or None where the shape fits none.
+    """
+    if fc1_weight.dim() == 3:
+        return "block" if fc1_weight.shape[::2] == (factor**2, channels) else None
+    if fc1_weight.dim() != 2 or fc1_weight.shape[1] not in (factor**2 * channels, channels):
+        return None
+    return "dense" if fc1_weight.shape[1] == factor**2 * channels else "tied"
+
+
 def _mlp(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, form, factor, activation) -> torch.Tensor:
     if form == "dense":
         hidden = linear_activation(z, fc1_weight, fc1_bias, activation)
@@ -154,9 +169,7 @@ def _check_options(eps, factor, activation, residual) -> int:
     factor = arguments.check_positive_int(factor, "factor")
     if arguments.check_finite(eps, "eps") < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
-        raise ValueError(f"activation must be one of {names}, got {activation!r}")
+    check_activation(activation)
     if not isinstance(residual, bool):
         raise TypeError(f"residual must be a bool, got {type(residual).__name__}")
     return factor

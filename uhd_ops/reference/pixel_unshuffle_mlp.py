@@ -18,22 +18,6 @@ ACTIVATIONS = {
 }
 
 
-def mlp_form(fc1_weight: torch.Tensor, channels: int, factor: int) -> str | None:
-    """Read the weight form, "dense", "block" or "tied", from the shape of fc1's weight.
-
-    Three dimensions mean block. Two mean dense where the last is ``factor² * channels`` and tied
-    where it is ``channels``. With ``factor=1`` the two are the same network; it counts as dense.
-
-    Returns:
-        The form, or None where the shape fits none.
-    """
-    if fc1_weight.dim() == 3:
-        return "block" if fc1_weight.shape[::2] == (factor**2, channels) else None
-    if fc1_weight.dim() != 2 or fc1_weight.shape[1] not in (factor**2 * channels, channels):
-        return None
-    return "dense" if fc1_weight.shape[1] == factor**2 * channels else "tied"
-
-
 def pixel_unshuffle_mlp(
     x,
     grids,
@@ -62,18 +46,17 @@ def pixel_unshuffle_mlp(
     z = functional.layer_norm(z, z.shape[1:], weight, bias, eps).to(x.dtype).view_as(patches)
 
     act = ACTIVATIONS[activation]
-    form = mlp_form(fc1_weight, x.shape[1], factor)
-    if form == "dense":
-        y = functional.linear(
-            act(functional.linear(z.flatten(1), fc1_weight, fc1_bias)), fc2_weight
-        )
-    elif form == "tied":
-        hidden = act(functional.linear(z, fc1_weight, fc1_bias))  # (M, f², I)
-        y = functional.linear(hidden.mean(1), fc2_weight)
-    else:  # patch p goes through its own blocks p; (f², M, C) -> (f², M, I) -> (f², M, C) -> sum
+    if fc1_weight.dim() == 3:  # block: patch p goes through its own blocks p
+        # (f², M, C) -> (f², M, I) -> (f², M, C) -> sum over the patches
         u = z.transpose(0, 1) @ fc1_weight.mT
         u = u if fc1_bias is None else u + fc1_bias.to(u.dtype)[:, None]
         y = (act(u) @ fc2_weight.mT).sum(0)
+    elif fc1_weight.shape[1] == factor**2 * x.shape[1]:  # dense
+        hidden = act(functional.linear(z.flatten(1), fc1_weight, fc1_bias))
+        y = functional.linear(hidden, fc2_weight)
+    else:  # tied
+        hidden = act(functional.linear(z, fc1_weight, fc1_bias))  # (M, f², I)
+        y = functional.linear(hidden.mean(1), fc2_weight)
     if fc2_bias is not None:
         y = y + fc2_bias.to(y.dtype)
     if residual:
