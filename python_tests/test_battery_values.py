@@ -29,7 +29,7 @@ from hypothesis import example, given
 from specs import SPECS
 
 from uhd_ops import PackedGrids
-from uhd_ops.ops._arguments import FLOAT_DTYPES
+from uhd_ops._checks import FLOAT_DTYPES
 
 DTYPES = pytest.mark.parametrize(
     "dtype", FLOAT_DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES]

@@ -80,6 +80,8 @@ def test_one_grid_in_every_form():
         torch.tensor([[4, 6]]),
         np.array([[4, 6]], dtype=np.int32),
         [(np.int64(4), np.uint8(6))],
+        [tuple(torch.tensor([4, 6]))],
+        tuple(torch.tensor([4, 6])),
         PackedGrids([(4, 6)]),
     ]
     for form in forms:

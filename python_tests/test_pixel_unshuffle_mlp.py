@@ -11,11 +11,11 @@ from torch.nn import functional
 
 import uhd_ops
 from uhd_ops.ops import _linear_activation
-from uhd_ops.ops._arguments import layout_of
 from uhd_ops.ops._linear_activation import linear_activation
 from uhd_ops.ops._unshuffle_norm import unshuffle_norm
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 from uhd_ops.reference.pixel_unshuffle_mlp import pixel_unshuffle_mlp as definition
+from uhd_ops.windows import layout_of
 
 kernels_only = native_only("the private operators have no other kernels")
 MANY = [(16, 16), (5, 7), (13, 11), (1, 9), (1, 1), (0, 3)]

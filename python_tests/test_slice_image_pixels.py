@@ -177,7 +177,7 @@ def test_no_views():
             r"views\[1\] .* 28x15",
         ),
         ({"patch_size": 0}, ValueError, r"patch_size must be an integer in \[1, 65536\], got 0"),
-        ({"patch_size": 14.0}, TypeError, "patch_size must be an integer, got 14.0"),
+        ({"patch_size": 14.0}, TypeError, "patch_size must be an int, got float"),
         ({"mean": float("nan")}, ValueError, "mean must be one or three finite numbers, got nan"),
         ({"mean": [0.5, 0.5]}, ValueError, r"mean must be one or three finite numbers, got \[0.5"),
         ({"mean": "half"}, TypeError, "mean must be a number or three numbers, got 'half'"),

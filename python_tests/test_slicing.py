@@ -180,7 +180,7 @@ def test_side_out_of_range(side, value):
 )
 def test_value_that_is_no_integer(name, value):
     arguments = {"width": 5, "height": 5, name: value}
-    with pytest.raises(TypeError, match=rf"^{name} must be an integer, got .* of type "):
+    with pytest.raises(TypeError, match=rf"^{name} must be an int, got {type(value).__name__}$"):
         plan_slices(**arguments)
 
 
@@ -239,7 +239,7 @@ def test_absurd_aspect_is_refused():
     ("value", "error", "message"),
     [
         (0, ValueError, r"max_patches must be an integer in \[1, 9223372036854775807\], got 0"),
-        (float("inf"), TypeError, "max_patches must be an integer, got inf of type float"),
+        (float("inf"), TypeError, "max_patches must be an int, got float"),
     ],
 )
 def test_bad_max_patches(value, error, message):

@@ -31,11 +31,11 @@ def test_to_dict_holds_plain_values():
         ({"slice": [391, 560]}, ValueError, r"slice must have sides .* = 56 px, got \(391, 560\)"),
         ({"grid": [1, 2, 3]}, ValueError, "grid must be a pair of integers, got 3 values"),
         ({"grid": [0, 2]}, ValueError, r"grid must be an integer in \[1, .* got 0"),
-        ({"grid": [1.0, 2]}, TypeError, "grid must be an integer, got 1.0 of type float"),
+        ({"grid": [1.0, 2]}, TypeError, "grid must be an int, got float"),
         ({"grid": "12"}, TypeError, "grid must be a pair of integers, got '12'"),
-        ({"image_size": [640, True]}, TypeError, "image_size must be an integer, got True"),
+        ({"image_size": [640, True]}, TypeError, "image_size must be an int, got bool"),
         ({"patch_size": 0}, ValueError, "patch_size must be an integer in"),
-        ({"merge": None}, TypeError, "merge must be an integer, got None"),
+        ({"merge": None}, TypeError, "merge must be an int, got NoneType"),
     ],
 )
 def test_bad_fields(change, error, message):

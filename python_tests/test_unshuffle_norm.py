@@ -9,8 +9,8 @@ from battery import assert_same_bits
 from battery.calls import sliced, strided, token_rows, transposed
 from battery.marks import native_only
 
-from uhd_ops.ops._arguments import layout_of
 from uhd_ops.reference._windows import window_tokens
+from uhd_ops.windows import layout_of
 
 pytestmark = native_only("the operator has no definition of its own")
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+
+from uhd_ops._checks import check_int, is_int
 
 Grids: TypeAlias = "PackedGrids | Sequence[Sequence[int]] | Sequence[int] | torch.Tensor"
 
@@ -71,14 +72,13 @@ class PackedGrids:
 
     def num_windows(self, window: int) -> int:
         """Number of windows of side ``window``, the ragged ones included."""
-        count = self._windows.get(
-            _positive(window, "window")
-        )  # 2.0 and True would be found as well
+        window = check_int(window, "window", 1)  # 2.0 and True would be found as well
+        count = self._windows.get(window)
         return _count_windows(self._pairs, window) if count is None else count
 
     def merged(self, factor: int = 2) -> PackedGrids:
         """Grids of the merged tokens: ``(ceil(h / factor), ceil(w / factor))`` of each view."""
-        factor = _positive(factor, "factor")
+        factor = check_int(factor, "factor", 1)
         return _cached(tuple((-(-h // factor), -(-w // factor)) for h, w in self._pairs))
 
     @property
@@ -170,7 +170,11 @@ def _outlives_modes() -> Iterator[None]:
 
 def is_single_pair(grids: Grids) -> bool:
     """Whether ``grids`` is one bare ``(h, w)`` pair rather than a collection of pairs."""
-    return isinstance(grids, (tuple, list)) and len(grids) == 2 and all(_is_int(s) for s in grids)
+    return (
+        isinstance(grids, (tuple, list))
+        and len(grids) == 2
+        and all(is_int(_number(side)) for side in grids)
+    )
 
 
 @functools.lru_cache(maxsize=512)
@@ -179,26 +183,7 @@ def _cached(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
 
 
 def _count_windows(pairs: Sequence[Sequence[int]], window: int) -> int:
-    window = _positive(window, "window")
     return sum(-(-h // window) * -(-w // window) for h, w in pairs)
-
-
-def _is_int(value: object) -> bool:
-    if isinstance(value, (int, torch.SymInt)):  # operator.index would fix a symbol's value
-        return not isinstance(value, bool)
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _positive(value: int, name: str) -> int:
-    if not _is_int(value):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return operator.index(value)
 
 
 def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:
@@ -225,9 +210,17 @@ def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:
 def _pair(pair: Sequence[int]) -> tuple[int, int]:
     if hasattr(pair, "shape") and hasattr(pair, "tolist"):  # a row of a tensor or array
         pair = pair.tolist()
-    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(_is_int(side) for side in pair):
+    sides = [_number(side) for side in pair] if isinstance(pair, Sequence) else ()
+    if len(sides) != 2 or not all(is_int(side) for side in sides):
         raise TypeError(f"{_EXPECTED}; got the entry {pair!r}")
-    height, width = (s if isinstance(s, (int, torch.SymInt)) else operator.index(s) for s in pair)
+    height, width = (check_int(side, "a side in grids") for side in sides)
     if height < 0 or width < 0:
         raise ValueError(f"grids must not have negative sides, got ({height}, {width})")
     return height, width
+
+
+def _number(side: object) -> object:
+    """The number in a scalar tensor on the CPU, as iterating over a processor's grids gives it."""
+    if isinstance(side, torch.Tensor) and side.dim() == 0 and side.device.type == "cpu":
+        return side.tolist()
+    return side

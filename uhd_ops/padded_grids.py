@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from uhd_ops.grids import Grids, PackedGrids, _positive, pairs_of
+from uhd_ops._checks import check_int
+from uhd_ops.grids import Grids, PackedGrids, pairs_of
 
 
 class PaddedGrids:
@@ -49,12 +50,12 @@ class PaddedGrids:
         windows: Mapping[int, int] | Iterable[int] = (2,),
         device: torch.device | str = "cuda",
     ) -> None:
-        self.num_tokens = _positive(max_tokens, "max_tokens")
-        self.max_views = _positive(max_views, "max_views")
+        self.num_tokens = check_int(max_tokens, "max_tokens", 1)
+        self.max_views = check_int(max_views, "max_views", 1)
         if not isinstance(windows, Mapping):
             windows = dict.fromkeys(windows, max_tokens)
         self._rows = {
-            _positive(side, "a window side"): _positive(rows, f"windows[{side}]")
+            check_int(side, "a window side", 1): check_int(rows, f"windows[{side}]", 1)
             for side, rows in windows.items()
         }
         self._merged: dict[int, PaddedGrids] = {}

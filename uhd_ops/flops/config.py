@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any
+
+from uhd_ops._checks import check_int
 
 ATTENTIONS = (None, "window", "cross")
 MLPS = (None, "reuse", "plain")
@@ -15,17 +16,6 @@ POOLS = ("adaptive", "mean", "unshuffle")
 
 # The words of insert_early_compressor for what is counted alike.
 _SAME_ATTENTION = {True: "window", False: None, "cross_top_left": "cross", "cross_mean": "cross"}
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got bool")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _check_choice(name: str, value: object, values: tuple[str | None, ...]) -> None:
@@ -63,7 +53,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             least = 0 if field.name == "prefix_tokens" else 1
-            _check_int(field.name, getattr(self, field.name), least)
+            check_int(getattr(self, field.name), field.name, least)
         if self.dim % self.heads:
             raise ValueError(
                 f"dim must be a multiple of heads, got dim = {self.dim} and heads = {self.heads}"
@@ -106,8 +96,8 @@ class CompressorConfig:
     window: int = 2
 
     def __post_init__(self) -> None:
-        _check_int("layer", self.layer, 0)
-        _check_int("window", self.window, 1)
+        check_int(self.layer, "layer", 0)
+        check_int(self.window, "window", 1)
         put = object.__setattr__
         put(self, "attention", _SAME_ATTENTION.get(self.attention, self.attention))
         put(self, "mlp", None if self.mlp == "none" else self.mlp)
@@ -149,10 +139,10 @@ class PoolConfig:
     concatenate: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("layer", self.layer, 0)
-        _check_int("window", self.window, 1)
+        check_int(self.layer, "layer", 0)
+        check_int(self.window, "window", 1)
         if self.hidden_dim is not None:
-            _check_int("hidden_dim", self.hidden_dim, 1)
+            check_int(self.hidden_dim, "hidden_dim", 1)
         _check_choice("pool", self.pool, POOLS)
 
     @classmethod
@@ -190,4 +180,4 @@ class ConnectorConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_int(field.name, getattr(self, field.name), 1)
+            check_int(getattr(self, field.name), field.name, 1)

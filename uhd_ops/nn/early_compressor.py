@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from uhd_ops._checks import check_positive_int
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair
 from uhd_ops.nn.attention_branch import attention_branch
 from uhd_ops.nn.cross_attention import QUERIES, CrossAttention
@@ -15,8 +16,8 @@ from uhd_ops.nn.mlp_branch import WindowMlp
 from uhd_ops.nn.mlp_forms import FORMS
 from uhd_ops.nn.plain_mlp import NoMlp, PlainMlp
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.ops._arguments import check_positive_int, check_tokens
 from uhd_ops.ops.window_mean import window_mean
+from uhd_ops.windows import check_tokens
 
 MLPS = ("reuse", "plain", "none")
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.nn.layers import Limits
-from uhd_ops.ops._arguments import check_finite, check_positive_int
 from uhd_ops.ops._linear_activation import check_activation
 
 

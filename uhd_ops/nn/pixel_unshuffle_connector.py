@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.merge_with import merge_with
-from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tokens
 from uhd_ops.ops._linear_activation import check_activation
+from uhd_ops.windows import check_tokens
 
 
 class PixelUnshuffleConnector(nn.Module):

@@ -8,8 +8,9 @@ import functools
 import torch
 from torch import nn
 
+from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair
-from uhd_ops.ops._arguments import check_finite, check_positive_int, check_tokens
+from uhd_ops.windows import check_tokens
 
 
 class QueryResampler(nn.Module):

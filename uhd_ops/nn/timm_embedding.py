@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from uhd_ops import _checks
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.hosts import body_class, read_block
-from uhd_ops.ops import _arguments as arguments
 
 
 def check_host(vit: nn.Module) -> None:
@@ -156,12 +156,12 @@ def _check_view(vit: nn.Module, view: torch.Tensor, name: str) -> None:
 
 
 def _check_pixels(pixels: torch.Tensor, name: str, weight: torch.Tensor) -> None:
-    arguments.check_tensor(pixels, name)
+    _checks.check_tensor(pixels, name)
     autocast = pixels.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(
         pixels.device.type
     )
     if not autocast:
-        arguments.check_like(pixels, name, weight, "the model's parameters")
+        _checks.check_like(pixels, name, weight, "the model's parameters")
 
 
 def _pad(view: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from uhd_ops._checks import check_positive_int, check_tensor
 from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.ops._arguments import check_positive_int, check_tensor, layout_of
+from uhd_ops.windows import layout_of
 
 RATIOS = (1, 4, 16)
 

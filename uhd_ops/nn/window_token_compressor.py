@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from uhd_ops._checks import check_positive_int
 from uhd_ops.grids import Grids
-from uhd_ops.ops._arguments import Layout, check_positive_int, check_tokens
 from uhd_ops.ops._window_spread import spread_windows
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.ops.window_pool import window_pool
+from uhd_ops.windows import Layout, check_tokens
 
 POOLS = ("adaptive", "mean", "unshuffle")
 

@@ -17,8 +17,8 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
+from uhd_ops import _checks, windows
 from uhd_ops.grids import PackedGrids, _outlives_modes
-from uhd_ops.ops import _arguments as arguments
 
 TokenOrder: TypeAlias = str | Sequence[int]
 
@@ -54,7 +54,7 @@ def check_order(order: object, name: str, window: int | None = None) -> tuple[in
         got = repr(order) if isinstance(order, str) else type(order).__name__
         raise error(f"{name} must be {names} or sides of nested blocks such as (8, 2), got {got}")
     sides = named[order] if isinstance(order, str) else order
-    sides = tuple(arguments.check_positive_int(side, f"every side in {name}") for side in sides)
+    sides = tuple(_checks.check_positive_int(side, f"every side in {name}") for side in sides)
     if any(inner >= outer for outer, inner in pairwise(sides)):
         raise ValueError(
             f"{name} must name blocks from the outermost to the innermost, each smaller than the "
@@ -64,14 +64,14 @@ def check_order(order: object, name: str, window: int | None = None) -> tuple[in
 
 
 def reorder(
-    x: torch.Tensor, layout: arguments.Layout, order_in: tuple[int, ...], order: tuple[int, ...]
+    x: torch.Tensor, layout: windows.Layout, order_in: tuple[int, ...], order: tuple[int, ...]
 ) -> torch.Tensor:
     """Return packed ``x (N, ...)`` in another order, or ``x`` itself where it is the same one."""
     return x if order_in == order else reordered_copy(x, layout, order_in, order)
 
 
 def reordered_copy(
-    x: torch.Tensor, layout: arguments.Layout, order_in: tuple[int, ...], order: tuple[int, ...]
+    x: torch.Tensor, layout: windows.Layout, order_in: tuple[int, ...], order: tuple[int, ...]
 ) -> torch.Tensor:
     """Do the same as :func:`reorder`, but into new memory in any case."""
     key = ("reorder", order_in, order, x.device)
@@ -79,8 +79,8 @@ def reordered_copy(
 
 
 def arrange(
-    x: torch.Tensor, layout: arguments.Layout, order_in: tuple[int, ...], window: int
-) -> tuple[torch.Tensor, arguments.Layout]:
+    x: torch.Tensor, layout: windows.Layout, order_in: tuple[int, ...], window: int
+) -> tuple[torch.Tensor, windows.Layout]:
     """Return packed tokens, and a layout that finds their windows, for kernels that expect raster.
 
     The tokens move only if they do not lie window by window already.
@@ -90,7 +90,7 @@ def arrange(
     return reorder(x, layout, order_in, ()), layout
 
 
-def by_window(layout: arguments.Layout, window: int) -> arguments.Layout:
+def by_window(layout: windows.Layout, window: int) -> windows.Layout:
     """Layout of tokens that lie window by window, whatever their order inside a window.
 
     A run of n full windows is one view of ``(n * window, window)`` tokens: its windows follow each
@@ -128,7 +128,7 @@ def _runs(grids: PackedGrids, window: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _kept(layout: arguments.Layout, key: tuple, make: Callable[[], _T]) -> _T:
+def _kept(layout: windows.Layout, key: tuple, make: Callable[[], _T]) -> _T:
     if layout.packed is None:
         return make()
     tables = layout.packed._tables
@@ -138,7 +138,7 @@ def _kept(layout: arguments.Layout, key: tuple, make: Callable[[], _T]) -> _T:
     return tables[key]
 
 
-def _window_views(layout: arguments.Layout, window: int) -> torch.Tensor:
+def _window_views(layout: windows.Layout, window: int) -> torch.Tensor:
     """Return the view table ``(M + 1, 4)`` in which every window is a view of its own.
 
     Windows beyond the last one get the totals and no tokens, as in the table of PaddedGrids.
@@ -154,14 +154,14 @@ def _window_views(layout: arguments.Layout, window: int) -> torch.Tensor:
 
 
 def _permutation(
-    layout: arguments.Layout, order_in: tuple[int, ...], order: tuple[int, ...]
+    layout: windows.Layout, order_in: tuple[int, ...], order: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the row that goes to each row, ``(N,)`` int64, and the inverse."""
     (place_in, token_in), (place, token) = _places(layout, order_in), _places(layout, order)
     return place_in[token], place[token_in]
 
 
-def _places(layout: arguments.Layout, order: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(layout: windows.Layout, order: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the place of every token, counted in raster order, and the token of every place."""
     count = layout.tokens if layout.batch is None else layout.tokens * layout.batch
     token = torch.arange(count, device=layout.views.device)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from uhd_ops import _native
-from uhd_ops.ops._arguments import Layout
 from uhd_ops.ops._derivatives import refuse_second_derivative
+from uhd_ops.windows import Layout
 
 
 def unshuffle_norm(

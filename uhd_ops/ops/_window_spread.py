@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.ops._arguments import Layout
 from uhd_ops.ops._token_order import _kept, _rows_of, _window_views
 from uhd_ops.reference._windows import slots_of_tokens
+from uhd_ops.windows import Layout
 
 
 class _Spread(torch.autograd.Function):

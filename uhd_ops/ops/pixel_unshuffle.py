@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops import _native, reference
+from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _arguments as arguments
 from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops._token_order import TokenOrder
 
@@ -54,10 +53,10 @@ def pixel_unshuffle(
         tensor([[0., 1., 3., 4.],
                 [2., 2., 5., 5.]])
     """
-    arguments.check_tensor(x, "x")
-    factor = arguments.check_positive_int(factor, "factor")
+    _checks.check_tensor(x, "x")
+    factor = _checks.check_positive_int(factor, "factor")
     sides = token_order.check_order(order_in, "order_in", factor)
-    layout = arguments.layout_of(x, "x", grids, factor, ("C",))
+    layout = windows.layout_of(x, "x", grids, factor, ("C",))
     if not _native.has_kernels(x.device):
         return reference.pixel_unshuffle(x, grids, factor, order_in=order_in)
     x, layout = token_order.arrange(layout.pack(x), layout, sides, factor)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from uhd_ops import _native, reference
+from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _arguments as arguments
 from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops._linear_activation import check_activation, linear_activation
 from uhd_ops.ops._token_order import TokenOrder
@@ -102,9 +101,9 @@ def pixel_unshuffle_mlp(
         torch.Size([12, 8])
     """
     factor = _check_options(eps, factor, activation, residual)
-    arguments.check_tensor(x, "x")
+    _checks.check_tensor(x, "x")
     sides = token_order.check_order(order_in, "order_in", factor)
-    layout = arguments.layout_of(x, "x", grids, factor, ("C",))
+    layout = windows.layout_of(x, "x", grids, factor, ("C",))
     mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     form = _check_parameters(x, mlp, (norm_weight, norm_bias), factor, residual)
     if not _native.has_kernels(x.device):
@@ -122,7 +121,7 @@ def pixel_unshuffle_mlp(
         )
     x, layout = token_order.arrange(layout.pack(x), layout, sides, factor)
     z, mean = unshuffle_norm(x, layout, norm_weight, norm_bias, float(eps), factor, residual)
-    y = _mlp(*arguments.autocast(z, *mlp), form, factor, activation)
+    y = _mlp(*_checks.autocast(z, *mlp), form, factor, activation)
     y = y.to(x.dtype) + mean if residual else y
     return layout.unpack_windows(layout.zero_padding(y))
 
@@ -166,8 +165,8 @@ def _mlp(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, form, factor, activation
 
 def _check_options(eps, factor, activation, residual) -> int:
     """Check the options; return ``factor`` as an int."""
-    factor = arguments.check_positive_int(factor, "factor")
-    if arguments.check_finite(eps, "eps") < 0:
+    factor = _checks.check_positive_int(factor, "factor")
+    if _checks.check_finite(eps, "eps") < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     check_activation(activation)
     if not isinstance(residual, bool):
@@ -181,7 +180,7 @@ def _check_parameters(x, mlp, norm, factor, residual) -> str:
     if channels == 0:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = mlp
-    arguments.check_like(fc1_weight, "fc1_weight", x, "x")
+    _checks.check_like(fc1_weight, "fc1_weight", x, "x")
     form = mlp_form(fc1_weight, channels, factor)
     if form is None:
         raise ValueError(
@@ -190,7 +189,7 @@ def _check_parameters(x, mlp, norm, factor, residual) -> str:
             f"got shape {tuple(fc1_weight.shape)}"
         )
     hidden, blocks = fc1_weight.shape[-2], fc1_weight.shape[:-2]
-    arguments.check_like(fc2_weight, "fc2_weight", x, "x")
+    _checks.check_like(fc2_weight, "fc2_weight", x, "x")
     width = channels if residual or fc2_weight.dim() < 2 else fc2_weight.shape[-2]
     expected = (*blocks, width, hidden)
     if fc2_weight.shape != expected:
@@ -211,6 +210,6 @@ def _check_parameters(x, mlp, norm, factor, residual) -> str:
 def _check_vector(vector, name, x, shape) -> None:
     if vector is None:
         return
-    arguments.check_like(vector, name, x, "x")
+    _checks.check_like(vector, name, x, "x")
     if vector.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got shape {tuple(vector.shape)}")

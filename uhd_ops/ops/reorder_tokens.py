@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops import _native, reference
+from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _arguments as arguments
 from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops._token_order import TokenOrder
 from uhd_ops.padded_grids import PaddedGrids
@@ -66,12 +65,12 @@ def reorder_tokens(
         >>> reorder_tokens(x, (2, 4), "block").flatten()
         tensor([0., 1., 4., 5., 2., 3., 6., 7.])
     """
-    arguments.check_tensor(x, "x")
+    _checks.check_tensor(x, "x")
     sides = token_order.check_order(order, "order")
     sides_in = token_order.check_order(order_in, "order_in")
     # Any table says where the views are; padded ones have those of their window sides alone.
     side = grids.windows[0] if isinstance(grids, PaddedGrids) else 1
-    layout = arguments.layout_of(x, "x", grids, side, ("C",))
+    layout = windows.layout_of(x, "x", grids, side, ("C",))
     if not _native.has_kernels(x.device):
         return reference.reorder_tokens(x, grids, order, order_in=order_in)
     out = token_order.reordered_copy(layout.pack(x), layout, sides_in, sides)

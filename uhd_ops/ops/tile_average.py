@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops import _native, reference
-from uhd_ops.ops import _arguments as arguments
+from uhd_ops import _checks, _native, reference
 
 
 def tile_average(weight: torch.Tensor, tiles: int) -> torch.Tensor:
@@ -36,8 +35,8 @@ def tile_average(weight: torch.Tensor, tiles: int) -> torch.Tensor:
         >>> tile_average(torch.tensor([[2.0, 4.0]]), 2)
         tensor([[1., 2., 1., 2.]])
     """
-    arguments.check_tensor(weight, "weight")
-    tiles = arguments.check_positive_int(tiles, "tiles")
+    _checks.check_tensor(weight, "weight")
+    tiles = _checks.check_positive_int(tiles, "tiles")
     if weight.dim() != 2:
         raise ValueError(f"weight must be (O, I), got shape {tuple(weight.shape)}")
     if not _native.has_kernels(weight.device):

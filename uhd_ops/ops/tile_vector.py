@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops import _native, reference
-from uhd_ops.ops import _arguments as arguments
+from uhd_ops import _checks, _native, reference
 
 
 def tile_vector(vector: torch.Tensor, tiles: int) -> torch.Tensor:
@@ -35,8 +34,8 @@ def tile_vector(vector: torch.Tensor, tiles: int) -> torch.Tensor:
         >>> tile_vector(torch.tensor([1.0, 2.0]), 2)
         tensor([1., 2., 1., 2.])
     """
-    arguments.check_tensor(vector, "vector")
-    tiles = arguments.check_positive_int(tiles, "tiles")
+    _checks.check_tensor(vector, "vector")
+    tiles = _checks.check_positive_int(tiles, "tiles")
     if vector.dim() != 1:
         raise ValueError(f"vector must be (I,), got shape {tuple(vector.shape)}")
     if not _native.has_kernels(vector.device):

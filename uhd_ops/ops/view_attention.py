@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from uhd_ops import _checks, windows
 from uhd_ops.grids import Grids, pairs_of
-from uhd_ops.ops import _arguments as arguments
 from uhd_ops.padded_grids import PaddedGrids
 
 
@@ -44,17 +44,17 @@ def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Gri
         >>> view_attention(*qkv.unbind(1), [(4, 6), (3, 5)]).shape
         torch.Size([39, 2, 8])
     """
-    arguments.check_tensor(q, "q")
+    _checks.check_tensor(q, "q")
     for name, x in (("k", k), ("v", v)):
-        arguments.check_like(x, name, q, "q")
-        arguments.check_same_shape(x, name, q, "q")
+        _checks.check_like(x, name, q, "q")
+        _checks.check_same_shape(x, name, q, "q")
     if isinstance(grids, PaddedGrids):
         raise NotImplementedError(
             "grids of view_attention must not be PaddedGrids: torch's kernels need the lengths as "
             "Python integers; pass grids.cu_seqlens to a variable-length attention instead"
         )
-    layout = arguments.layout_of(q, "q", grids, 1, ("H", "D"))
-    q, k, v = arguments.autocast(q, k, v)
+    layout = windows.layout_of(q, "q", grids, 1, ("H", "D"))
+    q, k, v = _checks.autocast(q, k, v)
     if layout.batch is not None:
         return _attend(q, k, v)
     return attend_by_length(q, k, v, [height * width for height, width in pairs_of(grids)])

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops import _native, reference
+from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _arguments as arguments
 from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops import _window_major
 from uhd_ops.ops._derivatives import refuse_second_derivative
@@ -72,18 +71,18 @@ def window_attention(
         >>> window_attention(*qkv.unbind(1), [(4, 6), (3, 5)]).shape
         torch.Size([39, 2, 8])
     """
-    arguments.check_tensor(q, "q")
+    _checks.check_tensor(q, "q")
     for name, x in (("k", k), ("v", v)):
-        arguments.check_like(x, name, q, "q")
-        arguments.check_same_shape(x, name, q, "q")
-    window = arguments.check_positive_int(window, "window")
+        _checks.check_like(x, name, q, "q")
+        _checks.check_same_shape(x, name, q, "q")
+    window = _checks.check_positive_int(window, "window")
     sides_in = token_order.check_order(order_in, "order_in", window)
     sides = token_order.check_order(order, "order", window)
-    layout = arguments.layout_of(q, "q", grids, window, ("H", "D"))
+    layout = windows.layout_of(q, "q", grids, window, ("H", "D"))
     if scale is None:
         scale = (q.shape[-1] or 1) ** -0.5
-    scale = arguments.check_finite(scale, "scale")
-    q, k, v = arguments.autocast(q, k, v)
+    scale = _checks.check_finite(scale, "scale")
+    q, k, v = _checks.autocast(q, k, v)
     if not _native.has_kernels(q.device):
         return reference.window_attention(
             q, k, v, grids, window, scale=scale, order=order, order_in=order_in

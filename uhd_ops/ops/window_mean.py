@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops import _native, reference
+from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _arguments as arguments
 from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops._token_order import TokenOrder
 
@@ -51,10 +50,10 @@ def window_mean(
         tensor([[2.0000],
                 [3.5000]])
     """
-    arguments.check_tensor(x, "x")
-    window = arguments.check_positive_int(window, "window")
+    _checks.check_tensor(x, "x")
+    window = _checks.check_positive_int(window, "window")
     sides = token_order.check_order(order_in, "order_in", window)
-    layout = arguments.layout_of(x, "x", grids, window, ("C",))
+    layout = windows.layout_of(x, "x", grids, window, ("C",))
     if not _native.has_kernels(x.device):
         return reference.window_mean(x, grids, window, order_in=order_in)
     x, layout = token_order.arrange(layout.pack(x), layout, sides, window)

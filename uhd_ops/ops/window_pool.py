@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops import _native, reference
+from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _arguments as arguments
 from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops._derivatives import refuse_second_derivative
 from uhd_ops.ops._token_order import TokenOrder
@@ -67,12 +66,12 @@ def window_pool(
         tensor([[2.],
                 [5.]])
     """
-    arguments.check_tensor(x, "x")
-    arguments.check_like(logits, "logits", x, "x")
-    window = arguments.check_positive_int(window, "window")
+    _checks.check_tensor(x, "x")
+    _checks.check_like(logits, "logits", x, "x")
+    window = _checks.check_positive_int(window, "window")
     sides = token_order.check_order(order_in, "order_in", window)
-    layout = arguments.layout_of(x, "x", grids, window, ("C",))
-    arguments.check_same_shape(logits, "logits", x, "x")
+    layout = windows.layout_of(x, "x", grids, window, ("C",))
+    _checks.check_same_shape(logits, "logits", x, "x")
     logits = logits.to(x.dtype)
     if not _native.has_kernels(x.device):
         return reference.window_pool(x, logits, grids, window, order_in=order_in)

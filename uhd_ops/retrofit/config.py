@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from uhd_ops._checks import check_int, check_positive_int
 from uhd_ops.nn.early_compressor import EarlyCompressor, check_options
 from uhd_ops.nn.host_block import HostBlock
 from uhd_ops.nn.positions import POSITIONS
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
-from uhd_ops.ops._arguments import check_int, check_positive_int
 
 
 @dataclass(frozen=True)

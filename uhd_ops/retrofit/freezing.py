@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from uhd_ops._checks import check_int
 from uhd_ops.retrofit.blocks import CompressedBlock
 
 
@@ -42,9 +43,7 @@ def freeze_for_stage(vit: nn.Module, stage: int) -> nn.Module:
     """
     if not isinstance(vit, nn.Module):
         raise TypeError(f"vit must be a torch.nn.Module, got {type(vit).__name__}")
-    if isinstance(stage, bool) or not isinstance(stage, int):
-        raise TypeError(f"stage must be an int, got {type(stage).__name__}")
-    if stage not in (1, 2):
+    if check_int(stage, "stage") not in (1, 2):
         raise ValueError(f"stage must be 1 or 2, got {stage}")
     blocks = [module for module in vit.modules() if isinstance(module, CompressedBlock)]
     if not blocks:

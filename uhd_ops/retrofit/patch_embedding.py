@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uhd_ops.ops._arguments import check_positive_int
+from uhd_ops._checks import check_positive_int
 
 # Classes of timm whose set_input_size resamples the kernel and everything that depends on the grid.
 _CLASSES = ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks of the planner: one wording for the scalar, the batched and the native form."""
 
-import contextlib
-import operator
 from typing import Any
 
 import numpy as np
+
+from uhd_ops._checks import check_int
 
 # Largest accepted values. csrc/host/slice_planner.h holds the same and says why they are safe.
 LARGEST_SIDE = 2**31 - 1
@@ -17,34 +17,14 @@ LARGEST_OPTION = {
 }
 
 
-def positive_integer(name: str, value: Any, largest: int, *, smallest: int = 1) -> int:
-    """Return ``value`` as an int in [smallest, largest].
-
-    Raises:
-        TypeError: If it is no integer; a bool and a float with an integral value are none.
-        ValueError: If it is out of range.
-    """
-    integer = None
-    if not isinstance(value, (bool, np.bool_)):
-        with contextlib.suppress(TypeError):
-            integer = operator.index(value)
-    if integer is None:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if not smallest <= integer <= largest:
-        raise ValueError(f"{name} must be an integer in [{smallest}, {largest}], got {integer}")
-    return integer
-
-
 def options(**values: Any) -> dict[str, int]:
     """Return the planner's options as ints in their ranges."""
-    return {
-        name: positive_integer(name, value, LARGEST_OPTION[name]) for name, value in values.items()
-    }
+    return {name: check_int(value, name, 1, LARGEST_OPTION[name]) for name, value in values.items()}
 
 
 def overlap(value: Any, merge: int) -> int:
     """Return ``overlap`` as an int in [0, 1024] that is a multiple of ``merge``."""
-    number = positive_integer("overlap", value, 1024, smallest=0)
+    number = check_int(value, "overlap", 0, 1024)
     if number % merge:
         raise ValueError(f"overlap must be a multiple of merge = {merge} patches, got {number}")
     return number
@@ -52,7 +32,7 @@ def overlap(value: Any, merge: int) -> int:
 
 def patch_limit(value: Any) -> int | None:
     """Return ``max_patches`` as a positive int, or None for no limit."""
-    return None if value is None else positive_integer("max_patches", value, 2**63 - 1)
+    return None if value is None else check_int(value, "max_patches", 1, 2**63 - 1)
 
 
 def side_array(name: str, values: Any) -> np.ndarray:

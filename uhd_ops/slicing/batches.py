@@ -7,7 +7,7 @@ import bisect
 from collections.abc import Sequence
 from typing import Any
 
-from uhd_ops.slicing import _checks
+from uhd_ops._checks import check_int
 from uhd_ops.slicing.plan import SlicePlan
 
 
@@ -38,7 +38,7 @@ def pack_batches(plans: Sequence[SlicePlan | int], max_tokens: int) -> list[list
         >>> pack_batches(plans, max_tokens=14000)
         [[0, 1], [2, 3]]
     """
-    max_tokens = _checks.positive_integer("max_tokens", max_tokens, 2**63 - 1)
+    max_tokens = check_int(max_tokens, "max_tokens", 1, 2**63 - 1)
     if isinstance(plans, (str, bytes)) or not isinstance(plans, Sequence):
         raise TypeError(f"plans must be a sequence of SlicePlans, got {type(plans).__name__}")
     tokens = [_tokens(plan, index) for index, plan in enumerate(plans)]
@@ -65,4 +65,4 @@ def pack_batches(plans: Sequence[SlicePlan | int], max_tokens: int) -> list[list
 def _tokens(plan: Any, index: int) -> int:
     if isinstance(plan, SlicePlan):
         return plan.num_tokens
-    return _checks.positive_integer(f"plans[{index}]", plan, 2**63 - 1)
+    return check_int(plan, f"plans[{index}]", 1, 2**63 - 1)

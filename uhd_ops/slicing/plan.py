@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from uhd_ops._checks import check_int
 from uhd_ops.slicing import _checks
 
 Pair = tuple[int, int]
@@ -53,7 +54,7 @@ class SlicePlan:
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "merge"):
-            value = _checks.positive_integer(name, getattr(self, name), _LARGEST)
+            value = check_int(getattr(self, name), name, 1, _LARGEST)
             object.__setattr__(self, name, value)
         if (self.grid is None) != (self.slice is None):
             raise ValueError(
@@ -202,7 +203,7 @@ def _pair(name: str, value: Any) -> Pair:
         raise TypeError(f"{name} must be a pair of integers, got {value!r}")
     if len(value) != 2:
         raise ValueError(f"{name} must be a pair of integers, got {len(value)} values: {value!r}")
-    first, second = (_checks.positive_integer(name, side, _LARGEST) for side in value)
+    first, second = (check_int(side, name, 1, _LARGEST) for side in value)
     return first, second
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from uhd_ops import _native
+from uhd_ops._checks import check_int
 from uhd_ops.slicing import _checks, reference_planner
 from uhd_ops.slicing.plan import SlicePlan
 
@@ -70,8 +71,8 @@ def plan_slices(
         >>> plan_slices(448, 448).num_merged_tokens
         64
     """
-    width = _checks.positive_integer("width", width, _checks.LARGEST_SIDE)
-    height = _checks.positive_integer("height", height, _checks.LARGEST_SIDE)
+    width = check_int(width, "width", 1, _checks.LARGEST_SIDE)
+    height = check_int(height, "height", 1, _checks.LARGEST_SIDE)
     options = _checks.options(
         max_slices=max_slices, scale_resolution=scale_resolution, patch_size=patch_size, merge=merge
     )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uhd_ops.slicing import _checks
+from uhd_ops._checks import check_int
+from uhd_ops.slicing._checks import LARGEST_OPTION
 from uhd_ops.slicing.load import load_image, readable_errors, require_pillow
 from uhd_ops.slicing.plan import SlicePlan
 
@@ -119,9 +120,7 @@ def pack_views(
 
     from uhd_ops.grids import PackedGrids
 
-    patch_size = _checks.positive_integer(
-        "patch_size", patch_size, _checks.LARGEST_OPTION["patch_size"]
-    )
+    patch_size = check_int(patch_size, "patch_size", 1, LARGEST_OPTION["patch_size"])
     table = torch.from_numpy(_normalised_values(mean, std)).to(_float_dtype(dtype))
     if isinstance(views, (str, bytes)) or not isinstance(views, Iterable):
         raise TypeError(f"views must be a sequence of images, got {type(views).__name__}")

@@ -1,29 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks and grid look-up shared by the public operators.
-
-Every check uses shapes, dtypes and devices only, so it raises the same error on CPU, on CUDA, under
-FakeTensorMode and while torch.compile traces.
-"""
+"""Where the tokens of a call are."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import operator
 from typing import NamedTuple
 
 import torch
-from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from uhd_ops import _native
+from uhd_ops._checks import check_tensor
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair, pairs_of
 from uhd_ops.padded_grids import PaddedGrids
-
-# Sums of two such options and a side stay far below 2**63, in which kernels compute.
-LARGEST_INT = 2**31 - 1
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Layout(NamedTuple):
@@ -65,107 +53,6 @@ class Layout(NamedTuple):
             return x
         beyond = torch.arange(self.windows, device=x.device) >= self.views[-1, 3]
         return x.masked_fill(beyond.view(-1, *(1,) * (x.dim() - 1)), 0)
-
-
-def check_tensor(x: object, name: str) -> None:
-    """``x`` is a tensor of a floating dtype that the kernels know."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise NotImplementedError(f"{name} must be a strided tensor, got layout {x.layout}")
-    if not torch.compiler.is_compiling() and _is_transformed(x):
-        raise NotImplementedError(
-            f"{name} takes part in torch.func.grad, vjp, jvp or forward-mode differentiation, "
-            "which uhd_ops operators do not support; use torch.autograd, or uhd_ops.reference, "
-            "which supports them"
-        )
-
-
-def _is_transformed(x: torch.Tensor) -> bool:
-    # torch itself would refuse torch.func.grad with a message about setup_context, and would drop
-    # the tangents of forward mode without a word.
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        return True
-    while functorch.is_functorch_wrapped_tensor(x):  # torch.vmap alone is supported
-        if functorch.is_gradtrackingtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)
-    return False
-
-
-def check_like(x: object, name: str, other: torch.Tensor, other_name: str) -> None:
-    """``x`` is a tensor with the device of ``other`` and its dtype.
-
-    Where autocast is on, any two dtypes do that it casts to the same one: all but float64.
-    """
-    check_tensor(x, name)
-    cast = torch.float64 not in (x.dtype, other.dtype) and _autocast_dtype(other) is not None
-    if x.dtype != other.dtype and not cast:
-        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
-    if x.device != other.device:
-        raise ValueError(
-            f"{name} must be on the device of {other_name}, {other.device}, got {x.device}"
-        )
-
-
-def check_same_shape(x: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> None:
-    """``x`` has the shape of ``other``."""
-    if x.shape != other.shape:
-        raise ValueError(
-            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, "
-            f"got {tuple(x.shape)}"
-        )
-
-
-def check_positive_int(value: object, name: str) -> int:
-    """``value`` is an integer in [1, LARGEST_INT], NumPy's included; returns it as an int."""
-    value = check_int(value, name)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    if value > LARGEST_INT:
-        raise ValueError(f"{name} must be at most {LARGEST_INT}, got {value}")
-    return value
-
-
-def check_int(value: object, name: str) -> int:
-    """``value`` is an integer, NumPy's included, and no bool; returns it as an int."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value  # operator.index would fix a symbol's value
-    # A tensor has an index too, but to read it waits for its device; and torch.compile makes a
-    # tensor of a NumPy integer.
-    if not isinstance(value, (bool, torch.Tensor)) and not torch.compiler.is_compiling():
-        with contextlib.suppress(TypeError):
-            return operator.index(value)
-    raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-
-
-def check_finite(value: object, name: str) -> float:
-    """``value`` is a finite real number; returns it as a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite would break torch.compile's graph
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
-
-
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Cast float32 and half tensors to the autocast dtype of their device, where autocast is on."""
-    dtype = _autocast_dtype(tensors[0])
-    if dtype is None:
-        return tensors
-    return tuple(
-        x.to(dtype) if x is not None and x.dtype != torch.float64 and x.is_floating_point() else x
-        for x in tensors
-    )
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def layout_of(
