@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block
 
 import uhd_ops
 from uhd_ops.nn import EarlyCompressor
-from uhd_ops.nn.host_block import HostMlp
+from uhd_ops.nn.block_spec import MlpSpec
 from uhd_ops.nn.mlp_branch import WindowMlp
 from uhd_ops.nn.mlp_forms import FORMS
 from uhd_ops.nn.regularization import drop_path, gathered_window_attention
@@ -107,7 +107,7 @@ def test_attention_dropout_keeps_the_mean():
 
 
 def mlp(hidden, form, bias=True, dim=DIM, **options):
-    host = HostMlp(
+    host = MlpSpec(
         torch.nn.Linear(dim, hidden, bias),
         torch.nn.Linear(hidden, dim, bias),
         options.pop("activation", "gelu"),

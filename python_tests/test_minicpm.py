@@ -131,9 +131,7 @@ def test_odd_grids_in_the_language_model(version, mode):
         side = 4 if mode == "16x" else 2
         merged = -(-sizes // side) * side
         inputs["target_sizes"] = merged
-        positions, _ = type(model.model).original_class.get_rope_index(
-            model.model, **inputs, **options
-        )
+        positions, _ = type(model.model).body_class.get_rope_index(model.model, **inputs, **options)
     expected = model(inputs_embeds=embeds, position_ids=positions).logits
     assert_close(logits, expected)
     inputs["target_sizes"] = sizes

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from uhd_ops.grids import Grids, pairs_of
-from uhd_ops.nn.host_block import HostAttention, HostOwnAttention
+from uhd_ops.nn.block_spec import AttentionSpec, OwnAttentionSpec
 from uhd_ops.nn.layers import clone_module, post_of
 from uhd_ops.nn.positions import Rotary, rotate
 from uhd_ops.nn.regularization import drop_views, gathered_window_attention
@@ -26,7 +26,7 @@ class WindowAttention(nn.Module):
         x: ``(N, C)`` packed tokens, or ``(B, h*w, C)`` with one grid; the result likewise.
     """
 
-    def __init__(self, host: HostAttention, window: int) -> None:
+    def __init__(self, host: AttentionSpec, window: int) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.window = host.num_heads, host.head_dim, window
         self.num_kv_heads = host.num_kv_heads or host.num_heads
@@ -110,7 +110,7 @@ class OwnWindowAttention(nn.Module):
         x: ``(N, C)`` packed tokens, or ``(B, h*w, C)`` with one grid; the result likewise.
     """
 
-    def __init__(self, host: HostOwnAttention, window: int) -> None:
+    def __init__(self, host: OwnAttentionSpec, window: int) -> None:
         super().__init__()
         self.window, self.drop_path = window, host.drop_path
         self.norm = clone_module(host.norm)
@@ -158,7 +158,7 @@ def _sizes_of(views: tuple[tuple[int, int], ...], rows: torch.Tensor) -> torch.T
     return sizes[torch.searchsorted(sizes.cumsum(0), rows[:, 0].contiguous(), right=True)]
 
 
-def attention_branch(host: HostAttention | HostOwnAttention, window: int) -> nn.Module:
+def attention_branch(host: AttentionSpec | OwnAttentionSpec, window: int) -> nn.Module:
     """Make the module for a branch of a host."""
-    kind = WindowAttention if isinstance(host, HostAttention) else OwnWindowAttention
+    kind = WindowAttention if isinstance(host, AttentionSpec) else OwnWindowAttention
     return kind(host, window)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from uhd_ops.grids import Grids, pairs_of
 from uhd_ops.nn.attention_branch import WindowAttention
-from uhd_ops.nn.host_block import HostAttention, HostOwnAttention
+from uhd_ops.nn.block_spec import AttentionSpec, OwnAttentionSpec
 from uhd_ops.nn.positions import Rotary, rotate
 from uhd_ops.nn.regularization import drop_views
 from uhd_ops.ops.window_mean import window_mean
@@ -37,8 +37,8 @@ class CrossAttention(WindowAttention):
         LLaVA-UHD v4, Tables 4 and A3: the cross-attention variants.
     """
 
-    def __init__(self, host: HostAttention | HostOwnAttention, window: int, query: str) -> None:
-        if not isinstance(host, HostAttention) or host.score_bias is not None:
+    def __init__(self, host: AttentionSpec | OwnAttentionSpec, window: int, query: str) -> None:
+        if not isinstance(host, AttentionSpec) or host.score_bias is not None:
             raise NotImplementedError(
                 f'attention="{query}" needs attention by scores of queries and keys without a '
                 "bias table; this block's is another"

@@ -9,9 +9,8 @@ from torch import nn
 from uhd_ops._checks import check_positive_int
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair
 from uhd_ops.nn.attention_branch import attention_branch
+from uhd_ops.nn.block_spec import BlockSpec, read_block
 from uhd_ops.nn.cross_attention import QUERIES, CrossAttention
-from uhd_ops.nn.host_block import HostBlock
-from uhd_ops.nn.hosts import read_block
 from uhd_ops.nn.mlp_branch import WindowMlp
 from uhd_ops.nn.mlp_forms import FORMS
 from uhd_ops.nn.plain_mlp import NoMlp, PlainMlp
@@ -102,7 +101,7 @@ class EarlyCompressor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        host = HostBlock.random(
+        host = BlockSpec.random(
             dim,
             num_heads,
             hidden_dim=hidden_dim,
@@ -142,7 +141,7 @@ class EarlyCompressor(nn.Module):
         parameters are new, trainable, on the block's device and in its dtype.
 
         Args:
-            block: A block of one of the classes that ``uhd_ops/nn/hosts`` reads. It is not changed.
+            block: A block of one of the classes that ``uhd_ops/retrofit`` reads. It is not changed.
             window: Side f of a window, in tokens.
             form: Weight form of the MLP.
             attention: As for the class.
@@ -164,7 +163,7 @@ class EarlyCompressor(nn.Module):
     @classmethod
     def from_host(
         cls,
-        host: HostBlock,
+        host: BlockSpec,
         *,
         window: int = 2,
         form: str = "dense",
@@ -178,7 +177,7 @@ class EarlyCompressor(nn.Module):
         return compressor
 
     def _build(
-        self, host: HostBlock, window: int, form: str, attention: bool | str, mlp: str
+        self, host: BlockSpec, window: int, form: str, attention: bool | str, mlp: str
     ) -> None:
         window = check_options(window, form, attention, mlp)
         self.dim, self.window, self.form = host.dim, window, form
@@ -195,7 +194,7 @@ class EarlyCompressor(nn.Module):
         else:
             self.mlp = NoMlp(window)
 
-    def _build_cross(self, host: HostBlock, query: str, mlp: str) -> None:
+    def _build_cross(self, host: BlockSpec, query: str, mlp: str) -> None:
         """Cross-attention merges the tokens; the host's MLP then runs on the merged ones."""
         if host.parallel or len(host.attentions) > 1:
             raise NotImplementedError(f'attention="{query}" needs a block with one attention')

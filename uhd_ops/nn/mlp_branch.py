@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from uhd_ops.grids import Grids
-from uhd_ops.nn.host_block import HostMlp
+from uhd_ops.nn.block_spec import MlpSpec
 from uhd_ops.nn.layers import Weights, clone_module, post_of, tile_norm
 from uhd_ops.nn.merge_with import merge_with
 from uhd_ops.nn.mlp_forms import MlpWeights, convert_mlp
@@ -38,7 +38,7 @@ class WindowMlp(nn.Module):
         Result: ``(M, C)``, or ``(B, M / B, C)``.
     """
 
-    def __init__(self, host: HostMlp, dim: int, window: int, form: str) -> None:
+    def __init__(self, host: MlpSpec, dim: int, window: int, form: str) -> None:
         super().__init__()
         self.dim, self.window, self.form = dim, window, form
         self.activation = host.activation

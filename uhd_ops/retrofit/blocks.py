@@ -7,58 +7,16 @@ they are given positions: then they become :class:`CoarseBlock`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from uhd_ops._reclass import Mixed
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.layout import TokenLayout, running_forward
-
-
-class Mixed:
-    """A class made at run time from a mixin and the class of a module that the user has.
-
-    Attributes:
-        body_class: The module's own class.
-    """
-
-    mixin: type
-    body_class: type
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        if "body_class" not in vars(type(self)):  # somebody extended ours: that is theirs
-            return super().__reduce_ex__(protocol)
-        # The class is made at run time, so it is pickled by those that it is made of.
-        _, _, *state = super().__reduce_ex__(max(int(protocol), 2))
-        mixins, cls = [], type(self)
-        while "body_class" in vars(cls):  # a block between two merges has two mixins
-            mixins.append(cls.mixin)
-            cls = cls.body_class
-        return _new, (tuple(mixins), cls), *state
-
-
-@functools.cache
-def mixed(mixin: type[Mixed], cls: type) -> type:
-    """Return ``cls`` with the methods of ``mixin`` in front of its own."""
-    name = f"{mixin.prefix}{cls.__name__}"
-    namespace = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__.removesuffix(cls.__name__) + name,
-        "mixin": mixin,
-        "body_class": cls,
-    }
-    return type(name, (mixin, cls), namespace)
-
-
-def _new(mixins: tuple[type[Mixed], ...], cls: type) -> Any:
-    """Make an empty module, for pickle and copy; the first mixin stands in front."""
-    for mixin in reversed(mixins):
-        cls = mixed(mixin, cls)
-    return cls.__new__(cls)
 
 
 class LayoutAware(Mixed):

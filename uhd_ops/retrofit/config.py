@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+<<<<<<< HEAD
 from uhd_ops._checks import check_int, check_positive_int
+=======
+from uhd_ops.nn.block_spec import BlockSpec
+>>>>>>> 86bfa4e (One family, one file: readers and adapters of a host together, one table row each; one way to change a module's class; BlockSpec)
 from uhd_ops.nn.early_compressor import EarlyCompressor, check_options
-from uhd_ops.nn.host_block import HostBlock
 from uhd_ops.nn.positions import POSITIONS
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 
@@ -49,7 +52,7 @@ class EarlyCompressorConfig:
         """The blocks after which tokens are merged, 0-based."""
         return (self.layer,)
 
-    def build(self, host: HostBlock) -> EarlyCompressor:
+    def build(self, host: BlockSpec) -> EarlyCompressor:
         """Make the compressor of a block."""
         return EarlyCompressor.from_host(
             host, window=self.window, form=self.form, attention=self.attention, mlp=self.mlp
@@ -103,7 +106,7 @@ class ProgressiveCompressionConfig:
         """The blocks after which tokens are merged, 0-based."""
         return tuple(layer - 1 for layer in self.layers)
 
-    def build(self, host: HostBlock) -> WindowTokenCompressor:
+    def build(self, host: BlockSpec) -> WindowTokenCompressor:
         """Make the compressor behind a block."""
         like = host.mlps[0].fc2.weight
         return self._make(host.dim, device=like.device, dtype=like.dtype)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock, Mixed, mixed
+from uhd_ops._reclass import Mixed, is_mixed, mixed
+from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.model import CompressedWrapper, Family
 
@@ -75,7 +76,7 @@ def remove(vit: nn.Module, family: Family) -> nn.Module:
     inner = (*blocks.modules(), *transformer.children())
     changed = [module for module in inner if isinstance(module, Mixed)]
     for module in (*models, *changed):
-        if "body_class" not in vars(type(module)):
+        if not is_mixed(type(module)):
             raise NotImplementedError(
                 "vit and its blocks must have the classes that the insertion gave them, got "
                 f"{type(module).__name__}: undo what extended it (a parametrization, say) first"

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from uhd_ops.nn.host_block import HostBlock
-from uhd_ops.nn.hosts import read_block
+from uhd_ops._reclass import Mixed
+from uhd_ops.nn.block_spec import BlockSpec, read_block
 from uhd_ops.nn.positions import Frequencies
 from uhd_ops.retrofit.blocks import (
     CoarseBlock,
     CoarsePart,
     CompressedBlock,
     LayoutAware,
-    Mixed,
 )
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout, run_with
@@ -159,7 +158,7 @@ class Family:
     coarse: type[CoarseBlock] | None
     check: Callable[[nn.Module, Config], None]
     parts: Mapping[str, type[CoarsePart]] = field(default_factory=dict)
-    read: Callable[[nn.Module, nn.Module], HostBlock] = lambda vit, block: read_block(block)
+    read: Callable[[nn.Module, nn.Module], BlockSpec] = lambda vit, block: read_block(block)
     transformer: Callable[[nn.Module], nn.Module] = lambda vit: vit
     wrapper: type[CompressedWrapper] = CompressedWrapper
     heads: Mapping[str, type[CoarseBlock]] = field(default_factory=dict)

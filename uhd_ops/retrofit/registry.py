@@ -1,49 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which classes of models take a compressor, and which file knows each of them."""
+"""Which models take a compressor, and which file knows each of them and its blocks."""
 
 from __future__ import annotations
 
 import importlib
+from typing import NamedTuple
 
 from torch import nn
 
-from uhd_ops.retrofit import refusals
+from uhd_ops._reclass import body_class
+from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.model import Family
 
-# One file per family; it is imported when a model of that class turns up, so that nothing is
-# imported which the caller does not have. Subclasses belong to the first class that they extend.
-_FAMILIES = {
-    "timm.models.beit.Beit": "timm_beit",
-    "timm.models.cait.Cait": "timm_cait",
-    "timm.models.gemma4_vit.Gemma4VitClassifier": "timm_gemma4",
-    "timm.models.gemma4_vit.Gemma4VitEncoder": "timm_gemma4",
-    "timm.models.naflexvit.NaFlexVit": "timm_naflexvit",
-    "timm.models.deepseek_vit.DeepseekVitClassifier": "timm_deepseek",
-    "timm.models.deepseek_vit.DeepseekVitEncoder": "timm_deepseek",
-    "timm.models.eva.Eva": "timm_eva",
-    "timm.models.qwen3_vit.Qwen3VitClassifier": "timm_qwen3",
-    "timm.models.qwen3_vit.Qwen3VitEncoder": "timm_qwen3",
-    "timm.models.vision_transformer.VisionTransformer": "timm_vision_transformer",
-    "timm.models.vision_transformer_relpos.VisionTransformerRelPos": "timm_relpos",
-    "timm.models.vision_transformer_sam.VisionTransformerSAM": "timm_sam",
-}
-_FAMILIES |= {
-    f"transformers.models.{model}.modeling_{model}.{prefix}{name}": file
-    for file, model, prefix, *names in (
-        ("hf_clip", "clip", "CLIP", "VisionModel", "VisionModelWithProjection"),
-        ("hf_clip", "clip", "CLIP", "ForImageClassification"),
-        ("hf_clip", "siglip", "Siglip", "VisionModel", "ForImageClassification"),
-        ("hf_siglip2", "siglip2", "Siglip2", "VisionModel"),
-        ("hf_dinov2", "dinov2", "Dinov2", "Model", "ForImageClassification"),
-        ("hf_dinov2_backbone", "dinov2", "Dinov2", "Backbone"),
-        ("hf_dinov2", "dinov2_with_registers", "Dinov2WithRegisters", "Model"),
-        ("hf_dinov2", "dinov2_with_registers", "Dinov2WithRegisters", "ForImageClassification"),
-        ("hf_dinov2_backbone", "dinov2_with_registers", "Dinov2WithRegisters", "Backbone"),
-        ("hf_dinov3", "dinov3_vit", "DINOv3ViT", "Model"),
-        ("hf_dinov3_backbone", "dinov3_vit", "DINOv3ViT", "Backbone"),
-    )
+
+class Row(NamedTuple):
+    """A family of vision transformers.
+
+    Attributes:
+        file: The file in ``uhd_ops/retrofit/families``. It is imported when a model or a block of
+            these classes turns up, so that nothing is imported which the caller does not have.
+        module: The module that defines the classes.
+        models: Models. A subclass of one belongs to the first class in a row that it extends.
+        blocks: Blocks, by exact class.
+        backbones: Models whose :class:`Family` the file calls ``BACKBONE``.
+    """
+
+    file: str
+    module: str
+    models: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+    backbones: tuple[str, ...] = ()
+
+
+FAMILIES = (
+    Row("timm_beit", "timm.models.beit", ("Beit",), ("Block",)),
+    Row("timm_cait", "timm.models.cait", ("Cait",), ("LayerScaleBlock",)),
+    Row(
+        "timm_deepseek",
+        "timm.models.deepseek_vit",
+        ("DeepseekVitClassifier", "DeepseekVitEncoder"),
+        ("DeepseekVitBlock",),
+    ),
+    Row("timm_eva", "timm.models.eva", ("Eva",), ("EvaBlock", "EvaBlockPostNorm")),
+    Row(
+        "timm_gemma4",
+        "timm.models.gemma4_vit",
+        ("Gemma4VitClassifier", "Gemma4VitEncoder"),
+        ("Gemma4Block",),
+    ),
+    Row("timm_naflexvit", "timm.models.naflexvit", ("NaFlexVit",)),
+    Row("timm_qwen3", "timm.models.qwen3_vit", ("Qwen3VitClassifier", "Qwen3VitEncoder")),
+    Row(
+        "timm_relpos",
+        "timm.models.vision_transformer_relpos",
+        ("VisionTransformerRelPos",),
+        ("RelPosBlock", "ResPostRelPosBlock"),
+    ),
+    Row("timm_sam", "timm.models.vision_transformer_sam", ("VisionTransformerSAM",), ("Block",)),
+    Row(
+        "timm_vision_transformer",
+        "timm.models.vision_transformer",
+        ("VisionTransformer",),
+        (
+            "Block",
+            "DiffParallelScalingBlock",
+            "ParallelScalingBlock",
+            "ParallelThingsBlock",
+            "ResPostBlock",
+        ),
+    ),
+    Row(
+        "hf_clip",
+        "transformers.models.clip.modeling_clip",
+        ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"),
+        ("CLIPEncoderLayer",),
+    ),
+    Row(
+        "hf_clip",
+        "transformers.models.siglip.modeling_siglip",
+        ("SiglipVisionModel", "SiglipForImageClassification"),
+        ("SiglipEncoderLayer",),
+    ),
+    Row(
+        "hf_siglip2",
+        "transformers.models.siglip2.modeling_siglip2",
+        ("Siglip2VisionModel",),
+    ),
+    # Their layers are read as those of the family before.
+    Row("hf_clip", "transformers.models.siglip2.modeling_siglip2", (), ("Siglip2EncoderLayer",)),
+    *(
+        Row(
+            "hf_dinov2",
+            f"transformers.models.{module}.modeling_{module}",
+            (f"{name}Model", f"{name}ForImageClassification"),
+            (f"{name}Layer",),
+            (f"{name}Backbone",),
+        )
+        for module, name in (
+            ("dinov2", "Dinov2"),
+            ("dinov2_with_registers", "Dinov2WithRegisters"),
+        )
+    ),
+    Row(
+        "hf_dinov3",
+        "transformers.models.dinov3_vit.modeling_dinov3_vit",
+        ("DINOv3ViTModel",),
+        backbones=("DINOv3ViTBackbone",),
+    ),
+    Row("hf_dinov2", "transformers.models.dinov3_vit.modeling_dinov3_vit", (), ("DINOv3ViTLayer",)),
+)
+# Dotted name of a class -> the file that knows it, and what it is called there.
+_MODELS = {
+    f"{row.module}.{name}": (row.file, attribute)
+    for row in FAMILIES
+    for attribute, names in (("FAMILY", row.models), ("BACKBONE", row.backbones))
     for name in names
+}
+_BLOCKS = {f"{row.module}.{name}": row.file for row in FAMILIES for name in row.blocks}
+_REFUSALS = {
+    "timm.models.convit.ConVit": "its positional attention takes square grids only",
+    "timm.models.crossvit.CrossVit": "two branches of different patch sizes exchange their tokens",
+    "timm.models.mlp_mixer.MlpMixer": "it mixes tokens by weights for a fixed number of them",
+    "timm.models.pit.PoolingVisionTransformer": "it pools its tokens between stages already",
+    "timm.models.tnt.TNT": "every patch token is tied to a sequence of pixel tokens",
+    "timm.models.volo.VOLO": "it reduces its tokens behind the outlook attention already",
+    "timm.models.xcit.Xcit": "it attends between channels and convolves the patch grid",
+    "transformers.models.siglip2.modeling_siglip2.Siglip2ForImageClassification": (
+        "its classifier averages over the patches that pixel_attention_mask marks"
+    ),
 }
 
 
@@ -51,11 +136,11 @@ def family_of(vit: nn.Module, library: str = "") -> Family:
     """Import the file that knows the class of ``vit``, of this library if one is named."""
     if not isinstance(vit, nn.Module):
         raise TypeError(f"vit must be a torch.nn.Module, got {type(vit).__name__}")
-    family = _file_of(vit, library)
-    if family is not None:
-        return importlib.import_module(f"uhd_ops.retrofit.{family}").FAMILY
-    inner = [name for name, module in vit.named_modules() if _file_of(module, library)]
-    why = refusals.reason(vit)
+    found = _look_up(vit, library)
+    if found is not None:
+        return getattr(_import(found[0]), found[1])
+    inner = [name for name, module in vit.named_modules() if _look_up(module, library)]
+    why = _reason(vit)
     hint = f": {why}" if why else f"; its {inner[0]!r} is one: pass that" if inner else ""
     raise NotImplementedError(
         f"vit must be one of {_supported(library)}, got {type(vit).__name__}{hint}"
@@ -64,7 +149,19 @@ def family_of(vit: nn.Module, library: str = "") -> Family:
 
 def takes_compressor(module: nn.Module) -> bool:
     """Whether the class of ``module`` is known; parts of it may still be refused."""
-    return _file_of(module) is not None
+    return _look_up(module) is not None
+
+
+def read_block(block: nn.Module, **context: object) -> BlockSpec:
+    """Read a block by the file of its family; see :func:`uhd_ops.nn.block_spec.read_block`."""
+    cls = body_class(block)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if name not in _BLOCKS:
+        known = ", ".join(sorted({known.rpartition(".")[2] for known in _BLOCKS}))
+        raise NotImplementedError(
+            f"block must be one of {known}, got {cls.__name__} ({cls.__module__})"
+        )
+    return _import(_BLOCKS[name]).read(block, **context)
 
 
 def refuse_other(present: Config | None, config: Config) -> None:
@@ -76,15 +173,35 @@ def refuse_other(present: Config | None, config: Config) -> None:
         )
 
 
-def _file_of(module: nn.Module, library: str = "") -> str | None:
-    names = (name for name in refusals.class_names(module) if name.startswith(library))
-    return next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
+def _import(file: str) -> object:
+    return importlib.import_module(f"uhd_ops.retrofit.families.{file}")
+
+
+def _look_up(module: nn.Module, library: str = "") -> tuple[str, str] | None:
+    names = (name for name in _class_names(module) if name.startswith(library))
+    return next((_MODELS[name] for name in names if name in _MODELS), None)
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    """The class of a module and those that it extends, with the modules that define them."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+def _reason(vit: nn.Module) -> str | None:
+    """Say why a model takes no compressor; None where nothing is known of its class."""
+    for name in _class_names(vit):
+        if name in _REFUSALS:
+            return _REFUSALS[name]
+    info = getattr(vit, "feature_info", None)
+    if isinstance(info, list) and len({stage.get("reduction") for stage in info}) > 1:
+        return "its stages reduce the resolution already"
+    return None
 
 
 def _supported(library: str) -> str:
     """The classes that take a compressor, by library."""
     libraries = {}
-    for name in _FAMILIES:
+    for name in _MODELS:
         if name.startswith(library):
             origin, *_, cls = name.split(".")
             libraries.setdefault(origin, []).append(cls)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from uhd_ops.integrations.transformers.minicpmv import PARTS, VisionModel
-from uhd_ops.integrations.transformers.reclass import Accelerated, accelerated_class
+from uhd_ops._reclass import is_mixed, mixed
+from uhd_ops.integrations.transformers.minicpmv import PARTS, Accelerated, VisionModel
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -66,7 +66,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for name, module, part, base in parts:
         _check(name, module, part, base)
     for _, module, part, _ in parts:
-        module.__class__ = accelerated_class(part, type(module))
+        module.__class__ = mixed(part, type(module))
     return model
 
 
@@ -92,13 +92,13 @@ def restore(model: nn.Module) -> nn.Module:
             f"model holds no module that accelerate() changed, got {type(model).__name__}"
         )
     for name, module in modules.items():
-        if "original_class" not in vars(type(module)):
+        if not is_mixed(type(module)):
             raise NotImplementedError(
                 f"{name or 'model'} must have the class that accelerate() gave it, got "
                 f"{type(module).__qualname__}: undo what extended it (sharding, say) first"
             )
     for module in modules.values():
-        module.__class__ = module.original_class
+        module.__class__ = module.body_class
     return model
 
 
@@ -111,7 +111,7 @@ def _parts_of(
     for name, module in model.named_modules():
         for base in type(module).__mro__:
             part = PARTS.get(f"{base.__module__}.{base.__qualname__}")
-            if part is not None and "original_class" not in vars(base):
+            if part is not None and not is_mixed(base):
                 found.append((name or "model", module, part, base))
                 break
     if not any(part is VisionModel for _, _, part, _ in found):

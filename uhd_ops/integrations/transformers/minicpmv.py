@@ -14,14 +14,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from uhd_ops._reclass import Mixed
 from uhd_ops.grids import PackedGrids
 from uhd_ops.integrations.transformers.merge_windows import merge_windows
-from uhd_ops.integrations.transformers.reclass import Accelerated
 from uhd_ops.nn.regularization import gathered_window_attention
 from uhd_ops.ops.view_attention import view_attention
 from uhd_ops.ops.window_attention import window_attention
 
 WINDOW = 2  # the only side that the tower, which halves its grids, can handle
+
+
+class Accelerated(Mixed):
+    """Base of the classes whose methods replace those of a class of transformers.
+
+    Attributes:
+        replaced: Names of the methods that this class replaces.
+    """
+
+    replaced: tuple[str, ...] = ()
+
+    @staticmethod
+    def check(module: nn.Module, name: str) -> None:
+        """Raise NotImplementedError if the options of ``module`` are not supported."""
+
+    def extra_repr(self) -> str:
+        """Mark the module: its class has the name of the original."""
+        return ", ".join(filter(None, ("uhd_ops", super().extra_repr())))
 
 
 class VisionAttention(Accelerated):

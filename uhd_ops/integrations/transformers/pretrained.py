@@ -71,7 +71,7 @@ def _builder(model_class: type[nn.Module]) -> type[nn.Module]:
     """Return a class whose call makes a model of ``model_class`` with its compressors."""
 
     def initialize(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
-        from uhd_ops.retrofit.hf_parts import insert_configured
+        from uhd_ops.retrofit.families._hf_models import insert_configured
 
         model_class.__init__(self, config, *args, **kwargs)
         self.__class__ = model_class

@@ -6,12 +6,73 @@ from __future__ import annotations
 import torch
 from timm import layers
 from timm.layers import activations
-from timm.models import vision_transformer
+from timm.models import vision_transformer, vitamin
 from torch import nn
 
-from uhd_ops.nn.host_block import HostAttention, HostMlp
-from uhd_ops.nn.hosts import _checks as checks
+from uhd_ops.nn.block_spec import AttentionSpec, MlpSpec, OwnAttentionSpec
 from uhd_ops.nn.layers import linear_of
+from uhd_ops.retrofit import checks
+
+# Older versions of timm have no differential attention.
+DiffAttention = getattr(layers, "DiffAttention", None)
+_ATTENTIONS = tuple(cls for cls in (layers.Attention, DiffAttention) if cls)
+_MLPS = (layers.Mlp, layers.GluMlp, layers.SwiGLU, vitamin.GeGluMlp)
+
+
+def vit_attention(
+    module: nn.Module, name: str, **branch: object
+) -> AttentionSpec | OwnAttentionSpec:
+    """Read ``Attention`` or ``DiffAttention``.
+
+    Args:
+        module: The attention.
+        name: What to call it in messages.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec.
+    """
+    checks.require_exactly(module, name, _ATTENTIONS)
+    if type(module) is layers.Attention:
+        return attention(module, name, **branch)
+    checks.require_own_forward(module, name)
+    check_scale(module, name)
+    for part in ("qkv", "proj"):
+        checks.linear(getattr(module, part), f"{name}.{part}")
+    for part in ("q_norm", "k_norm", "norm", "sub_norm"):
+        norm(getattr(module, part), f"{name}.{part}")
+    for part in ("attn_drop", "proj_drop"):
+        checks.dropout(getattr(module, part), f"{name}.{part}")
+    return OwnAttentionSpec(module, _run, **branch)
+
+
+def _run(
+    module: nn.Module, windows: torch.Tensor, shape: tuple[int, int], view_tokens: torch.Tensor
+) -> torch.Tensor:
+    """Run an attention module that depends on nothing but the tokens of a window."""
+    return module(windows)
+
+
+def vit_mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
+    """Read ``Mlp``, ``GluMlp``, ``SwiGLU``, or ViTamin's ``GeGluMlp``.
+
+    Args:
+        module: The MLP.
+        name: What to call it in messages.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
+    """
+    checks.require_exactly(module, name, _MLPS)
+    if type(module) is not vitamin.GeGluMlp:
+        return mlp(module, name, **branch)
+    checks.require_own_forward(module, name)
+    return MlpSpec(
+        checks.linear(module.w1, f"{name}.w1"),
+        checks.linear(module.w2, f"{name}.w2"),
+        activation(module.act, f"{name}.act"),
+        gate=checks.linear(module.w0, f"{name}.w0"),
+        patch_norm=norm(module.norm, f"{name}.norm"),
+        hidden_dropout=checks.dropout(module.drop1, f"{name}.drop1"),
+        output_dropout=checks.dropout(module.drop2, f"{name}.drop2"),
+        **branch,
+    )
+
 
 LAYER_NORMS = (nn.LayerNorm, layers.LayerNorm, layers.LayerNormFp32)
 NORMS = (*LAYER_NORMS, layers.RmsNorm, layers.RmsNormFp32)
@@ -57,20 +118,20 @@ def attention(
     classes: tuple[type, ...] = (layers.Attention,),
     projections: tuple[nn.Module, ...] | None = None,
     **branch: object,
-) -> HostAttention:
+) -> AttentionSpec:
     """Read timm's ``Attention``, or one that differs by what is added to the scores.
 
     Args:
         module: The attention.
         name: What to call it in messages.
         classes: Its class is one of these.
-        projections: As for HostAttention; None means ``module.qkv``.
-        branch: What is around it: ``norm``, ``post``, ``drop_path`` of HostAttention.
+        projections: As for AttentionSpec; None means ``module.qkv``.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec.
     """
     checks.require_exactly(module, name, classes)
     checks.require_own_forward(module, name)
     check_scale(module, name)
-    return HostAttention(
+    return AttentionSpec(
         module.num_heads,
         projections or (checks.linear(module.qkv, f"{name}.qkv"),),
         checks.linear(module.proj, f"{name}.proj"),
@@ -94,13 +155,13 @@ def check_scale(module: nn.Module, name: str, head_dim: int | None = None) -> No
         )
 
 
-def mlp(module: nn.Module, name: str, **branch: object) -> HostMlp:
+def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
     """Read one of timm's MLPs: ``Mlp``, ``GluMlp`` and ``SwiGLU``.
 
     Args:
         module: The MLP.
         name: What to call it in messages.
-        branch: What is around it: ``norm``, ``post``, ``drop_path`` of HostMlp.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
     """
     checks.require_exactly(module, name, (layers.Mlp, layers.GluMlp, layers.SwiGLU))
     checks.require_own_forward(module, name)
@@ -114,7 +175,7 @@ def mlp(module: nn.Module, name: str, **branch: object) -> HostMlp:
         gate, fc1 = _halves(fc1)
         if module.gate_last:
             gate, fc1 = fc1, gate
-    return HostMlp(
+    return MlpSpec(
         fc1,
         checks.linear(module.fc2, f"{name}.fc2"),
         activation(module.act, f"{name}.act"),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of timm's ``Beit``."""
+"""timm's ``Beit`` with a compressor.
+
+Blocks add a table of their own, one that the model shares, both or none to their scores.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,28 @@ import torch
 from timm.models import beit
 from torch import nn
 
-from uhd_ops.nn.host_block import HostAttention, HostBlock
-from uhd_ops.nn.hosts import _checks as checks
-from uhd_ops.nn.hosts import timm_parts as parts
+from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
 from uhd_ops.nn.layers import linear_of
 from uhd_ops.nn.score_bias import RelativePositionBias
+from uhd_ops.retrofit import checks
+from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
+from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.layout import TokenLayout
+from uhd_ops.retrofit.model import Family, require_methods
+from uhd_ops.retrofit.relative_positions import (
+    CoarseBiasBlock,
+    RelativePositionsModel,
+    StandIn,
+    merge_bias,
+    require_blocks,
+)
 
 _TENSORS = ("q_bias", "k_bias", "v_bias", "relative_position_bias_table", "relative_position_index")
 
 
-def read(block: nn.Module, shared_bias: nn.Module | None = None) -> HostBlock:
+def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
     """Return the parts of a ``Block``: pre-norm, with relative positions.
 
     Args:
@@ -40,10 +55,10 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> HostBlock:
         post=block.gamma_2,
         drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
     )
-    return checks.check_shapes(HostBlock(block.attn.qkv.in_features, (attention,), (mlp,)))
+    return checks.check_shapes(BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,)))
 
 
-def _attention(module: nn.Module, shared_bias: nn.Module | None, **branch: object) -> HostAttention:
+def _attention(module: nn.Module, shared_bias: nn.Module | None, **branch: object) -> AttentionSpec:
     name = "block.attn"
     checks.require_exactly(module, name, (beit.Attention,))
     checks.require_plain(module, name, _TENSORS)
@@ -52,7 +67,7 @@ def _attention(module: nn.Module, shared_bias: nn.Module | None, **branch: objec
         bias = torch.cat([module.q_bias, module.k_bias, module.v_bias])
     head_dim = weight.shape[0] // (3 * module.num_heads)
     parts.check_scale(module, name, head_dim)
-    return HostAttention(
+    return AttentionSpec(
         module.num_heads,
         (linear_of(weight, bias),),
         checks.linear(module.proj, f"{name}.proj"),
@@ -83,3 +98,52 @@ def _score_bias(
 
     _, grid = sources[0]
     return make
+
+
+_METHODS = ("forward", "forward_features", "forward_intermediates")
+
+
+class CompressedBeit(RelativePositionsModel):
+    """The methods that a compressed Beit replaces."""
+
+    def no_weight_decay(self) -> set[str]:
+        """As in the model's class, which lists the tables; the compressor's is one more."""
+        tables = {name for name, _ in self.named_parameters() if ".score_bias." in name}
+        return super().no_weight_decay() | tables
+
+
+class CoarseBeitAttention(CoarsePart):
+    """The attention of a block behind the compressor."""
+
+    def _get_rel_pos_bias(self) -> torch.Tensor:
+        """``(1, heads, 1 + M, 1 + M)`` for the class token and M merged ones."""
+        layout = TokenLayout(*self.window_size, prefix=1)
+        index = merge_bias(self.relative_position_index, layout, self.window, self.positions)
+        merged = StandIn(
+            self,
+            window_size=layout.merged(self.window).grid,
+            relative_position_index=index,
+        )
+        return self.body_class._get_rel_pos_bias(merged)
+
+
+def check(vit: beit.Beit, config: Config) -> None:
+    """Refuse a model that is not understood."""
+    require_methods(vit, beit.Beit, _METHODS)
+    require_patch_embedding(vit)
+    require_blocks(vit, config, (beit.Block,), beit.Attention)
+
+
+def read_in_model(vit: beit.Beit, block: nn.Module) -> BlockSpec:
+    """Read a block together with the bias that the model shares."""
+    return read(block, vit.rel_pos_bias)
+
+
+FAMILY = Family(
+    CompressedBeit,
+    CompressedBlock,
+    CoarseBiasBlock,
+    check,
+    parts={"attn": CoarseBeitAttention},
+    read=read_in_model,
+)

@@ -7,16 +7,22 @@ its own ignores the shared one, as it did before.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from timm import layers
+from timm.models import vision_transformer_relpos
 from timm.models import vision_transformer_relpos as relpos
 from torch import nn
 
-from uhd_ops.nn.host_block import HostBlock
-from uhd_ops.nn.hosts import _checks as checks
-from uhd_ops.nn.hosts import read_block
+from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.layers import clone_module
+from uhd_ops.nn.score_bias import RelativePositionBias
+from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import Family, require_methods
 from uhd_ops.retrofit.relative_positions import (
@@ -26,7 +32,46 @@ from uhd_ops.retrofit.relative_positions import (
     merge_bias,
     require_blocks,
 )
-from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
+
+
+def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
+    """Return the parts of a ``RelPosBlock``, pre-norm, or of a ``ResPostRelPosBlock``, post-norm.
+
+    Args:
+        block: The block.
+        shared_bias: The model's ``shared_rel_pos``; used by blocks that have no bias of their own.
+    """
+    checks.require_own_forward(block, "block")
+    bias = shared_bias if block.attn.rel_pos is None else block.attn.rel_pos
+    attention = parts.attention(
+        block.attn,
+        "block.attn",
+        (vision_transformer_relpos.RelPosAttention,),
+        score_bias=None if bias is None else functools.partial(_score_bias, bias),
+        **_around(block, 1),
+    )
+    mlp = parts.mlp(block.mlp, "block.mlp", **_around(block, 2))
+    return checks.check_shapes(BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,)))
+
+
+def _around(block: nn.Module, index: int) -> dict[str, object]:
+    """What is around the first or the second branch."""
+    norm, drop_path = f"norm{index}", f"drop_path{index}"
+    around = {"drop_path": parts.drop_path(getattr(block, drop_path), f"block.{drop_path}")}
+    normalise = parts.norm(getattr(block, norm), f"block.{norm}")
+    if hasattr(block, "ls1"):
+        post = parts.layer_scale(getattr(block, f"ls{index}"), f"block.ls{index}")
+        return {**around, "norm": normalise, "post": post}
+    return {**around, "post": normalise}
+
+
+def _score_bias(bias: nn.Module, window: int) -> RelativePositionBias:
+    """The bias inside a window, as a table: what it is computed from depends on the whole grid."""
+    checks.require_exactly(bias, "rel_pos", (layers.RelPosBias, layers.RelPosMlp))
+    with torch.no_grad():
+        scores = clone_module(bias).eval().get_bias()[0]  # RelPosMlp has dropout
+    return RelativePositionBias.from_grid(scores, bias.window_size, window)
+
 
 _METHODS = ("forward", "forward_features", "forward_intermediates")
 
@@ -64,9 +109,9 @@ def check(vit: relpos.VisionTransformerRelPos, config: Config) -> None:
             checks.require_exactly(block.attn.rel_pos, name, allowed)
 
 
-def read(vit: relpos.VisionTransformerRelPos, block: nn.Module) -> HostBlock:
+def read_in_model(vit: relpos.VisionTransformerRelPos, block: nn.Module) -> BlockSpec:
     """Read a block together with the bias that the model shares."""
-    return read_block(block, shared_bias=vit.shared_rel_pos)
+    return read(block, vit.shared_rel_pos)
 
 
 FAMILY = Family(
@@ -75,5 +120,5 @@ FAMILY = Family(
     CoarseBiasBlock,
     check,
     parts={"attn.rel_pos": CoarseRelPos},
-    read=read,
+    read=read_in_model,
 )

@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 from transformers import activations
 
-from uhd_ops.nn.host_block import HostAttention, HostMlp
-from uhd_ops.nn.hosts import _checks as checks
+from uhd_ops.nn.block_spec import AttentionSpec, MlpSpec
+from uhd_ops.retrofit import checks
 
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(
@@ -59,14 +59,14 @@ def drop_path(module: nn.Module, name: str, cls: type) -> float:
     return float(getattr(module, "drop_prob", 0.0))
 
 
-def attention(module: nn.Module, name: str, cls: type, **branch: object) -> HostAttention:
+def attention(module: nn.Module, name: str, cls: type, **branch: object) -> AttentionSpec:
     """Read an attention with ``q_proj``, ``k_proj`` and ``v_proj``.
 
     Args:
         module: The attention.
         name: What to call it in messages.
         cls: The class that it must have.
-        branch: What is around it: ``norm``, ``post``, ``drop_path`` of HostAttention; and
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec; and
             ``rotate_half``.
     """
     checks.require_exactly(module, name, (cls,))
@@ -75,7 +75,7 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Host
     out = "o_proj" if hasattr(module, "o_proj") else "out_proj"
     dropout = "dropout" if hasattr(module, "dropout") else "attention_dropout"
     heads = "num_heads" if hasattr(module, "num_heads") else "num_attention_heads"
-    return HostAttention(
+    return AttentionSpec(
         getattr(module, heads),
         tuple(checks.linear(getattr(module, part), f"{name}.{part}") for part in projections),
         checks.linear(getattr(module, out), f"{name}.{out}"),
@@ -86,21 +86,21 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Host
     )
 
 
-def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: object) -> HostMlp:
+def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: object) -> MlpSpec:
     """Read an MLP with ``fc1`` and ``fc2``, or ``up_proj`` and ``down_proj`` with or without gate.
 
     Args:
         module: The MLP.
         name: What to call it in messages.
         classes: The classes that it may have.
-        branch: What is around it: ``norm``, ``post``, ``drop_path`` of HostMlp.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
     """
     checks.require_exactly(module, name, classes)
     checks.require_own_forward(module, name)
     first, second = ("up_proj", "down_proj") if hasattr(module, "up_proj") else ("fc1", "fc2")
     act = "act_fn" if hasattr(module, "act_fn") else "activation_fn"
     gate = getattr(module, "gate_proj", None)
-    return HostMlp(
+    return MlpSpec(
         checks.linear(getattr(module, first), f"{name}.{first}"),
         checks.linear(getattr(module, second), f"{name}.{second}"),
         activation(getattr(module, act), f"{name}.{act}"),

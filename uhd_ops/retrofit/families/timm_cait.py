@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of timm's ``Cait`` that work on patches."""
+"""timm's ``Cait`` with a compressor."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from timm.models.cait import TalkingHeadAttn
+from timm.models.cait import Cait, TalkingHeadAttn
 from torch import nn
 from torch.nn import functional
 
-from uhd_ops.nn.host_block import HostBlock, HostOwnAttention
-from uhd_ops.nn.hosts import _checks as checks
-from uhd_ops.nn.hosts import timm_parts as parts
+from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
+from uhd_ops.retrofit import checks
+from uhd_ops.retrofit.blocks import CompressedBlock
+from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.layout import TokenLayout
+from uhd_ops.retrofit.model import CompressedModel, Family, image_layout, require_methods
 
 
-def read(block: nn.Module) -> HostBlock:
+def read(block: nn.Module) -> BlockSpec:
     """Return the parts of a ``LayerScaleBlock``: pre-norm, with talking heads."""
     checks.require_own_forward(block, "block")
     checks.require_plain(block, "block", ("gamma_1", "gamma_2"))
     drop_path = parts.drop_path(block.drop_path, "block.drop_path")
-    attention = HostOwnAttention(
+    attention = OwnAttentionSpec(
         _check_attention(block.attn, "block.attn"),
         talking_heads,
         norm=parts.norm(block.norm1, "block.norm1"),
@@ -32,7 +39,7 @@ def read(block: nn.Module) -> HostBlock:
         post=block.gamma_2,
         drop_path=drop_path,
     )
-    return checks.check_shapes(HostBlock(block.attn.qkv.in_features, (attention,), (mlp,)))
+    return checks.check_shapes(BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,)))
 
 
 def _check_attention(module: nn.Module, name: str) -> nn.Module:
@@ -69,3 +76,48 @@ def talking_heads(
         weights = weights + (module.proj_w.bias * share).to(weights.dtype)[:, None, None]
     out = torch.einsum("mqkh,mkhd->mqhd", module.attn_drop(weights), v)
     return module.proj_drop(module.proj(out.flatten(-2)))
+
+
+# What the compressor relies on; a subclass that changes one of these is not understood.
+_METHODS = ("forward", "forward_features", "forward_cls", "forward_intermediates")
+
+
+class CompressedCait(CompressedModel):
+    """The methods that a compressed Cait replaces."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """As in the model's class; the patch tokens returned are the merged ones."""
+        return self._run(self._layout(x), super().forward_features, x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """As in the model's class; maps from the compressed block on have the merged grid."""
+        return self._intermediates(
+            self._layout(x),
+            super().forward_intermediates,
+            x,
+            indices=indices,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+    def _layout(self, x: torch.Tensor) -> TokenLayout:
+        return image_layout(self, x, 0)  # the class token joins behind the blocks
+
+
+def check(vit: Cait, config: Config) -> None:
+    """Refuse a model that is not understood."""
+    require_methods(vit, Cait, _METHODS)
+    require_patch_embedding(vit)
+
+
+FAMILY = Family(CompressedCait, CompressedBlock, None, check)

@@ -10,9 +10,9 @@ from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 from torch import nn
 
 from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families._timm_encoders import CompressedEncoder, require_encoder
 from uhd_ops.retrofit.model import CompressedWrapper, Family, encoder_or_self
 from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
-from uhd_ops.retrofit.timm_channels_last import CompressedEncoder, require_encoder
 
 
 class CompressedQwen3Encoder(CompressedEncoder):

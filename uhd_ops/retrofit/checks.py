@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from uhd_ops.nn.host_block import HostAttention, HostBlock, HostMlp
+from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec
 
 
 def require_exactly(module: nn.Module, name: str, classes: tuple[type, ...]) -> None:
@@ -63,10 +63,10 @@ def dropout(module: nn.Module, name: str) -> float:
     return getattr(module, "p", 0.0)
 
 
-def check_shapes(host: HostBlock, prefix: str = "block") -> HostBlock:
+def check_shapes(host: BlockSpec, prefix: str = "block") -> BlockSpec:
     """Check that the weights of all branches fit together."""
     for branch in host.attentions:
-        if isinstance(branch, HostAttention):
+        if isinstance(branch, AttentionSpec):
             _check_attention(branch, host.dim, f"{prefix}.attn")
         else:
             _check_own_attention(branch.module, host.dim, f"{prefix}.attn")
@@ -75,7 +75,7 @@ def check_shapes(host: HostBlock, prefix: str = "block") -> HostBlock:
     return host
 
 
-def _check_attention(branch: HostAttention, dim: int, name: str) -> None:
+def _check_attention(branch: AttentionSpec, dim: int, name: str) -> None:
     width = branch.num_heads * branch.head_dim
     kv_width = (branch.num_kv_heads or branch.num_heads) * branch.head_dim
     if len(branch.projections) == 1:
@@ -95,7 +95,7 @@ def _check_own_attention(module: nn.Module, dim: int, name: str) -> None:
     _check_weights({"qkv": (module.qkv, (3 * dim, dim)), "proj": (module.proj, (dim, dim))}, name)
 
 
-def _check_mlp(branch: HostMlp, dim: int, name: str) -> None:
+def _check_mlp(branch: MlpSpec, dim: int, name: str) -> None:
     hidden = branch.fc1.weight.shape[0]
     expected = {"fc1": (branch.fc1, (hidden, dim)), "fc2": (branch.fc2, (dim, hidden))}
     if branch.gate is not None:

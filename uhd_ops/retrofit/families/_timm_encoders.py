@@ -14,10 +14,10 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import nn
 
+from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedModel, encoder_or_self, image_layout, require_methods
 from uhd_ops.retrofit.rope import frequencies_of, require_rope
-from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
 
 
 class CompressedEncoder(CompressedModel):

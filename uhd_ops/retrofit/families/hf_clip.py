@@ -12,14 +12,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from uhd_ops._reclass import body_class
+from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.config import Config
-from uhd_ops.retrofit.hf_parts import (
+from uhd_ops.retrofit.families import _hf_blocks as parts
+from uhd_ops.retrofit.families._hf_models import (
     CompressedHfModel,
     CompressedLayer,
     HfWrapper,
     require_understood,
 )
 from uhd_ops.retrofit.model import Family
+
+
+def read(block: nn.Module) -> BlockSpec:
+    """Return the parts of an encoder layer: pre-norm, with separate projections."""
+    checks.require_own_forward(block, "layer")
+    cls = body_class(block)
+    family = cls.__name__.removesuffix("EncoderLayer")
+    attention = parts.attention(
+        block.self_attn,
+        "layer.self_attn",
+        parts.sibling(cls, f"{family}Attention"),
+        norm=parts.norm(block.layer_norm1, "layer.layer_norm1"),
+    )
+    mlp = parts.mlp(
+        block.mlp,
+        "layer.mlp",
+        (parts.sibling(cls, f"{family}MLP"),),
+        norm=parts.norm(block.layer_norm2, "layer.layer_norm2"),
+    )
+    host = BlockSpec(block.layer_norm1.normalized_shape[0], (attention,), (mlp,))
+    return checks.check_shapes(host, "layer")
 
 
 class CompressedClipVisionModel(CompressedHfModel):

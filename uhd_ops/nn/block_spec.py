@@ -8,11 +8,13 @@ A block is a sum of attention branches followed by a sum of MLP branches::
 
 Nearly every block has one of each. A pre-norm block has ``norm`` and maybe a LayerScale as
 ``post``; a post-norm block has its norm as ``post`` and no ``norm``. Where attention and MLP run in
-parallel, the MLP reads X. ``uhd_ops/nn/hosts`` holds one file per family that fills these in.
+parallel, the MLP reads X. ``uhd_ops/retrofit/families`` holds one file per family that fills these
+in.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -25,7 +27,7 @@ from uhd_ops.ops._linear_activation import check_activation
 
 
 @dataclass(frozen=True, eq=False)
-class HostAttention:
+class AttentionSpec:
     """An attention branch, by its parts; none of them is copied here.
 
     Attributes:
@@ -74,7 +76,7 @@ class HostAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class HostOwnAttention:
+class OwnAttentionSpec:
     """An attention branch that is computed by the host's own attention module.
 
     For attention that is no softmax over scores of queries and keys (talking heads, differential
@@ -85,7 +87,7 @@ class HostOwnAttention:
         call: ``call(module, windows, (height, width), view_tokens)`` with windows
             ``(n, height * width, C)`` and the number of tokens ``(n,)`` of the view that each
             belongs to; returns ``(n, height * width, C)``. A function with a name, for pickling.
-        norm: As for HostAttention, like those below.
+        norm: As for AttentionSpec, like those below.
         post: What follows the module.
         drop_path: For the whole branch of a view.
     """
@@ -98,7 +100,7 @@ class HostOwnAttention:
 
 
 @dataclass(frozen=True, eq=False)
-class HostMlp:
+class MlpSpec:
     """An MLP branch: ``fc2(inner_norm(activation(fc1(x))))``.
 
     With a gate, ``activation(gate(x)) * fc1(x)`` stands in for ``activation(fc1(x))``.
@@ -134,7 +136,7 @@ class HostMlp:
 
 
 @dataclass(frozen=True, eq=False)
-class HostBlock:
+class BlockSpec:
     """A transformer block by its branches.
 
     Attributes:
@@ -145,8 +147,8 @@ class HostBlock:
     """
 
     dim: int
-    attentions: tuple[HostAttention | HostOwnAttention, ...]
-    mlps: tuple[HostMlp, ...]
+    attentions: tuple[AttentionSpec | OwnAttentionSpec, ...]
+    mlps: tuple[MlpSpec, ...]
     parallel: bool = False
 
     @classmethod
@@ -166,7 +168,7 @@ class HostBlock:
         dropout: float,
         drop_path: float,
         **factory: object,
-    ) -> HostBlock:
+    ) -> BlockSpec:
         """Make a block with torch's own initialisation; arguments as for EarlyCompressor."""
         _check_rates(attention_dropout=attention_dropout, dropout=dropout, drop_path=drop_path)
         check_activation(activation)
@@ -178,7 +180,7 @@ class HostBlock:
         dim, num_heads, head_dim, hidden_dim = _check_sizes(dim, num_heads, head_dim, hidden_dim)
         gamma = None if layer_scale is None else torch.full((dim,), float(layer_scale), **factory)
         head_norm = nn.LayerNorm(head_dim, eps, **factory) if qk_norm else None
-        attention = HostAttention(
+        attention = AttentionSpec(
             num_heads,
             (nn.Linear(dim, 3 * num_heads * head_dim, bias, **factory),),
             nn.Linear(num_heads * head_dim, dim, bias, **factory),
@@ -191,7 +193,7 @@ class HostBlock:
             proj_dropout=dropout,
             drop_path=drop_path,
         )
-        mlp = HostMlp(
+        mlp = MlpSpec(
             nn.Linear(dim, hidden_dim, bias, **factory),
             nn.Linear(hidden_dim, dim, bias, **factory),
             activation,
@@ -202,6 +204,25 @@ class HostBlock:
             drop_path=drop_path,
         )
         return cls(dim, (attention,), (mlp,))
+
+
+def read_block(block: nn.Module, **context: object) -> BlockSpec:
+    """Read a block of another library, changing nothing.
+
+    Parts are accepted by exact type, because a subclass (a quantised or low-rank adapted Linear,
+    say) may compute something else.
+
+    Args:
+        block: A block of one of the classes in ``uhd_ops/retrofit/registry.py``, with or without a
+            compressor.
+        context: What the family reads from the model around the block; optional.
+
+    Raises:
+        NotImplementedError: Another class, or a part that is not understood.
+    """
+    # By name, because the families stand on this floor: they fill in its classes.
+    registry = importlib.import_module("uhd_ops.retrofit.registry")
+    return registry.read_block(block, **context)
 
 
 def _check_sizes(

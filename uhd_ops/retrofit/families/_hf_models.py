@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from uhd_ops.nn.hosts import _checks as checks
-from uhd_ops.nn.hosts import hf_parts as parts
-from uhd_ops.retrofit import insert_early_compressor, takes_compressor
+from uhd_ops._reclass import is_mixed
+from uhd_ops.retrofit import checks, insert_early_compressor, takes_compressor
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
 from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families import _hf_blocks as parts
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     Compressed,
@@ -40,7 +40,7 @@ class BuiltFromConfig(Compressed):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        if "body_class" in vars(type(self)):
+        if is_mixed(type(self)):
             self.__class__ = self.body_class
             insert_configured(self)
 

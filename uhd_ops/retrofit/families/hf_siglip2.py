@@ -16,7 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from uhd_ops.grids import PackedGrids
 from uhd_ops.retrofit.config import Config
-from uhd_ops.retrofit.hf_parts import (
+from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,
     CompressedHfModel,
     CompressedLayer,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``DINOv3ViTModel`` of transformers with a compressor.
+"""``DINOv3ViTModel`` and ``DINOv3ViTBackbone`` of transformers with a compressor.
 
 Every layer is given the rotary embeddings of the patches. Those of the merged tokens are derived
 from them, because the model draws its coordinates at random in training.
@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.generic import can_return_tuple
 
 from uhd_ops.nn.positions import Frequencies, Rotary
 from uhd_ops.retrofit.config import Config
-from uhd_ops.retrofit.hf_parts import (
+from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,
+    CompressedBackbone,
     CompressedHfModel,
     CompressedLayer,
     require_understood,
@@ -100,4 +102,16 @@ def check(vit: nn.Module, config: Config) -> None:
     require_understood(vit, config, "model.layer")
 
 
+class CompressedDinov3Backbone(CompressedDinov3, CompressedBackbone):
+    """The method that a compressed backbone replaces."""
+
+    maps_have_prefix = False
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """As in the model's class; maps of stages behind the layer have the merged grid."""
+        return self._feature_maps(self._layout(pixel_values, kwargs), pixel_values, **kwargs)
+
+
 FAMILY = Family(CompressedDinov3Model, CompressedDinov3Layer, CoarseDinov3Layer, check)
+BACKBONE = Family(CompressedDinov3Backbone, CompressedDinov3Layer, CoarseDinov3Layer, check)

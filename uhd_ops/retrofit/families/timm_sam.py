@@ -14,12 +14,18 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import vision_transformer_sam
 from timm.models import vision_transformer_sam as sam
 from torch import nn
 
-from uhd_ops.nn.hosts import body_class
+from uhd_ops._reclass import body_class
+from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.score_bias import DecomposedPositionBias
+from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.blocks import CoarseBlock, CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
 from uhd_ops.retrofit.model import (
     CompressedModel,
     Family,
@@ -27,7 +33,44 @@ from uhd_ops.retrofit.model import (
     require_methods,
 )
 from uhd_ops.retrofit.relative_positions import StandIn, require_blocks, stride_of
-from uhd_ops.retrofit.timm_vision_transformer import require_patch_embedding
+
+
+def read(block: nn.Module) -> BlockSpec:
+    """Return the parts of a ``Block``: pre-norm, with vectors for relative positions.
+
+    The windows that the block itself may attend in say nothing about those of the compressor.
+    """
+    checks.require_own_forward(block, "block")
+    if block.attn.rope is not None:
+        raise NotImplementedError(
+            "block.attn.rope must be None: rotary embeddings of a VisionTransformerSAM are for one "
+            "grid, and are not supported"
+        )
+    attention = parts.attention(
+        block.attn,
+        "block.attn",
+        (vision_transformer_sam.Attention,),
+        norm=parts.norm(block.norm1, "block.norm1"),
+        score_bias=_score_bias(block.attn),
+        post=parts.layer_scale(block.ls1, "block.ls1"),
+        drop_path=parts.drop_path(block.drop_path1, "block.drop_path1"),
+    )
+    mlp = parts.mlp(
+        block.mlp,
+        "block.mlp",
+        norm=parts.norm(block.norm2, "block.norm2"),
+        post=parts.layer_scale(block.ls2, "block.ls2"),
+        drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
+    )
+    return checks.check_shapes(BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,)))
+
+
+def _score_bias(module: nn.Module) -> functools.partial | None:
+    if not module.use_rel_pos:
+        return None
+    checks.require_plain(module, "block.attn", ("rel_pos_h", "rel_pos_w"))
+    return functools.partial(DecomposedPositionBias.from_grid, module.rel_pos_h, module.rel_pos_w)
+
 
 _METHODS = ("forward", "forward_features", "forward_intermediates")
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.models import gemma4_vit
 from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
 from torch import nn
 
+from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec
 from uhd_ops.nn.layers import Limits
 from uhd_ops.nn.positions import Rotary
+from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
 from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     CompressedModel,
@@ -27,6 +31,86 @@ from uhd_ops.retrofit.model import (
     require_methods,
 )
 from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
+
+_LIMITS = ("input_min", "input_max", "output_min", "output_max")
+
+
+def read(block: nn.Module) -> BlockSpec:
+    """Return the parts of a ``Gemma4Block``: a norm in front of each branch and one behind it."""
+    checks.require_own_forward(block, "block")
+    drop_path = parts.drop_path(block.drop_path, "block.drop_path")
+    attention = _attention(
+        block.attn,
+        norm=parts.norm(block.norm1, "block.norm1"),
+        post=parts.norm(block.norm2, "block.norm2"),
+        drop_path=drop_path,
+    )
+    mlp = _mlp(
+        block.mlp,
+        norm=parts.norm(block.norm3, "block.norm3"),
+        post=parts.norm(block.norm4, "block.norm4"),
+        drop_path=drop_path,
+    )
+    dim = block.attn.q_proj.linear.in_features
+    return checks.check_shapes(BlockSpec(dim, (attention,), (mlp,)))
+
+
+def _attention(module: nn.Module, **branch: object) -> AttentionSpec:
+    name = "block.attn"
+    checks.require_exactly(module, name, (gemma4_vit.Gemma4Attention,))
+    checks.require_own_forward(module, name)
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        _linear(getattr(module, projection), f"{name}.{projection}")
+    return AttentionSpec(
+        module.num_heads,
+        (module.q_proj, module.k_proj, module.v_proj),
+        module.o_proj,
+        module.head_dim,
+        num_kv_heads=module.num_kv_heads,
+        scale=1.0,
+        q_norm=parts.norm(module.q_norm, f"{name}.q_norm"),
+        k_norm=parts.norm(module.k_norm, f"{name}.k_norm"),
+        v_norm=parts.norm(module.v_norm, f"{name}.v_norm"),
+        rotate_half=2,  # the first half of a head turns with the column, the second with the row
+        attention_dropout=checks.dropout(module.attn_drop, f"{name}.attn_drop"),
+        proj_dropout=checks.dropout(module.proj_drop, f"{name}.proj_drop"),
+        **branch,
+    )
+
+
+def _mlp(module: nn.Module, **branch: object) -> MlpSpec:
+    name = "block.mlp"
+    checks.require_exactly(module, name, (gemma4_vit.Gemma4GatedMlp,))
+    checks.require_own_forward(module, name)
+    limits = {
+        "fc1": _limits(module.up_proj),
+        "gate": _limits(module.gate_proj),
+        "fc2": _limits(module.down_proj),
+    }
+    return MlpSpec(
+        _linear(module.up_proj, f"{name}.up_proj"),
+        _linear(module.down_proj, f"{name}.down_proj"),
+        gate=_linear(module.gate_proj, f"{name}.gate_proj"),
+        activation=parts.activation(module.act, f"{name}.act"),
+        limits={part: found for part, found in limits.items() if found is not None},
+        output_dropout=checks.dropout(module.drop, f"{name}.drop"),
+        **branch,
+    )
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    """Return the layer inside a ``Gemma4ClippableLinear``."""
+    checks.require_exactly(module, name, (gemma4_vit.Gemma4ClippableLinear,))
+    checks.require_plain(module, name, _LIMITS)
+    return checks.linear(module.linear, f"{name}.linear")
+
+
+def _limits(module: nn.Module) -> Limits | None:
+    """Return the limits of a ``Gemma4ClippableLinear``, or None where it has none."""
+    if not all(limit in module._buffers for limit in _LIMITS):
+        return None
+    return Limits(*(module._buffers[limit] for limit in _LIMITS), enabled=module.use_clipped)
+
 
 # What the compressor relies on; a subclass that changes one of these is not understood.
 _METHODS = ("forward", "forward_features", "forward_intermediates")

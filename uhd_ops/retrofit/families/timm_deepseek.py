@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's ``DeepseekVitEncoder`` and the ``DeepseekVitClassifier`` around it, with a compressor.
+
+The aligner behind the encoder pads any grid with zeros to a multiple of three, a merged one too.
+"""
+
+from __future__ import annotations
+
+from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
+from torch import nn
+
+from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.retrofit import checks
+from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families import timm_eva
+from uhd_ops.retrofit.families._timm_encoders import CompressedEncoder, require_encoder
+from uhd_ops.retrofit.model import Family, encoder_or_self
+from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
+
+
+def read(block: nn.Module) -> BlockSpec:
+    """Return the parts of a ``DeepseekVitBlock``: pre-norm, without LayerScale."""
+    checks.require_own_forward(block, "block")
+    attention = timm_eva.attention(
+        block.attn,
+        "block.attn",
+        norm=parts.norm(block.norm1, "block.norm1"),
+        drop_path=parts.drop_path(block.drop_path1, "block.drop_path1"),
+    )
+    mlp = parts.mlp(
+        block.mlp,
+        "block.mlp",
+        norm=parts.norm(block.norm2, "block.norm2"),
+        drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
+    )
+    return checks.check_shapes(BlockSpec(attention.proj.out_features, (attention,), (mlp,)))
+
+
+def check(vit: nn.Module, config: Config) -> None:
+    """Refuse a model that is not understood."""
+    require_encoder(vit, DeepseekVitEncoder, DeepseekVitClassifier)
+
+
+FAMILY = Family(
+    CompressedEncoder,
+    CompressedRopeBlock,
+    CoarseRopeBlock,
+    check,
+    transformer=encoder_or_self,
+)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's ``Eva`` with a compressor: EVA, DINOv3, Perception Encoder, RoPE-ViT, Sapiens2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm import layers
+from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
+from torch import nn
+
+from uhd_ops._reclass import body_class
+from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
+from uhd_ops.nn.layers import linear_of
+from uhd_ops.retrofit import checks
+from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.layout import TokenLayout
+from uhd_ops.retrofit.model import (
+    CompressedModel,
+    Family,
+    image_layout,
+    refuse_masks,
+    require_methods,
+)
+from uhd_ops.retrofit.rope import (
+    CoarseRopeBlock,
+    CompressedRopeBlock,
+    frequencies_of,
+    require_rope,
+)
+
+
+def read(block: nn.Module) -> BlockSpec:
+    """Return the parts of an ``EvaBlock``, pre-norm, or of an ``EvaBlockPostNorm``."""
+    checks.require_own_forward(block, "block")
+    norms = [parts.norm(getattr(block, name), f"block.{name}") for name in ("norm1", "norm2")]
+    if body_class(block) is EvaBlockPostNorm:
+        around = [{"post": norm} for norm in norms]
+    else:
+        # Sapiens2 scales the attention only.
+        scales = block.gamma_1, block.gamma_2
+        around = [{"norm": n, "post": s} for n, s in zip(norms, scales, strict=True)]
+    for index, branch in enumerate(around, 1):
+        name = f"drop_path{index}"
+        branch["drop_path"] = parts.drop_path(getattr(block, name), f"block.{name}")
+    host = attention(block.attn, "block.attn", **around[0])
+    mlp = parts.mlp(block.mlp, "block.mlp", **around[1])
+    return checks.check_shapes(BlockSpec(host.proj.out_features, (host,), (mlp,)))
+
+
+def attention(module: nn.Module, name: str, **branch: object) -> AttentionSpec:
+    """Read timm's attention with rotary embeddings, ``AttentionRope`` or ``EvaAttention``.
+
+    Args:
+        module: The attention.
+        name: What to call it in messages.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec.
+    """
+    classes = layers.AttentionRope, EvaAttention
+    checks.require_exactly(module, name, classes)
+    return parts.attention(
+        module,
+        name,
+        classes,
+        _projections(module, name),
+        num_kv_heads=getattr(module, "num_kv_heads", None),
+        rotate_half=module.rotate_half,
+        **branch,
+    )
+
+
+def _projections(module: nn.Module, name: str) -> tuple[nn.Linear, ...]:
+    if module.qkv is None:
+        names = ("q_proj", "k_proj", "v_proj")
+        return tuple(checks.linear(getattr(module, part), f"{name}.{part}") for part in names)
+    fused = checks.linear(module.qkv, f"{name}.qkv")
+    if getattr(module, "q_bias", None) is None:
+        return (fused,)
+    # The bias of the keys, a buffer of zeros that no checkpoint holds, becomes trainable.
+    bias = torch.cat([module.q_bias, module.k_bias, module.v_bias])
+    return (linear_of(fused.weight, bias),)
+
+
+# What the compressor relies on; a subclass that changes one of these is not understood.
+_METHODS = ("forward", "forward_features", "forward_intermediates", "_pos_embed")
+
+
+class CompressedEva(CompressedModel):
+    """The methods that a compressed Eva replaces."""
+
+    def forward_features(
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        """As in the model's class; the patch tokens returned are the merged ones."""
+        refuse_masks(attn_mask, is_causal)
+        return self._run(self._layout(x), super().forward_features, x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As in the model's class; maps from the compressed block on have the merged grid."""
+        refuse_masks(attn_mask, is_causal)
+        return self._intermediates(
+            self._layout(x),
+            super().forward_intermediates,
+            x,
+            indices=indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
+
+    def _layout(self, x: torch.Tensor) -> TokenLayout:
+        return image_layout(self, x, self.num_prefix_tokens, frequencies_of(self.rope))
+
+
+def check(vit: Eva, config: Config) -> None:
+    """Refuse a model that is not understood."""
+    require_methods(vit, Eva, _METHODS)
+    require_patch_embedding(vit)
+    require_rope(vit)
+
+
+FAMILY = Family(CompressedEva, CompressedRopeBlock, CoarseRopeBlock, check)
