@@ -9,16 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-<<<<<<< HEAD
 from uhd_ops import _checks
-from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.nn.hosts import body_class, read_block
-=======
 from uhd_ops._reclass import body_class
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.block_spec import read_block
-from uhd_ops.ops import _arguments as arguments
->>>>>>> 86bfa4e (One family, one file: readers and adapters of a host together, one table row each; one way to change a module's class; BlockSpec)
 
 
 def check_host(vit: nn.Module) -> None:

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-<<<<<<< HEAD
 from uhd_ops._checks import check_int, check_positive_int
-=======
 from uhd_ops.nn.block_spec import BlockSpec
->>>>>>> 86bfa4e (One family, one file: readers and adapters of a host together, one table row each; one way to change a module's class; BlockSpec)
 from uhd_ops.nn.early_compressor import EarlyCompressor, check_options
 from uhd_ops.nn.positions import POSITIONS
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
