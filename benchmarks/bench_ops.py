@@ -16,12 +16,12 @@ from pathlib import Path
 
 import harness
 import pytest
-import rivals
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import uhd_ops
+from uhd_ops.cli import rivals
 
 # What tests know about the operators, benchmarks use.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
@@ -69,6 +69,12 @@ def with_copy(others, moved):
     return {**others, "copy of the same bytes": harness.copy_of(moved)}
 
 
+def rivals_of(name, *tensors):
+    """Every rival of an operator as a provider."""
+    forms = {**rivals.eager(name), **rivals.compiled(name)}
+    return {key: lambda f=f: f(*tensors, GRID) for key, f in forms.items()}
+
+
 def backward_of(function, grad):
     """Forward and backward as one provider."""
     return lambda: function().backward(grad)
@@ -90,7 +96,7 @@ def test_window_attention_forward(benchmark, dtype):
     spec, call = SPECS["window_attention"], attention_call(dtype)
     q, k, v = call.args[:3]
     expected = spec.reference(q.double(), k.double(), v.double(), GRIDS)
-    others = {name: lambda f=f: f(q, k, v, GRID) for name, f in rivals.ATTENTION.items()}
+    others = rivals_of("window_attention", q, k, v)
     with torch.no_grad():
         for name, rival in others.items():
             check(name, rival(), expected, dtype)
@@ -110,8 +116,8 @@ def test_window_attention_forward_backward(benchmark, dtype):
     leaves = [x.clone().requires_grad_() for x in attention_call(dtype).args[:3]]
     grad = randn(*leaves[0].shape, dtype=dtype)
     others = {
-        name: backward_of(lambda f=f: f(*leaves, GRID), grad)
-        for name, f in rivals.ATTENTION.items()
+        name: backward_of(rival, grad)
+        for name, rival in rivals_of("window_attention", *leaves).items()
     }
     # Forward moves q, k, v, out; backward q, k, v, grad_out and three gradients.
     moved = 11 * grad.numel() * grad.element_size()
@@ -129,21 +135,14 @@ def test_window_attention_forward_backward(benchmark, dtype):
 # ---- one row per window
 
 
-ROWS_PER_WINDOW = [
-    ("pixel_unshuffle", rivals.UNSHUFFLE),
-    ("window_mean", rivals.MEAN),
-    ("window_pool", rivals.POOL),
-]
-
-
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
-@pytest.mark.parametrize(("name", "forms"), ROWS_PER_WINDOW)
-def test_rows_per_window(benchmark, dtype, name, forms, backward):
+@pytest.mark.parametrize("name", ["pixel_unshuffle", "window_mean", "window_pool"])
+def test_rows_per_window(benchmark, dtype, name, backward):
     spec, op = SPECS[name], getattr(uhd_ops, name)
     count = 2 if name == "window_pool" else 1  # its logits
     leaves = [x.clone() for x in randn(count, GRIDS.num_tokens, CHANNELS, dtype=dtype)]
     expected = spec.reference(*(x.double() for x in leaves), GRIDS)
-    others = {key: lambda f=f: f(*leaves, GRID) for key, f in forms.items()}
+    others = rivals_of(name, *leaves)
     ours = lambda: op(*leaves, GRIDS)  # noqa: E731
     for key, rival in {**others, "ours": ours}.items():
         check(key, rival(), expected, dtype)
@@ -193,7 +192,7 @@ def test_gather_norm_mean(benchmark, dtype):
         )
 
     expected = rivals.unshuffle_norm(x.double(), weight.double(), bias.double(), GRID)
-    others = {key: lambda f=f: f(x, *eager, GRID) for key, f in rivals.NORM.items()}
+    others = rivals_of("unshuffle_norm", x, *eager)
     with torch.no_grad():
         for key, provider in {**others, "ours": ours}.items():
             for part, wanted in zip(provider(), expected, strict=False):
@@ -218,25 +217,22 @@ def test_mlp_tied(benchmark, dtype):
     def ours(mlp=parameters):
         return uhd_ops.pixel_unshuffle_mlp(x, GRIDS, *mlp, norm_weight=norm[0], norm_bias=norm[1])
 
-    compiled = torch.compile(rivals.mlp_tied)
     others = {
-        "eager, same algebra": lambda: rivals.mlp_tied(x, *parameters, *norm, GRID),
-        "compiled, same algebra": lambda: compiled(x, *parameters, *norm, GRID),
-        "our dense form": lambda: ours(dense),
+        f"{name}, same algebra": rival
+        for name, rival in rivals_of("pixel_unshuffle_mlp tied", x, *parameters, *norm).items()
     }
     with torch.no_grad():
         wide = [parameter.double() for parameter in parameters]
         expected = rivals.mlp_tied(x.double(), *wide, *norm.double(), GRID)
-        for key in ("eager, same algebra", "compiled, same algebra"):
-            check(key, others[key](), expected, dtype)
-        check("ours", ours(), expected, dtype)
+        for key, provider in {**others, "ours": ours}.items():
+            check(key, provider(), expected, dtype)
         flops = 2 * GRIDS.num_tokens * CHANNELS * HIDDEN * 5 // 4
         record(
             "pixel_unshuffle_mlp tied forward",
             dtype,
             benchmark,
             ours,
-            others,
+            {**others, "our dense form": lambda: ours(dense)},
             flops=flops,
             rounds=7,
         )
@@ -245,11 +241,6 @@ def test_mlp_tied(benchmark, dtype):
 def test_mlp_dense(benchmark, dtype):
     x = randn(GRIDS.num_tokens, CHANNELS, dtype=dtype)
     parameters, norm = mlp_parameters(dtype, "dense")
-    compiled = torch.compile(rivals.mlp_dense)
-    others = {
-        "eager": lambda: rivals.mlp_dense(x, *parameters, *norm, GRID),
-        "compiled": lambda: compiled(x, *parameters, *norm, GRID),
-    }
     with torch.no_grad():
         record(
             "pixel_unshuffle_mlp dense forward",
@@ -258,7 +249,7 @@ def test_mlp_dense(benchmark, dtype):
             lambda: uhd_ops.pixel_unshuffle_mlp(
                 x, GRIDS, *parameters, norm_weight=norm[0], norm_bias=norm[1]
             ),
-            others,
+            rivals_of("pixel_unshuffle_mlp dense", x, *parameters, *norm),
             flops=2 * GRIDS.num_tokens * CHANNELS * HIDDEN * 5,
             rounds=5,
         )

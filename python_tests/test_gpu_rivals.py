@@ -192,8 +192,9 @@ def test_merger_is_norm_and_two_layers():
 TRITON = """
 import sys
 sys.path.insert(0, "benchmarks")
-import rivals, torch
+import torch
 from gpu import triton_attention
+from uhd_ops.cli import rivals
 torch.manual_seed(0)
 for grid, heads, dim in (((2, 14), 2, 72), ((6, 4), 1, 64)):
     qkv = torch.randn(grid[0] * grid[1], 3, heads, dim)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import importlib
 
-import rivals as eager
 import torch
 import torch.nn.functional as F
 
 from gpu.cases import Case
+from uhd_ops.cli import rivals as eager
 
 FLEX_BLOCK = 128
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import rivals as eager
 import torch
 
 import uhd_ops
 from gpu import attention_rivals, mlp_rivals
 from gpu.cases import ATTENTION, DENSE, MEAN, NORM, POOL, TIED, TILES, UNSHUFFLE, Case
 from uhd_ops import reference
+from uhd_ops.cli import rivals as eager
 
 Tensors = tuple[torch.Tensor, ...]
 Function = Callable[..., torch.Tensor | Tensors]
