@@ -24,7 +24,7 @@ if [[ $# == 0 ]]; then
         python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation,linear_activation_fused}.py
     [[ $sanitize == ON ]] || set -- "$@" python_tests/test_battery_{determinism,memory}.py \
         python_tests/test_{padded_grids,window_attention,window_mean,window_pool,pixel_unshuffle,pixel_unshuffle_mlp}.py \
-        python_tests/test_tile_{average,block_diagonal,vector}.py
+        python_tests/test_tile_weight.py
 fi
 if [[ $sanitize == ON ]]; then
     # The sanitizer's runtime must come first in the process, and libstdc++ with it, or it does not find the function

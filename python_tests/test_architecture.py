@@ -79,16 +79,22 @@ def test_top_level():
     assert {"setup.py", "csrc", "uhd_ops", "python_tests", "CMakeLists.txt"} <= listed
 
 
+# The file of a public function has its name on every floor. Functions that are modes of one native
+# operator share a file, which has the name of that operator.
+ROOMS = {name: getattr(uhd_ops, name).__module__.rpartition(".")[2] for name in SPECS}
+SHARED = sorted({room for name, room in ROOMS.items() if room != name})
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_one_name_on_every_floor(name):
     assert SPECS[name].name == name
-    assert (PACKAGE / "ops" / f"{name}.py").is_file()
     assert name in uhd_ops.__all__
     assert name in uhd_ops.reference.__all__
     public, definition = getattr(uhd_ops, name), getattr(uhd_ops.reference, name)
-    assert public.__module__ == f"uhd_ops.ops.{name}"
-    assert definition.__module__.startswith("uhd_ops.reference.")
+    assert public.__module__ == f"uhd_ops.ops.{ROOMS[name]}"
+    assert definition.__module__ == f"uhd_ops.reference.{ROOMS[name]}"
     assert SPECS[name].reference is definition
+    assert SPECS[name] in vars(importlib.import_module(f"specs.{ROOMS[name]}")).values()
     signatures = [inspect.signature(function).parameters for function in (public, definition)]
     kinds = [[(p.name, p.kind, p.default) for p in s.values()] for s in signatures]
     assert kinds[0] == kinds[1]
@@ -109,14 +115,22 @@ def test_native_floor(name):
 @pytest.mark.parametrize("name", NATIVE)
 def test_operators_stand_on_kernels(name):
     parts = {f"uhd_ops.ops._{folder}" for folder in FOLDERS}
-    used = {dotted.rpartition(".")[0] for dotted in imports(PACKAGE / "ops" / f"{name}.py")}
-    used |= imports(PACKAGE / "ops" / f"{name}.py")
-    assert name in FOLDERS or used & parts
+    dotted_names = imports(PACKAGE / "ops" / f"{ROOMS[name]}.py")
+    used = {dotted.rpartition(".")[0] for dotted in dotted_names} | dotted_names
+    assert ROOMS[name] in FOLDERS or used & parts
+
+
+@pytest.mark.parametrize("room", SHARED)
+def test_who_shares_a_file_shares_its_operator(room):
+    assert sum(shared == room for shared in ROOMS.values()) > 1, "alone: the function's own name"
+    code = (PACKAGE / "ops" / f"{room}.py").read_text()
+    called = set(re.findall(r"torch\.ops\.uhd_ops\.(\w+)", code))
+    assert called == {room, f"_{room}_backward"}
 
 
 def test_no_operator_without_a_spec():
     files = {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")}
-    assert files == set(SPECS)
+    assert files == set(ROOMS.values())
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -7,9 +7,7 @@ from uhd_ops.grids import PackedGrids
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from uhd_ops.ops.reorder_tokens import reorder_tokens
-from uhd_ops.ops.tile_average import tile_average
-from uhd_ops.ops.tile_block_diagonal import tile_block_diagonal
-from uhd_ops.ops.tile_vector import tile_vector
+from uhd_ops.ops.tile_weight import tile_average, tile_block_diagonal, tile_vector
 from uhd_ops.ops.view_attention import view_attention
 from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean

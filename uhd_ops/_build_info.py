@@ -30,7 +30,13 @@ _OPERATORS = (
 _TORCH_ONLY = {"view_attention": "torch scaled_dot_product_attention"}
 # Likewise, but they need the tables of the native library.
 _TORCH_ON_TABLES = {"reorder_tokens": "torch index_select"}
-_PARTS = {"pixel_unshuffle_mlp": ("_unshuffle_norm", "_linear_activation")}
+# The native operators behind those of another name.
+_PARTS = {
+    "pixel_unshuffle_mlp": ("_unshuffle_norm", "_linear_activation"),
+    "tile_average": ("tile_weight",),
+    "tile_block_diagonal": ("tile_weight",),
+    "tile_vector": ("tile_weight",),
+}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -146,10 +152,11 @@ def _backend(op: str, device: str) -> str:
         return f"reference: native {device} library {status}"
     if op in _TORCH_ON_TABLES:
         return _TORCH_ON_TABLES[op]
-    if not all(_has_kernel(part, device) for part in _PARTS.get(op, (op,))):
+    parts = _PARTS.get(op, (op,))
+    if not all(_has_kernel(part, device) for part in parts):
         return f"reference: no {device} kernel"
     kernels = f"native {_native.cpu_isa()}" if device == "cpu" else "native cuda"
-    if op not in _PARTS:
+    if "_linear_activation" not in parts:
         return kernels
     # Its parts may use it where ops/_linear_activation.py says so.
     gelu = " and cuBLASLt" if device == "cuda" and _native.cublaslt_enabled else ""

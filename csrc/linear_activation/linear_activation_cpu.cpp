@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors run along the outputs of the layer.
-#include "common/tiles.h"
+#include "common/sums.h"
 #include "common/vec.h"
 #include "linear_activation/activations.h"
 #include "linear_activation/linear_activation.h"
@@ -83,8 +83,8 @@ void linear_activation_backward(const LinearActivation& args, int64_t begin, int
 void linear_activation_sum_partials(const LinearActivation& args, int64_t begin, int64_t end) {
   dispatch_dtype(args.dtype, [&](auto element) {
     using S = AccumulateT<decltype(element)>;
-    sum_tiles<S>(static_cast<const S*>(args.partials) + begin, args.width, args.blocks(), S(1),
-                 end - begin, static_cast<S*>(args.grad_bias) + begin);
+    sum_strided<S>(static_cast<const S*>(args.partials) + begin, args.width, args.blocks(), S(1),
+                   end - begin, static_cast<S*>(args.grad_bias) + begin);
   });
 }
 

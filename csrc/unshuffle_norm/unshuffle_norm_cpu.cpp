@@ -3,7 +3,7 @@
 // So the variance is the mean of the centred squares, as exact as a second pass can make it.
 #include <type_traits>
 
-#include "common/tiles.h"
+#include "common/sums.h"
 #include "common/vec.h"
 #include "unshuffle_norm/unshuffle_norm.h"
 
@@ -245,10 +245,10 @@ void unshuffle_norm_sum_partials(const UnshuffleNorm& args, int64_t begin, int64
     using S = AccumulateT<decltype(element)>;
     const int64_t merged = args.merged_channels(), count = end - begin;
     const S* partials = static_cast<const S*>(args.partials) + begin;
-    sum_tiles<S>(partials, 2 * merged, blocks, S(1), count,
-                 static_cast<S*>(args.grad_norm_weight) + begin);
-    sum_tiles<S>(partials + merged, 2 * merged, blocks, S(1), count,
-                 static_cast<S*>(args.grad_norm_bias) + begin);
+    sum_strided<S>(partials, 2 * merged, blocks, S(1), count,
+                   static_cast<S*>(args.grad_norm_weight) + begin);
+    sum_strided<S>(partials + merged, 2 * merged, blocks, S(1), count,
+                   static_cast<S*>(args.grad_norm_bias) + begin);
   });
 }
 

@@ -69,8 +69,8 @@ BUDGETS = (
     Budget(r"pool_forward<\w+, 1>", 96),
     Budget(r"pool_backward<\w+, 1>", 128),
     # weight tiling
-    Budget(r"(average|block_diagonal|vector)_(forward|backward)<\w+, [248]>", 48, (LOAD, STORE)),
-    Budget(r"(average|block_diagonal|vector)_(forward|backward)<\w+, 1>", 48),
-    Budget(r"(block_diagonal|vector)_forward<unsigned __int128>", 48, (LOAD, STORE)),
-    Budget(r"(block_diagonal|vector)_forward<unsigned (long|int|short)>", 48),
+    Budget(r"tile_(shares|sums)<\w+, [248]>", 48, (LOAD, STORE)),
+    Budget(r"tile_(shares|sums)<\w+, 1>", 48),
+    Budget(r"tile_copies<unsigned __int128>", 48, (LOAD, STORE)),
+    Budget(r"tile_copies<unsigned (long|int|short)>", 48),
 )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators, one file each: public function, fake, autograd."""
+"""The operators, one file for each native one: public functions, fake, autograd."""
