@@ -126,8 +126,8 @@ def test_mlp_path_without_dropout_is_the_operator(form, bias, batched):
     hidden = 24
     module = mlp(hidden, form, bias)
     expected = module(x, grids, residual=False)
-    actual = module._composed(x, grids)
-    assert module._is_fused()
+    actual = module._call_layers(x, grids)
+    assert module.reads_layers()
     assert actual.shape == expected.shape
     # Sums of 4 * DIM and of 4 * hidden terms, each as large as sqrt(DIM) times a standard normal.
     bound = (4 * DIM + 4 * hidden) * DIM**0.5 * EPS * expected.abs().max()

@@ -11,9 +11,8 @@ from uhd_ops.grids import Grids, PackedGrids, is_single_pair
 from uhd_ops.nn.attention_branch import attention_branch
 from uhd_ops.nn.block_spec import BlockSpec, read_block
 from uhd_ops.nn.cross_attention import QUERIES, CrossAttention
-from uhd_ops.nn.mlp_branch import WindowMlp
+from uhd_ops.nn.mlp_branch import NoMlp, PlainMlp, WindowMlp
 from uhd_ops.nn.mlp_forms import FORMS
-from uhd_ops.nn.plain_mlp import NoMlp, PlainMlp
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import check_tokens

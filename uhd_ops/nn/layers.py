@@ -9,26 +9,35 @@ import torch
 from torch import nn
 
 
-class Weights(nn.Module):
-    """A weight and a bias that an operator reads; copies of the tensors given.
+class BlockLinear(nn.Module):
+    """One linear layer for each patch of a window: patch p has a block of its own.
 
     Args:
-        weight: Weight in any shape.
-        bias: Bias in any shape, or None.
-        limits: What clamps the layer's input and output; copied. None where nothing does.
+        weight: ``(f², O, I)``; copied.
+        bias: ``(f², O)``, or ``(O,)`` with ``summed``, or None; copied.
+        summed: Whether to sum the products over the patches.
+
+    Shape:
+        x: ``(..., f², I)``.
+        Result: ``(..., f², O)``, or ``(..., O)`` with ``summed``.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, limits: Limits | None = None
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, summed: bool = False
     ) -> None:
         super().__init__()
+        self.summed = summed
         self.weight = _parameter(weight)
         self.register_parameter("bias", _parameter(bias))
-        self.limits = None if limits is None else clone_module(limits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply block p to patch p."""
+        out = torch.einsum("...pi,poi->...o" if self.summed else "...pi,poi->...po", x, self.weight)
+        return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
         """Show the shape."""
-        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
+        return f"{tuple(self.weight.shape)}, bias={self.bias is not None}, summed={self.summed}"
 
 
 class Limits(nn.Module):
@@ -111,6 +120,27 @@ def clone_module(module: nn.Module | None) -> nn.Module:
     for name, child in module._modules.items():
         clone.add_module(name, None if child is None else clone_module(child))
     return clone
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does nothing but what ``cls`` does with its own parameters.
+
+    Then an operator may read them instead. It must not where a subclass, a hook or a ``forward`` on
+    the instance does something else (adapters, offloading, observers), or where the weight is no
+    dense tensor (quantised or sharded).
+    """
+    return (
+        type(module) is cls
+        and "forward" not in vars(module)
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
+        # The protocol of tensors that wrap others; parametrised modules change their class.
+        and not any(hasattr(type(p), "__tensor_flatten__") for p in module._parameters.values())
+    )
 
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MLP branch of a transformer block, on whole windows."""
+"""The MLP branch of a transformer block on whole windows, and what may stand in its place."""
 
 from __future__ import annotations
 
@@ -12,13 +12,52 @@ from torch.nn import functional
 
 from uhd_ops.grids import Grids
 from uhd_ops.nn.block_spec import MlpSpec
-from uhd_ops.nn.layers import Weights, clone_module, post_of, tile_norm
-from uhd_ops.nn.merge_with import merge_with
+from uhd_ops.nn.layers import BlockLinear, clone_module, is_plain, linear_of, post_of, tile_norm
 from uhd_ops.nn.mlp_forms import MlpWeights, convert_mlp
 from uhd_ops.nn.regularization import drop_views
 from uhd_ops.ops._linear_activation import ACTIVATIONS
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
+from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from uhd_ops.ops.window_mean import window_mean
+
+
+def merge_windows(
+    x: torch.Tensor,
+    grids: Grids,
+    norm: nn.Module,
+    fc1: nn.Module,
+    fc2: nn.Module,
+    *,
+    window: int,
+    activation: str | nn.Module,
+    residual: bool,
+) -> torch.Tensor:
+    """Return ``fc2(activation(fc1(norm(pixel_unshuffle(x)))))``, plus the mean if ``residual``.
+
+    Where the layers are exactly plain, the operator reads their weights. A layer that is not
+    (adapted, quantised, hooked, offloaded) is called, and so are the others.
+
+    Args:
+        x: Tokens ``(N, C)``, or ``(B, h*w, C)`` with one grid.
+        grids: Their grids.
+        norm: LayerNorm over the ``window² * C`` channels.
+        fc1: First layer, over all channels of a window.
+        fc2: Second layer.
+        window: Side of a window, in tokens.
+        activation: As for :func:`uhd_ops.pixel_unshuffle_mlp`, or a module.
+        residual: Whether to add the mean of the window's tokens.
+
+    Returns:
+        Merged tokens ``(M, D)``, or ``(B, M / B, D)``, with D the outputs of ``fc2``.
+    """
+    name = activation if isinstance(activation, str) else _activation_name(activation)
+    if name is not None and _are_plain(norm, fc1, fc2):
+        return _read_layers(
+            x, grids, norm, fc1, fc2, window=window, activation=name, residual=residual
+        )
+    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    y = fc2(act(fc1(norm(pixel_unshuffle(x, grids, window)))))
+    return y + window_mean(x, grids, window) if residual else y
 
 
 class WindowMlp(nn.Module):
@@ -27,8 +66,13 @@ class WindowMlp(nn.Module):
     The norm in front is over all f²C channels of a window. Norms inside the MLP stay per patch, so
     behind the first norm the branch starts as the mean of what the host's MLP does to each patch.
 
+    The layers are ordinary modules: ``torch.nn.Linear`` in the dense form, over the f²C channels of
+    a window, and in the tied form, over the C of a patch; :class:`BlockLinear` in the block form.
+    One operator computes the branch from their weights where all of them are exactly plain;
+    otherwise they are called, so adapters, hooks, quantised and offloaded weights take effect.
+
     Args:
-        host: The branch whose parts are tiled and copied.
+        spec: The branch whose parts are tiled and copied.
         dim: Channels C of a token.
         window: Side f of a window, in tokens.
         form: Weight form: ``"dense"``, ``"block"`` or ``"tied"``; a gate has the form of fc1.
@@ -38,111 +82,191 @@ class WindowMlp(nn.Module):
         Result: ``(M, C)``, or ``(B, M / B, C)``.
     """
 
-    def __init__(self, host: MlpSpec, dim: int, window: int, form: str) -> None:
+    def __init__(self, spec: MlpSpec, dim: int, window: int, form: str) -> None:
         super().__init__()
         self.dim, self.window, self.form = dim, window, form
-        self.activation = host.activation
-        self.hidden_dropout, self.drop_path = host.hidden_dropout, host.drop_path
-        self.norm = tile_norm(host.norm, window**2)
-        self.patch_norm = clone_module(host.patch_norm)
-        limits = host.limits.get
+        self.activation = spec.activation
+        self.hidden_dropout, self.drop_path = spec.hidden_dropout, spec.drop_path
+        self.norm = tile_norm(spec.norm, window**2)
+        self.patch_norm = clone_module(spec.patch_norm)
         with torch.no_grad():
-            *fc1, fc2_weight, fc2_bias = self._tile(host.fc1, host.fc2)
-            self.fc1 = Weights(*fc1, limits("fc1"))
-            self.fc2 = Weights(fc2_weight, fc2_bias, limits("fc2"))
-            self.gate = None
-            if host.gate is not None:
-                self.gate = Weights(*self._tile(host.gate, host.fc2)[:2], limits("gate"))
-        self.inner_norm = clone_module(host.inner_norm)
-        self.output_drop = nn.Dropout(host.output_dropout)
-        self.post = post_of(host.post)
+            self.fc1, self.fc2 = self._tile(spec.fc1, spec.fc2)
+            self.gate = None if spec.gate is None else self._tile(spec.gate, spec.fc2)[0]
+        self.inner_norm = clone_module(spec.inner_norm)
+        self.limits = nn.ModuleDict({n: clone_module(limits) for n, limits in spec.limits.items()})
+        self.output_drop = nn.Dropout(spec.output_dropout)
+        self.post = post_of(spec.post)
 
-    def _tile(self, fc1: nn.Module, fc2: nn.Module) -> MlpWeights:
+    def _tile(self, fc1: nn.Module, fc2: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """Make both layers in the form of this MLP from those for one patch."""
         weights = MlpWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return convert_mlp(weights, self.form, factor=self.window, channels=self.dim)
+        weights = convert_mlp(weights, self.form, factor=self.window, channels=self.dim)
+        if self.form == "block":
+            return BlockLinear(*weights[:2]), BlockLinear(*weights[2:], summed=True)
+        return linear_of(*weights[:2]), linear_of(*weights[2:])
 
     def forward(self, x: torch.Tensor, grids: Grids, *, residual: bool) -> torch.Tensor:
         """Return the branch; with ``residual``, plus the mean over the tokens of each window."""
-        fused = self._is_fused()
-        dropped = self.hidden_dropout or self.output_drop.p or self.drop_path
-        if fused and isinstance(self.post, nn.Identity) and not (self.training and dropped):
-            return self._fused(x, grids, residual)
-        if fused and not (self.training and self.hidden_dropout):
-            branch = self._fused(x, grids, residual=False)
+        drops = self.training and (self.hidden_dropout or self.output_drop.p or self.drop_path)
+        if self.reads_layers():
+            ends_here = not drops and isinstance(self.post, nn.Identity)
+            branch = _read_layers(
+                x,
+                grids,
+                self.norm,
+                self.fc1,
+                self.fc2,
+                window=self.window,
+                activation=self.activation,
+                residual=residual and ends_here,
+            )
+            if ends_here:
+                return branch
         else:
-            branch = self._composed(x, grids)
+            branch = self._call_layers(x, grids)
         branch = self.post(self.output_drop(branch))
         if self.training and self.drop_path:
             branch = drop_views(branch, self.drop_path, grids, self.window)
         return window_mean(x, grids, self.window) + branch if residual else branch
 
-    def _is_fused(self) -> bool:
-        """Whether the operator computes this MLP."""
-        inner = (self.patch_norm, self.inner_norm)
+    def reads_layers(self) -> bool:
+        """Whether the operator computes this MLP from the weights of its layers, now."""
         return (
             self.gate is None
-            and all(isinstance(norm, nn.Identity) for norm in inner)
-            and self.fc1.limits is None
-            and self.fc2.limits is None
-            and isinstance(self.norm, nn.LayerNorm)
+            and not self.limits
+            and not (self.training and self.hidden_dropout)
+            and type(self.patch_norm) is nn.Identity
+            and type(self.inner_norm) is nn.Identity
+            and _are_plain(self.norm, self.fc1, self.fc2)
         )
 
-    def _fused(self, x: torch.Tensor, grids: Grids, residual: bool) -> torch.Tensor:
-        return merge_with(
-            x,
-            grids,
-            self.norm,
-            self.fc1,
-            self.fc2,
-            window=self.window,
-            activation=self.activation,
-            residual=residual,
-        )
-
-    def _composed(self, x: torch.Tensor, grids: Grids) -> torch.Tensor:
-        """The branch by the steps of its definition; any norm, gate and dropout."""
+    def _call_layers(self, x: torch.Tensor, grids: Grids) -> torch.Tensor:
+        """The branch by the steps of its definition: any norm, layer, gate and dropout."""
         merged = self.norm(pixel_unshuffle(x, grids, self.window))
         patches = self.patch_norm(merged.unflatten(-1, (self.window**2, self.dim)))
         act = ACTIVATIONS[self.activation]
-        hidden = self._clamped(self._first, self.fc1, patches)
+        hidden = self._limited("fc1", functools.partial(self._first, self.fc1), patches)
         if self.gate is None:
             hidden = act(hidden)
         else:
-            hidden = act(self._clamped(self._first, self.gate, patches)) * hidden
+            gate = self._limited("gate", functools.partial(self._first, self.gate), patches)
+            hidden = act(gate) * hidden
         hidden = functional.dropout(hidden, self.hidden_dropout, self.training)
-        return self._clamped(self._second, self.fc2, self.inner_norm(hidden))
+        return self._limited("fc2", self._second, self.inner_norm(hidden))
 
-    def _clamped(
-        self,
-        product: Callable[[Weights, torch.Tensor], torch.Tensor],
-        layer: Weights,
-        x: torch.Tensor,
+    def _limited(
+        self, name: str, layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
-        """Return ``product(layer, x)`` within the limits of the layer."""
-        if layer.limits is None:
-            return product(layer, x)
-        return layer.limits(x, functools.partial(product, layer))
+        """Return ``layer(x)`` within the limits of that name, if there are any."""
+        return self.limits[name](x, layer) if name in self.limits else layer(x)
 
-    def _first(self, layer: Weights, patches: torch.Tensor) -> torch.Tensor:
+    def _first(self, layer: nn.Module, patches: torch.Tensor) -> torch.Tensor:
         """``(..., f², C)`` to ``(..., f², I)``."""
-        if self.form == "tied":
-            return functional.linear(patches, layer.weight, layer.bias)
         if self.form == "dense":
-            hidden = functional.linear(patches.flatten(-2), layer.weight, layer.bias)
-            return hidden.unflatten(-1, (self.window**2, -1))
-        hidden = torch.einsum("...pc,pic->...pi", patches, layer.weight)
-        return hidden if layer.bias is None else hidden + layer.bias
+            return layer(patches.flatten(-2)).unflatten(-1, (self.window**2, -1))
+        return layer(patches)
 
-    def _second(self, layer: Weights, hidden: torch.Tensor) -> torch.Tensor:
-        """``(..., f², I)`` to ``(..., C)``."""
-        weight, bias = layer.weight, layer.bias
-        if self.form == "tied":
-            return functional.linear(hidden.mean(-2), weight, bias)
+    def _second(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``(..., f², I)`` to ``(..., C)``: over the whole window, or per patch and then merged."""
         if self.form == "dense":
-            return functional.linear(hidden.flatten(-2), weight, bias)
-        out = torch.einsum("...pi,pci->...c", hidden, weight)
-        return out if bias is None else out + bias
+            return self.fc2(hidden.flatten(-2))
+        if self.form == "tied":  # the mean first: one product instead of f²
+            return self.fc2(hidden.mean(-2))
+        return self.fc2(hidden)
 
     def extra_repr(self) -> str:
         """Show the configuration."""
         return f"window={self.window}, form={self.form!r}, activation={self.activation!r}"
+
+
+class PlainMlp(nn.Module):
+    """``fc2(gelu(fc1(norm(pixel_unshuffle(x)))))`` from f²C over f²C to C channels.
+
+    It takes no weights from the host and starts with torch's own initialisation.
+
+    Args:
+        dim: Channels C of a token.
+        window: Side f of a window, in tokens.
+        like: Parameters are made on its device and in its dtype.
+
+    Source:
+        LLaVA-UHD v4, Table 4: "Pixel-unshuffle MLP" and "Window attention with MLP".
+    """
+
+    def __init__(self, dim: int, window: int, like: torch.Tensor) -> None:
+        super().__init__()
+        factory = {"device": like.device, "dtype": like.dtype}
+        wide = window**2 * dim
+        self.window = window
+        self.norm = nn.LayerNorm(wide, eps=1e-6, **factory)
+        self.fc1 = nn.Linear(wide, wide, **factory)
+        self.fc2 = nn.Linear(wide, dim, **factory)
+
+    def forward(self, x: torch.Tensor, grids: Grids, *, residual: bool) -> torch.Tensor:
+        """``(N, C)`` to ``(M, C)``; with ``residual``, plus the mean of each window."""
+        layers = self.norm, self.fc1, self.fc2
+        return merge_windows(
+            x, grids, *layers, window=self.window, activation="gelu", residual=residual
+        )
+
+
+class NoMlp(nn.Module):
+    """The mean of each window and nothing else.
+
+    Args:
+        window: Side of a window, in tokens.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, x: torch.Tensor, grids: Grids, *, residual: bool) -> torch.Tensor:
+        """``(N, C)`` to ``(M, C)``."""
+        mean = window_mean(x, grids, self.window)
+        return mean if residual else torch.zeros_like(mean)
+
+    def extra_repr(self) -> str:
+        """Show the side of a window."""
+        return f"window={self.window}"
+
+
+def _are_plain(norm: nn.Module, fc1: nn.Module, fc2: nn.Module) -> bool:
+    linear = BlockLinear if type(fc1) is BlockLinear else nn.Linear
+    return is_plain(norm, nn.LayerNorm) and is_plain(fc1, linear) and is_plain(fc2, linear)
+
+
+def _read_layers(
+    x: torch.Tensor,
+    grids: Grids,
+    norm: nn.Module,
+    fc1: nn.Module,
+    fc2: nn.Module,
+    *,
+    window: int,
+    activation: str,
+    residual: bool,
+) -> torch.Tensor:
+    return pixel_unshuffle_mlp(
+        x,
+        grids,
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        eps=norm.eps,
+        factor=window,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def _activation_name(activation: nn.Module) -> str | None:
+    """What the operator calls the activation of somebody else's module; None for any other."""
+    if is_plain(activation, nn.GELU):
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    cls = type(activation)
+    known = f"{cls.__module__}.{cls.__qualname__}" == "transformers.activations.GELUTanh"
+    return "gelu_tanh" if known and is_plain(activation, cls) else None

@@ -8,7 +8,7 @@ from torch import nn
 
 from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.nn.merge_with import merge_with
+from uhd_ops.nn.mlp_branch import merge_windows
 from uhd_ops.ops._linear_activation import check_activation
 from uhd_ops.windows import check_tokens
 
@@ -104,7 +104,7 @@ class PixelUnshuffleConnector(nn.Module):
         """
         layout = check_tokens(x, grids, self.window, self.dim)
         for stage in self.stages:
-            x = merge_with(
+            x = merge_windows(
                 x,
                 grids,
                 stage.norm,

@@ -16,7 +16,7 @@ from torch import nn
 
 from uhd_ops._reclass import Mixed
 from uhd_ops.grids import PackedGrids
-from uhd_ops.integrations.transformers.merge_windows import merge_windows
+from uhd_ops.nn.mlp_branch import merge_windows
 from uhd_ops.nn.regularization import gathered_window_attention
 from uhd_ops.ops.view_attention import view_attention
 from uhd_ops.ops.window_attention import window_attention
@@ -112,10 +112,23 @@ class WindowAttentionMerger(Accelerated):
             )
         grids = grids_of(target_sizes) if grids is None else grids
         attended, _ = self.self_attn(self.layer_norm1(hidden_states), grids=grids, window=WINDOW)
-        mlp = (self.pre_norm, self.linear_1, self.act, self.linear_2)
-        return merge_windows(
-            (hidden_states + attended)[0], grids, *mlp, window=WINDOW, residual=True
-        )[None]
+        return _merge(self, (hidden_states + attended)[0], grids, residual=True)[None]
+
+
+def _merge(
+    module: nn.Module, x: torch.Tensor, grids: PackedGrids, *, residual: bool
+) -> torch.Tensor:
+    """Merge windows with the layers of ``module``."""
+    return merge_windows(
+        x,
+        grids,
+        module.pre_norm,
+        module.linear_1,
+        module.linear_2,
+        window=WINDOW,
+        activation=module.act,
+        residual=residual,
+    )
 
 
 class VisionModel(Accelerated):
@@ -188,8 +201,7 @@ class DownsampleMLP(Accelerated):
 
     def forward(self, hidden_states: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
         """``(N, C)`` on ``grids`` to ``(M, D)``; the original takes ``(M, 4C)``."""
-        mlp = (self.pre_norm, self.linear_1, self.act, self.linear_2)
-        return merge_windows(hidden_states, grids, *mlp, window=WINDOW, residual=False)
+        return _merge(self, hidden_states, grids, residual=False)
 
 
 class Model(Accelerated):
