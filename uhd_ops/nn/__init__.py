@@ -2,6 +2,7 @@
 """Modules built on the operators."""
 
 from uhd_ops.nn.ablation import ABLATION
+from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.pixel_unshuffle_connector import PixelUnshuffleConnector
 from uhd_ops.nn.query_resampler import QueryResampler
@@ -11,7 +12,11 @@ from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 
 __all__ = [
     "ABLATION",
+    "AttentionSpec",
+    "BlockSpec",
     "EarlyCompressor",
+    "MlpSpec",
+    "OwnAttentionSpec",
     "PixelUnshuffleConnector",
     "QueryResampler",
     "SliceEncoder",

@@ -175,10 +175,49 @@ class EarlyCompressor(nn.Module):
         compressor._build(host, window, form, attention, mlp)
         return compressor
 
+    @torch.no_grad()
+    def reuse_(self, block: nn.Module | BlockSpec) -> EarlyCompressor:
+        """Initialise the compressor again from a block, in place, as :meth:`from_block` does.
+
+        For a model whose weights were initialised or loaded after the compressor was made: from
+        the meta device, or from a checkpoint that has none. A small MLP of its own
+        (``mlp="plain"``) starts with new random weights.
+
+        Args:
+            block: A block like the one that the compressor was made from, or its description. It is
+                not changed.
+
+        Returns:
+            The compressor itself, with the same parameters, in their dtype and on their device.
+
+        Raises:
+            NotImplementedError: The block has a part that is not understood.
+            ValueError: The block does not have the parts or the sizes of this compressor, or the
+                compressor holds other tensors than it was made with (adapters, say). Nothing is
+                changed then.
+        """
+        spec = block if isinstance(block, BlockSpec) else read_block(block)
+        new = _tensors(type(self).from_host(spec, **self.options))
+        own = _tensors(self)
+        expected, got = (
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            for tensors in (own, new)
+        )
+        if expected != got:
+            name = min(n for n in expected | got if expected.get(n) != got.get(n))
+            raise ValueError(
+                f"block must give the tensors of this compressor, but {name} must have shape "
+                f"{expected.get(name)}, got {got.get(name)}"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(new[name])
+        return self
+
     def _build(
         self, host: BlockSpec, window: int, form: str, attention: bool | str, mlp: str
     ) -> None:
         window = check_options(window, form, attention, mlp)
+        self.options = {"window": window, "form": form, "attention": attention, "mlp": mlp}
         self.dim, self.window, self.form = host.dim, window, form
         self.attention, self.parallel = attention, host.parallel
         if attention in QUERIES:
@@ -237,6 +276,11 @@ class EarlyCompressor(nn.Module):
             f"dim={self.dim}, window={self.window}, form={self.form!r}, "
             f"attention={self.attention!r}"
         )
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, those included that no checkpoint holds."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 class _Sum(nn.ModuleList):

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from uhd_ops._checks import check_positive_int
 from uhd_ops.grids import Grids
+from uhd_ops.nn.layers import is_plain
 from uhd_ops.ops._window_spread import spread_windows
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.window_mean import window_mean
@@ -85,11 +86,30 @@ class WindowTokenCompressor(nn.Module):
         if pool == "adaptive":
             self.fc1 = nn.Linear(2 * dim, hidden_dim, **factory)
             self.fc2 = nn.Linear(hidden_dim, dim, **factory)
-            nn.init.zeros_(self.fc2.weight)
-            nn.init.zeros_(self.fc2.bias)
         elif pool == "unshuffle":
             self.fc1 = nn.Linear(window**2 * dim, hidden_dim, **factory)
             self.fc2 = nn.Linear(hidden_dim, dim, **factory)
+        self._zero_last()
+
+    def reuse_(self, block: object = None) -> WindowTokenCompressor:
+        """Initialise the compressor again, in place; it takes nothing from a block.
+
+        Args:
+            block: Ignored; there so that every compressor is initialised by the same call.
+
+        Returns:
+            The compressor itself. The adaptive pooling starts as the mean of a window again.
+        """
+        for layer in self.children():
+            layer.reset_parameters()
+        self._zero_last()
+        return self
+
+    def _zero_last(self) -> None:
+        """Make all weights of the adaptive pooling equal."""
+        if self.pool == "adaptive":
+            nn.init.zeros_(self.fc2.weight)
+            nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x: torch.Tensor, grids: Grids) -> torch.Tensor:
         """Merge the windows of packed or batched tokens.
@@ -115,12 +135,23 @@ class WindowTokenCompressor(nn.Module):
         return window_pool(x, self._logits(x, grids, layout), grids, self.window)
 
     def _logits(self, x: torch.Tensor, grids: Grids, layout: Layout) -> torch.Tensor:
-        """The logits of the tokens in their windows; ``[x_i ; m]`` is never put together."""
-        with_token, with_mean = self.fc1.weight.chunk(2, 1)
+        """The logits of the tokens in their windows.
+
+        ``[x_i ; m]`` is not put together unless fc1 has to be called: its weight has one half for
+        the token and one for the mean, and the product with the mean is the same for a window.
+        """
+
+        def spread(windows: torch.Tensor) -> torch.Tensor:
+            return layout.unpack_tokens(spread_windows(windows, layout, self.window, grids))
+
         mean = window_mean(x, grids, self.window).flatten(0, -2)
-        of_mean = functional.linear(mean, with_mean, self.fc1.bias)
-        of_mean = layout.unpack_tokens(spread_windows(of_mean, layout, self.window, grids))
-        return self.fc2(functional.gelu(functional.linear(x, with_token) + of_mean))
+        if is_plain(self.fc1, nn.Linear):
+            with_token, with_mean = self.fc1.weight.chunk(2, 1)
+            of_mean = spread(functional.linear(mean, with_mean, self.fc1.bias))
+            hidden = functional.linear(x, with_token) + of_mean
+        else:
+            hidden = self.fc1(torch.cat([x, spread(mean)], -1))
+        return self.fc2(functional.gelu(hidden))
 
     def extra_repr(self) -> str:
         """Show the configuration."""
