@@ -96,6 +96,7 @@ def test_a_parametrised_weight_takes_effect():
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_dynamic_quantisation_reaches_every_layer():
     module, x = compressor().float().eval(), tokens().float()
     expected = module(x, GRIDS)
