@@ -5,9 +5,13 @@ import itertools
 
 import pytest
 import torch
+from battery.marks import native_only
 from specs import SPECS
+from timm.models.vision_transformer import Block
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import uhd_ops
+from uhd_ops.nn import EarlyCompressor
 from uhd_ops.nn.mlp_forms import FORMS, MlpWeights, convert_mlp, form_of
 
 CHANNELS, HIDDEN = 5, 7
@@ -61,14 +65,43 @@ def test_values_land_where_they_should():
         assert torch.equal(dense.fc2_weight.view(CHANNELS, 4, HIDDEN)[:, p], block.fc2_weight[p])
 
 
-def test_reuse_initialisation_is_tied():
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reuse_initialisation_is_tied(dtype, factor):
     # What the compressor starts from: F1 four times on the diagonal, a quarter of [F2 F2 F2 F2].
-    tied = tied_weights()
-    dense = convert_mlp(tied, "dense")
-    assert torch.equal(dense.fc1_weight, uhd_ops.tile_block_diagonal(tied.fc1_weight, 4))
-    assert torch.equal(dense.fc1_bias, uhd_ops.tile_vector(tied.fc1_bias, 4))
-    assert torch.equal(dense.fc2_weight, uhd_ops.tile_average(tied.fc2_weight, 4))
+    tied, patches = tied_weights(dtype), factor**2
+    dense = convert_mlp(tied, "dense", factor=factor)
+    assert torch.equal(dense.fc1_weight, torch.block_diag(*[tied.fc1_weight] * patches))
+    assert torch.equal(dense.fc1_bias, tied.fc1_bias.repeat(patches))
+    assert torch.equal(dense.fc2_weight, torch.cat([tied.fc2_weight / patches] * patches, 1))
     assert dense.fc2_bias is tied.fc2_bias
+    assert_equal(
+        dense, convert_mlp(convert_mlp(tied, "block", factor=factor), "dense", factor=factor)
+    )
+
+
+class _Modes(TorchDispatchMode):
+    """Keeps the modes in which the operator behind the weight tiling is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.modes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.uhd_ops.tile_weight.default:
+            self.modes.add(args[2])
+        return function(*args, **(kwargs or {}))
+
+
+@native_only("the definitions of the operators call torch")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_reuse_initialisation_is_weight_tiling(device):
+    with torch.device(device):
+        block = Block(8, 2)
+    with _Modes() as calls:
+        compressor = EarlyCompressor.from_block(block)
+    assert calls.modes == {"block_diagonal", "average", "repeat"}
+    assert {p.device.type for p in compressor.parameters()} == {device}
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])

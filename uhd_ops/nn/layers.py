@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from uhd_ops.ops.tile_weight import tile_vector
+
 
 class BlockLinear(nn.Module):
     """One linear layer for each patch of a window: patch p has a block of its own.
@@ -172,7 +174,7 @@ def tile_norm(norm: nn.Module | None, patches: int) -> nn.Module:
         if hasattr(norm, "normalized_shape"):
             tiled.normalized_shape = (patches * norm.normalized_shape[0],)
     for name, parameter in norm._parameters.items():
-        repeated = None if parameter is None else parameter.detach().repeat(patches)
+        repeated = None if parameter is None else tile_vector(parameter.detach(), patches)
         tiled.register_parameter(name, _parameter(repeated))
     return tiled
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from uhd_ops.ops.pixel_unshuffle_mlp import mlp_form
+from uhd_ops.ops.tile_weight import tile_average, tile_block_diagonal, tile_vector
 
 FORMS = ("dense", "block", "tied")
 
@@ -58,13 +59,13 @@ def form_of(weights: MlpWeights, *, factor: int = 2, channels: int | None = None
 def convert_mlp(
     weights: MlpWeights, form: str, *, factor: int = 2, channels: int | None = None
 ) -> MlpWeights:
-    """Return the same network in another form; differentiable.
+    """Return the same network in another form; differentiable by ``torch.autograd``.
 
     Towards dense, the result computes what ``weights`` compute: every value is copied, and from
-    tied to block fc2 is divided by f², without rounding for ``factor`` 1, 2, 4, ... unless it
-    underflows. Towards tied, the
-    conversion succeeds only if converting back gives the same weights bit for bit. It compares
-    values, so it waits for a device that holds them.
+    tied on fc2 is divided by f², without rounding for ``factor`` 1, 2, 4, ... unless it underflows.
+    From tied to dense is the reuse initialisation. Towards tied, the conversion succeeds only if
+    converting back gives the same weights bit for bit. It compares values, so it waits for a device
+    that holds them.
 
     Args:
         weights: Weights in any form.
@@ -90,7 +91,9 @@ def convert_mlp(
     have = form_of(weights, factor=factor, channels=channels)
     if factor == 1 and form == "tied" and have == "dense":
         return weights  # the same network and the same shapes
-    # Every conversion is a walk along dense - block - tied.
+    if have == "tied" and form == "dense":
+        return tied_to_dense(weights, factor=factor)
+    # Every other conversion is a walk along dense - block - tied.
     while have != form:
         if have == "tied":
             weights, have = tied_to_block(weights, factor=factor), "block"
@@ -103,12 +106,23 @@ def convert_mlp(
     return weights
 
 
+def tied_to_dense(weights: MlpWeights, *, factor: int = 2) -> MlpWeights:
+    """Put the one FFN on the diagonal of fc1 and, divided by f², side by side in fc2."""
+    patches = factor**2
+    return MlpWeights(
+        tile_block_diagonal(weights.fc1_weight, patches),
+        None if weights.fc1_bias is None else tile_vector(weights.fc1_bias, patches),
+        tile_average(weights.fc2_weight, patches),
+        weights.fc2_bias,
+    )
+
+
 def tied_to_block(weights: MlpWeights, *, factor: int = 2) -> MlpWeights:
     """Repeat the one FFN for every patch; fc2 / f² turns the sum over patches into the mean."""
     patches = factor**2
 
     def repeat(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.expand(patches, *tensor.shape).contiguous()
+        return tile_vector(tensor.flatten(), patches).view(patches, *tensor.shape)
 
     fc1_bias = None if weights.fc1_bias is None else repeat(weights.fc1_bias)
     return MlpWeights(
