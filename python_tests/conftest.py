@@ -9,7 +9,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from bit_comparisons import compares_bits
 from hypothesis import settings
+from planted_products import plant
 
 # torch.compile keeps what it compiled between processes, by the schema of an operator but not by
 # its
@@ -28,17 +30,29 @@ settings.register_profile("uhd_ops", derandomize=True, deadline=None, max_exampl
 settings.load_profile("uhd_ops")
 
 
+# One, for small tensors and as many workers as cores, unless .ci/machines.sh wants another machine.
+_THREADS = int(os.environ.get("UHD_OPS_TEST_THREADS", "1"))
+
+
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
 
 def pytest_configure() -> None:
-    """Refuse to test the reference implementation by mistake."""
+    """Refuse to test the reference implementation by mistake; be the machine that is asked for."""
+    if _is_set("UHD_OPS_TEST_PLANTED_PRODUCT"):
+        plant()
     if _native.status["cpu"] != "loaded" and not _is_set("UHD_OPS_DISABLE_NATIVE"):
         raise pytest.UsageError(
             f"the native CPU library is not loaded ({_native.status['cpu']}): run `make build`, or "
             "set UHD_OPS_DISABLE_NATIVE=1 to test the reference implementation"
         )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what .ci/machines.sh runs again as on other machines."""
+    if compares_bits(item):
+        item.add_marker("bits")
 
 
 def pytest_report_header() -> str:
@@ -66,7 +80,7 @@ def isolated():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # small tensors, and as many workers as cores
+    torch.set_num_threads(_THREADS)
     yield
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)

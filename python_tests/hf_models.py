@@ -15,6 +15,7 @@ SIZE = {
     "image_size": 28,  # a 7 x 7 grid
     "patch_size": 4,
 }
+ROUNDINGS = 12 * 512  # products of at most 4 * 48 terms, a dozen in a row
 
 
 @dataclasses.dataclass(frozen=True)

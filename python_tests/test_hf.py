@@ -8,12 +8,10 @@ import pickle
 import pytest
 import torch
 from families.case import assert_close
-from hf_models import CASES, random_images
+from hf_models import CASES, ROUNDINGS, random_images
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
 from uhd_ops.nn import EarlyCompressor
-
-ROUNDINGS = 12 * 512  # products of at most 4 * 48 terms, a dozen in a row
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """save_pretrained and from_pretrained keep the compressor."""
 
+import copy
 import json
 import logging
 
 import pytest
 import torch
 import transformers
-from hf_models import BACKBONES, CASES, CLIP, SIZE, random_images
+from families.case import assert_close
+from hf_models import BACKBONES, CASES, CLIP, ROUNDINGS, SIZE, random_images
 from safetensors.torch import load_file, save_file
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
@@ -34,6 +36,13 @@ def assert_same(actual, expected):
         assert torch.equal(value, expected.state_dict()[name]), name
 
 
+@torch.no_grad()
+def last_state(model):
+    # A loaded weight lies wherever the file has it, and products may round by alignment.
+    torch.manual_seed(1)
+    return copy.deepcopy(model).double()(random_images())[-1][0]
+
+
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["defaults", "options"])
 @pytest.mark.parametrize("case", ALL.values(), ids=ALL)
 def test_round_trip(case, options, tmp_path):
@@ -44,9 +53,7 @@ def test_round_trip(case, options, tmp_path):
     assert_same(loaded, model)
     vits = case.vit(loaded), case.vit(model)
     assert vits[0].early_compressor == vits[1].early_compressor
-    images = random_images(dtype=torch.float32)
-    with torch.no_grad():
-        assert torch.equal(loaded(images)[-1][0], model(images)[-1][0])
+    assert_close(last_state(loaded), last_state(model), ROUNDINGS)
     assert_same(type(model).from_pretrained(tmp_path), model)  # the class itself knows it, too
     remove_early_compressor(loaded).save_pretrained(tmp_path / "removed")
     assert_same(case.cls.from_pretrained(tmp_path / "removed"), loaded)
