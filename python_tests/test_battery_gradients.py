@@ -61,7 +61,8 @@ def test_only_the_wanted_gradients(name):
         out = run(public(name), alone)
         assert out.requires_grad
         out.backward(random_like(out))
-        assert_same_bits(tensors[key].grad, wanted[key], f"gradient of argument {key!r} alone")
+        what = f"gradient of argument {key!r} alone"
+        assert_same(name, "strides", call, tensors[key].grad, wanted[key], what)
         assert all(tensor.grad is None for k, tensor in tensors.items() if k != key)
 
 
@@ -86,7 +87,7 @@ def test_expanded_gradient(name, options):
     _, exact = gradients(expected(name), exact_call, torch.ones_like(exact_out))
     _, grads = gradients(public(name), call, torch.ones(()).expand(exact_out.shape))
     _, wanted = gradients(public(name), call, torch.ones(exact_out.shape))
-    assert_same_bits(grads, wanted, "gradient")
+    assert_same(name, "strides", call, grads, wanted, "gradient")
     for key, grad in grads.items():
         assert_close(SPECS[name], call, grad, exact[key], f"gradient of argument {key!r}")
 
@@ -125,7 +126,8 @@ def test_create_graph_without_a_second_backward(name):
     out = function(*tensors)
     grads = torch.autograd.grad(out, tensors, random_like(out), create_graph=True)
     for grad, key in zip(grads, call.differentiable, strict=True):
-        assert_same_bits(grad.detach(), wanted[key], f"gradient of argument {key!r}")
+        what = f"gradient of argument {key!r}"
+        assert_same(name, "strides", call, grad.detach(), wanted[key], what)
 
 
 def _forward_mode(function, tensors):
@@ -169,11 +171,12 @@ def test_vmap(name):
     out = torch.vmap(function)(*stacked)
     results = [gradients(public(name), call) for call in calls]
     for i, (wanted, _) in enumerate(results):
-        assert_same_bits(out[i], wanted, f"result {i}")
+        assert_same(name, "batch_invariance", calls[i], out[i], wanted, f"result {i}")
     grads = torch.autograd.grad(out, stacked, random_like(results[0][0]).expand(out.shape))
     for grad, key in zip(grads, calls[0].differentiable, strict=True):
-        wanted = torch.stack([grads_of_one[key] for _, grads_of_one in results])
-        assert_same_bits(grad, wanted, f"gradient of argument {key!r}")
+        for i, (_, wanted) in enumerate(results):
+            what = f"result {i}: gradient of argument {key!r}"
+            assert_same(name, "batch_invariance", calls[i], grad[i], wanted[key], what)
 
 
 def test_forward_mode_elsewhere_does_not_matter():

@@ -92,9 +92,9 @@ class OpSpec:
         autocast: Under autocast, "cast": the operator runs on tensors cast to the autocast dtype;
             "ignore": it does what it does without autocast; "mixed": only some of it is cast.
         exempt: Checks of the generic tests that do not hold, each with the reason.
-            "batch_invariance" and "threads": the same up to the tolerance instead of bit for bit.
+            "batch_invariance", "threads" and "strides": the same up to the tolerance instead of bit
+            for bit in another batch, by another number of threads, in another memory layout.
             "memory": temporaries may be larger than the input.
-            "strides": gradients for other strides, the same up to the tolerance.
             "one_token": gradients that cancel are compared on the scale of the inputs, about 1.
             "non_finite": NaN and infinities are not where the definition has them.
             "second_derivative": refused with another error than ours.
