@@ -2,6 +2,7 @@
 """Every family stays the model that it was: training, copying, compiling, pruning, removal."""
 
 import copy
+import functools
 import inspect
 import pickle
 
@@ -10,6 +11,7 @@ import torch
 from families import all_cases
 from test_families import LAYER, VARIANTS, features_of, first
 from timm.optim import param_groups_layer_decay
+from torch.utils._pytree import tree_leaves, tree_map
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
 
@@ -164,6 +166,48 @@ def test_gradient_checkpointing(name):
         out.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@NAMES
+@torch.no_grad()
+def test_signatures_stay_and_later_keywords_pass_through(name, monkeypatch):
+    """A version of the library that adds a keyword to a method needs no change here."""
+    case = CASES[name]
+    model, seen = case.make(**first(case)), []
+    cls = type(model)
+    names = [n for n in ("forward_features", "forward_intermediates") if hasattr(cls, n)]
+    for method in names:
+        owner = next(c for c in cls.__mro__ if method in vars(c))
+        monkeypatch.setattr(owner, method, with_keyword(getattr(owner, method), seen))
+    # A class that no earlier test has compressed: the methods are adapted once for each class.
+    model.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+    signatures = {n: inspect.signature(getattr(model, n)) for n in names}
+    insert_early_compressor(model, LAYER)
+    x = case.images(model, 2, torch.float32)
+    for method, signature in signatures.items():
+        assert inspect.signature(getattr(model, method)) == signature
+        expected = getattr(model, method)(x)
+        seen.clear()
+        actual = getattr(model, method)(x, later="new")
+        assert seen == ["new"]
+        assert all(tree_leaves(tree_map(torch.equal, actual, expected)))
+
+
+def with_keyword(method, seen):
+    """``method`` as a later version might have it, with one more keyword."""
+
+    @functools.wraps(method)
+    def newer(self, *args, later="old", **kwargs):
+        seen.append(later)
+        return method(self, *args, **kwargs)
+
+    signature = inspect.signature(method)
+    *parameters, last = signature.parameters.values()
+    added = inspect.Parameter("later", inspect.Parameter.KEYWORD_ONLY, default="old")
+    variadic = last.kind is inspect.Parameter.VAR_KEYWORD
+    parameters += [added, last] if variadic else [last, added]
+    newer.__signature__ = signature.replace(parameters=parameters)
+    return newer
 
 
 @NAMES

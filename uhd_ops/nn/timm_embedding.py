@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from uhd_ops import _checks
-from uhd_ops._reclass import body_class
+from uhd_ops._reclass import body_class, is_mixed
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.block_spec import read_block
 
@@ -27,7 +27,7 @@ def check_host(vit: nn.Module) -> None:
         raise NotImplementedError(f"vit must be timm's VisionTransformer, got {type(vit).__name__}")
     known = (timm.VisionTransformer, VisionTransformerDistilled)
     for cls in type(vit).__mro__:
-        ours = cls.__module__.startswith("uhd_ops.")
+        ours = is_mixed(cls)
         replaced = {"forward_features", "_pos_embed"} & vars(cls).keys()
         if replaced and not ours and cls not in known:
             raise NotImplementedError(

@@ -8,7 +8,7 @@ has its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -106,11 +106,11 @@ RUNNING: ContextVar[RunningForward | None] = ContextVar("the running forward pas
 RUNNING_OF_TOKENS = WeakTensorKeyDictionary()
 
 
-def run_with(layout: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_with(layout: Any, method: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call ``method`` while blocks can find ``layout``; not for tracing."""
     token = RUNNING.set(RunningForward(layout))
     try:
-        return method(*args, **kwargs)
+        return method(**arguments)
     finally:
         RUNNING.reset(token)
 

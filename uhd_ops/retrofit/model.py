@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from uhd_ops._reclass import Mixed
+from uhd_ops._reclass import Mixed, is_mixed
 from uhd_ops.nn.block_spec import BlockSpec, read_block
 from uhd_ops.nn.positions import Frequencies
 from uhd_ops.retrofit.blocks import (
@@ -22,6 +23,7 @@ from uhd_ops.retrofit.blocks import (
 )
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout, run_with
+from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
 
 
 class Compressed(Mixed):
@@ -29,10 +31,49 @@ class Compressed(Mixed):
 
     Attributes:
         early_compressor: The options of the insertion.
+        adapted: Methods of the model's class that are called differently, and what calls each:
+            ``caller(self, layout, method, arguments)``. The arguments are by name, with the
+            defaults of the class, whose signature stays: what a later version of a library adds
+            passes through.
+        takes_padded: Whether the model takes padded batches of patches as well as images.
     """
 
     prefix = "Compressed"
     early_compressor: Config
+    adapted: ClassVar[Mapping[str, str]] = {}
+    takes_padded: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if is_mixed(cls):
+            for name, caller in cls.adapted.items():
+                if hasattr(cls.body_class, name):
+                    method = getattr(cls.body_class, name)
+                    setattr(cls, name, cls._adapt(method, getattr(cls, caller)))
+
+    @classmethod
+    def _adapt(cls, method: Callable[..., Any], caller: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``method`` as ``caller`` calls it."""
+        _, *parameters = inspect.signature(method).parameters.values()
+        signature = inspect.Signature(parameters)
+        others = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+
+        @functools.wraps(method)
+        def adapted(self: Compressed, *args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
+            for name in others:
+                arguments.update(arguments.pop(name))
+            refuse_masks(arguments)
+            layout = self._layout(**arguments)
+            return caller(self, layout, functools.partial(method, self), arguments)
+
+        return eager_if_padded(adapted) if cls.takes_padded else adapted
+
+    def _layout(self, **arguments: Any) -> Any:
+        """Return the layout of the tokens in front of the compressor, by a call's arguments."""
+        raise NotImplementedError
 
     def _remember(self, config: Config) -> None:
         """Note what was inserted."""
@@ -44,22 +85,45 @@ class Compressed(Mixed):
 
 
 class CompressedModel(Compressed):
-    """What all models with a compressor share; a family's mixin adds the methods to replace."""
+    """What all models with a compressor share; the mixin of a family adds ``_layout``."""
 
     blocks_name = "blocks"
+    adapted: ClassVar[Mapping[str, str]] = {
+        "forward_features": "_run",
+        "forward_intermediates": "_intermediates",
+    }
 
-    def _run(self, layout: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, layout: Any, method: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         """Call ``method`` while the blocks know the layout of the tokens."""
         if not torch.compiler.is_compiling():
-            return run_with(layout, method, *args, **kwargs)
+            return run_with(layout, method, arguments)
         blocks = self._changed_blocks()
         for block in blocks:
             block.layout_while_tracing = layout
         try:
-            return method(*args, **kwargs)
+            return method(**arguments)
         finally:
             for block in blocks:
                 block.layout_while_tracing = None
+
+    def _intermediates(
+        self, layout: Any, method: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        """Call timm's ``forward_intermediates``; each map gets the grid that it has.
+
+        The original would give every intermediate the fine grid: a quarter of the channels each,
+        without an error.
+        """
+        if arguments["output_fmt"] != "NCHW":
+            return self._run(layout, method, arguments)
+        result = self._run(layout, method, arguments | {"output_fmt": "NLC"})
+        to_map = functools.partial(self._to_map, layout)
+        if isinstance(result, dict):
+            result["image_intermediates"] = [to_map(y) for y in result["image_intermediates"]]
+            return result
+        if isinstance(result, list):  # intermediates_only
+            return [to_map(y) for y in result]
+        return result[0], [to_map(y) for y in result[1]]
 
     def _changed_blocks(self) -> list[LayoutAware]:
         """Find the changed blocks; they are gone where pruning cut off the blocks from there on."""
@@ -81,36 +145,6 @@ class CompressedModel(Compressed):
                 sides.append(sides[-1] * block.compressor.window)
         return sides
 
-    def _intermediates(
-        self,
-        layout: TokenLayout,
-        method: Callable[..., Any],
-        x: torch.Tensor,
-        *,
-        output_fmt: str,
-        intermediates_only: bool,
-        output_dict: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Call timm's ``forward_intermediates``; each map gets the grid that it has.
-
-        The original would give every intermediate the fine grid: a quarter of the channels each,
-        without an error.
-        """
-        options["intermediates_only"] = intermediates_only
-        if output_dict:
-            options["output_dict"] = True
-        if output_fmt != "NCHW":
-            return self._run(layout, method, x, output_fmt=output_fmt, **options)
-        result = self._run(layout, method, x, output_fmt="NLC", **options)
-        to_map = functools.partial(self._to_map, layout)
-        if output_dict:
-            result["image_intermediates"] = [to_map(y) for y in result["image_intermediates"]]
-            return result
-        if intermediates_only:
-            return [to_map(y) for y in result]
-        return result[0], [to_map(y) for y in result[1]]
-
     def _to_map(self, layout: TokenLayout, y: Any) -> Any:
         """``(B, L, C)`` to ``(B, C, h, w)`` on the fine or the merged grid, whichever has L."""
         if isinstance(y, tuple):  # with prefix tokens
@@ -126,6 +160,26 @@ class CompressedModel(Compressed):
     def extra_repr(self) -> str:
         """Show what was inserted."""
         return f"early_compressor={self.early_compressor}"
+
+
+class CompressedPaddedModel(CompressedModel):
+    """A model that takes padded batches of patches as well as images."""
+
+    takes_padded = True
+
+    def _intermediates(
+        self, layout: Any, method: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        """Likewise; a dictionary returned for a padded batch has ``merged_patch_valid``.
+
+        That is the validity of the tokens from the compressed block on, and of ``image_features``;
+        ``patch_valid`` is that in front of it.
+        """
+        refuse_maps(layout, arguments["output_fmt"])
+        result = super()._intermediates(layout, method, arguments)
+        if isinstance(result, dict) and isinstance(layout, PaddedLayout):
+            result["merged_patch_valid"] = self._behind(layout).valid
+        return result
 
 
 class CompressedWrapper(Compressed):
@@ -174,13 +228,16 @@ def require_methods(vit: nn.Module, cls: type, methods: tuple[str, ...]) -> None
             )
 
 
-def refuse_masks(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
-    """Refuse masks: they are made for the fine sequence."""
-    if attn_mask is not None or is_causal:
-        argument = "attn_mask must be None" if attn_mask is not None else "is_causal must be False"
-        raise NotImplementedError(
-            f"{argument} in a model with a compressor, which changes the number of tokens"
-        )
+def refuse_masks(arguments: Mapping[str, Any]) -> None:
+    """Refuse masks among the arguments of a call: they are made for the fine sequence."""
+    for name in ("attn_mask", "attention_mask", "is_causal"):
+        value = arguments.get(name)
+        if value is not None and value is not False:
+            allowed = False if name == "is_causal" else None
+            raise NotImplementedError(
+                f"{name} must be {allowed} in a model with a compressor, which changes the number "
+                "of tokens"
+            )
 
 
 def refuse_patch_dropout(vit: nn.Module) -> None:

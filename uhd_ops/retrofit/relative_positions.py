@@ -103,32 +103,5 @@ def require_blocks(
 class RelativePositionsModel(CompressedModel):
     """A model of one image size, whose blocks add relative positions to their scores."""
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """As in the model's class; the patch tokens returned are the merged ones."""
-        return self._run(self._layout(x), super().forward_features, x)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """As in the model's class; maps from the compressed block on have the merged grid."""
-        return self._intermediates(
-            self._layout(x),
-            super().forward_intermediates,
-            x,
-            indices=indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-        )
-
-    def _layout(self, x: torch.Tensor) -> TokenLayout:
+    def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
         return image_layout(self, x, self.num_prefix_tokens)

@@ -9,11 +9,14 @@ architecture and which modules no device map may split.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.utils.generic import can_return_tuple
 
 from uhd_ops._reclass import is_mixed
 from uhd_ops.retrofit import checks, insert_early_compressor, takes_compressor
@@ -56,18 +59,16 @@ class CompressedHfModel(BuiltFromConfig, CompressedModel):
         super()._forget()
         del self.config.early_compressor
 
-    def _image_layout(
-        self, pixel_values: torch.Tensor, patch_embedding: nn.Conv2d, options: dict[str, Any]
-    ) -> TokenLayout:
-        """The layout of images of one size; ``options`` are the keyword arguments of the call."""
-        if options.get("attention_mask") is not None or options.get("is_causal"):
-            raise NotImplementedError(
-                "attention_mask must be None and is_causal False in a model with a compressor, "
-                "which changes the number of tokens"
-            )
+    adapted: ClassVar[Mapping[str, str]] = {"forward": "_run"}
+
+    def _layout(self, pixel_values: torch.Tensor, **options: Any) -> TokenLayout:
         height, width = pixel_values.shape[-2:]
-        rows, columns = patch_embedding.stride
+        rows, columns = self._patch_embedding().stride
         return TokenLayout(height // rows, width // columns, self._num_prefix_tokens())
+
+    def _patch_embedding(self) -> nn.Conv2d:
+        """The convolution that makes the patches."""
+        return self.embeddings.patch_embeddings.projection
 
     def _num_prefix_tokens(self) -> int:
         """Tokens in front of the patches: the class token and the registers."""
@@ -86,11 +87,17 @@ class CompressedBackbone(CompressedHfModel):
 
     maps_have_prefix = True
 
-    def _feature_maps(self, layout: TokenLayout, *args: Any, **kwargs: Any) -> Any:
+    adapted: ClassVar[Mapping[str, str]] = {"forward": "_feature_maps"}
+
+    @classmethod
+    def _adapt(cls, method: Callable[..., Any], caller: Callable[..., Any]) -> Callable[..., Any]:
+        return can_return_tuple(super()._adapt(method, caller))
+
+    def _feature_maps(self, layout: TokenLayout, method: Any, arguments: dict[str, Any]) -> Any:
         """Call the original ``forward`` for sequences, and make maps of them."""
         stand_in = StandIn(self, config=StandIn(self.config, reshape_hidden_states=False))
-        forward = self.body_class.forward
-        output = self._run(layout, forward, stand_in, *args, return_dict=True, **kwargs)
+        forward = functools.partial(self.body_class.forward, stand_in)
+        output = self._run(layout, forward, arguments | {"return_dict": True})
         if self.config.reshape_hidden_states:
             start = layout.prefix if self.maps_have_prefix else 0
             maps = output.feature_maps

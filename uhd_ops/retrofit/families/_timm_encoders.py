@@ -8,7 +8,8 @@ mixin asks for the blocks' outputs as sequences and gives them the grid that the
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from timm.models._features import feature_take_indices
@@ -21,43 +22,38 @@ from uhd_ops.retrofit.rope import frequencies_of, require_rope
 
 
 class CompressedEncoder(CompressedModel):
-    """The methods that a compressed encoder replaces."""
+    """An encoder with a compressor."""
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """As in the model's class; the tokens returned, ``(B, h, w, C)``, are the merged ones."""
-        return self.forward_intermediates(x, 1, output_fmt="NLC")[0]
+    adapted: ClassVar[Mapping[str, str]] = {
+        "forward_features": "_features",
+        "forward_intermediates": "_intermediates",
+    }
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Any:
-        """As in the model's class; maps from the compressed block on have the merged grid."""
-        depth, layout = len(self.blocks), self._layout(x)
-        taken, last = feature_take_indices(depth, indices)
-        last = last if stop_early else depth - 1
-        sequences = self._run(
-            layout,
-            super().forward_intermediates,
-            x,
-            indices=sorted({*taken, last}),
-            stop_early=stop_early,
-            output_fmt="NLC" if output_fmt == "NCHW" else output_fmt,
-            intermediates_only=True,
-        )
+    def _features(self, layout: TokenLayout, method: Any, arguments: dict[str, Any]) -> Any:
+        """Call ``forward_features``; what it returns, ``(B, h, w, C)``, are the merged tokens."""
+        return self.forward_intermediates(**arguments, indices=1, output_fmt="NLC")[0]
+
+    def _intermediates(self, layout: TokenLayout, method: Any, arguments: dict[str, Any]) -> Any:
+        """Call ``forward_intermediates``; maps from the compressed block on have their grid."""
+        asked, depth = arguments, len(self.blocks)
+        taken, last = feature_take_indices(depth, asked["indices"])
+        last = last if asked["stop_early"] else depth - 1
+        reshape, as_dict = asked["output_fmt"] == "NCHW", asked.get("output_dict", False)
+        changed = {
+            "indices": sorted({*taken, last}),
+            "norm": False,
+            "output_fmt": "NLC" if reshape else asked["output_fmt"],
+            "intermediates_only": True,
+            "output_dict": False,
+        }
+        sequences = self._run(layout, method, asked | changed)
         maps = sequences if last in taken else sequences[:-1]
-        maps = [self._final_norm(y) for y in maps] if norm else maps
-        maps = [self._to_map(layout, y) for y in maps] if output_fmt == "NCHW" else maps
-        if intermediates_only:
-            return {"image_intermediates": maps} if output_dict else maps
+        maps = [self._final_norm(y) for y in maps] if asked["norm"] else maps
+        maps = [self._to_map(layout, y) for y in maps] if reshape else maps
+        if asked["intermediates_only"]:
+            return {"image_intermediates": maps} if as_dict else maps
         features = self._to_grid(layout, self._final_norm(sequences[-1]))
-        if output_dict:
+        if as_dict:
             return {"image_features": features, "image_intermediates": maps}
         return features, maps
 
@@ -65,7 +61,7 @@ class CompressedEncoder(CompressedModel):
         """Apply the norm behind the last block, which Qwen3's encoder does not have."""
         return getattr(self, "norm", nn.Identity())(x)
 
-    def _layout(self, x: torch.Tensor) -> TokenLayout:
+    def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
         return image_layout(self, x, 0, frequencies_of(self.rope))
 
 

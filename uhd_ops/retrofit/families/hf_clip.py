@@ -7,9 +7,6 @@ So are models that put a head on one of them: ``CLIPVisionModelWithProjection``,
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
 
 from uhd_ops._reclass import body_class
@@ -48,17 +45,12 @@ def read(block: nn.Module) -> BlockSpec:
 
 
 class CompressedClipVisionModel(CompressedHfModel):
-    """The method that a compressed model replaces."""
+    """A vision model with a compressor."""
 
     blocks_name = "encoder.layers"
 
-    def forward(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
-    ) -> Any:
-        """As in the model's class; tokens and hidden states behind the layer are merged ones."""
-        layout = self._image_layout(pixel_values, self.embeddings.patch_embedding, kwargs)
-        forward = super().forward
-        return self._run(layout, forward, pixel_values, interpolate_pos_encoding, **kwargs)
+    def _patch_embedding(self) -> nn.Conv2d:
+        return self.embeddings.patch_embedding
 
     def _num_prefix_tokens(self) -> int:
         return self.embeddings.num_positions - self.embeddings.num_patches

@@ -6,11 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
-from transformers.utils.generic import can_return_tuple
 
 from uhd_ops._reclass import body_class
 from uhd_ops.nn.block_spec import BlockSpec
@@ -67,22 +63,9 @@ def read(block: nn.Module) -> BlockSpec:
 
 
 class CompressedDinov2Model(CompressedHfModel):
-    """The method that a compressed model replaces."""
+    """A model with a compressor."""
 
     blocks_name = "encoder.layer"
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As in the model's class; tokens and hidden states behind the layer are merged ones."""
-        embedding = self.embeddings.patch_embeddings.projection
-        kwargs["attention_mask"] = attention_mask
-        layout = self._image_layout(pixel_values, embedding, kwargs)
-        return self._run(layout, super().forward, pixel_values, bool_masked_pos, **kwargs)
 
 
 def transformer(vit: nn.Module) -> nn.Module:
@@ -96,22 +79,9 @@ def check(vit: nn.Module, config: Config) -> None:
 
 
 class CompressedDinov2Backbone(CompressedBackbone):
-    """The method that a compressed backbone replaces."""
+    """A backbone with a compressor."""
 
     blocks_name = "encoder.layer"
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As in the model's class; maps of stages behind the layer have the merged grid."""
-        embedding = self.embeddings.patch_embeddings.projection
-        kwargs["attention_mask"] = attention_mask
-        layout = self._image_layout(pixel_values, embedding, kwargs)
-        return self._feature_maps(layout, pixel_values, **kwargs)
 
 
 FAMILY = Family(

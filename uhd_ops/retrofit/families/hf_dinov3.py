@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.generic import can_return_tuple
 
 from uhd_ops.nn.positions import Frequencies, Rotary
 from uhd_ops.retrofit.config import Config
@@ -29,27 +28,16 @@ Table = tuple[torch.Tensor, torch.Tensor]  # cosines, then sines
 
 
 class CompressedDinov3(CompressedHfModel):
-    """What model and backbone have in common."""
+    """A model with a compressor."""
 
     blocks_name = "model.layer"
 
-    def _layout(self, pixel_values: torch.Tensor, options: dict[str, Any]) -> TokenLayout:
-        layout = self._image_layout(pixel_values, self.embeddings.patch_embeddings, options)
+    def _layout(self, pixel_values: torch.Tensor, **options: Any) -> TokenLayout:
+        layout = super()._layout(pixel_values, **options)
         return layout._replace(frequencies=frequencies_of(self.rope_embeddings.inv_freq))
 
-
-class CompressedDinov3Model(CompressedDinov3):
-    """The method that a compressed model replaces."""
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As in the model's class; tokens and hidden states behind the layer are merged ones."""
-        layout = self._layout(pixel_values, kwargs)
-        return self._run(layout, super().forward, pixel_values, bool_masked_pos, **kwargs)
+    def _patch_embedding(self) -> nn.Conv2d:
+        return self.embeddings.patch_embeddings
 
 
 class CompressedDinov3Layer(CompressedLayer):
@@ -103,15 +91,10 @@ def check(vit: nn.Module, config: Config) -> None:
 
 
 class CompressedDinov3Backbone(CompressedDinov3, CompressedBackbone):
-    """The method that a compressed backbone replaces."""
+    """A backbone with a compressor."""
 
     maps_have_prefix = False
 
-    @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        """As in the model's class; maps of stages behind the layer have the merged grid."""
-        return self._feature_maps(self._layout(pixel_values, kwargs), pixel_values, **kwargs)
 
-
-FAMILY = Family(CompressedDinov3Model, CompressedDinov3Layer, CoarseDinov3Layer, check)
+FAMILY = Family(CompressedDinov3, CompressedDinov3Layer, CoarseDinov3Layer, check)
 BACKBONE = Family(CompressedDinov3Backbone, CompressedDinov3Layer, CoarseDinov3Layer, check)

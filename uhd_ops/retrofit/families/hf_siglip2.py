@@ -27,23 +27,18 @@ from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 
 class CompressedSiglip2VisionModel(CompressedHfModel):
-    """The method that a compressed model replaces."""
+    """A vision model with a compressor."""
 
     blocks_name = "encoder.layers"
 
-    def forward(
+    def _layout(
         self,
         pixel_values: torch.Tensor,
         pixel_attention_mask: torch.Tensor | None,
         spatial_shapes: torch.Tensor,
-        **kwargs: Any,
-    ) -> Any:
-        """As in the model's class; tokens and hidden states behind the layer are merged ones."""
-        layout = layout_of(pixel_values, pixel_attention_mask, spatial_shapes, self._windows()[-1])
-        forward = super().forward
-        return self._run(
-            layout, forward, pixel_values, pixel_attention_mask, spatial_shapes, **kwargs
-        )
+        **options: Any,
+    ) -> PaddedLayout:
+        return layout_of(pixel_values, pixel_attention_mask, spatial_shapes, self._windows()[-1])
 
 
 class CoarseSiglip2Layer(CoarseLayer):

@@ -22,7 +22,6 @@ from uhd_ops.retrofit.model import (
     CompressedModel,
     Family,
     image_layout,
-    refuse_masks,
     require_methods,
 )
 from uhd_ops.retrofit.rope import (
@@ -89,42 +88,9 @@ _METHODS = ("forward", "forward_features", "forward_intermediates", "_pos_embed"
 
 
 class CompressedEva(CompressedModel):
-    """The methods that a compressed Eva replaces."""
+    """An Eva with a compressor."""
 
-    def forward_features(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
-        """As in the model's class; the patch tokens returned are the merged ones."""
-        refuse_masks(attn_mask, is_causal)
-        return self._run(self._layout(x), super().forward_features, x)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """As in the model's class; maps from the compressed block on have the merged grid."""
-        refuse_masks(attn_mask, is_causal)
-        return self._intermediates(
-            self._layout(x),
-            super().forward_intermediates,
-            x,
-            indices=indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-        )
-
-    def _layout(self, x: torch.Tensor) -> TokenLayout:
+    def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
         return image_layout(self, x, self.num_prefix_tokens, frequencies_of(self.rope))
 
 

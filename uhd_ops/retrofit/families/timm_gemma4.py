@@ -8,7 +8,9 @@ the encoder and once more in one of the classifier. torch.compile leaves such a 
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from timm.models import gemma4_vit
@@ -24,13 +26,13 @@ from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
-    CompressedModel,
+    CompressedPaddedModel,
     CompressedWrapper,
     Family,
     encoder_or_self,
     require_methods,
 )
-from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
+from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 _LIMITS = ("input_min", "input_max", "output_min", "output_max")
 
@@ -157,31 +159,16 @@ class CoarseGemma4Block(CoarseBlock):
         return super().forward(x, rope_cos, rope_sin, attn_mask)
 
 
-class CompressedGemma4VitEncoder(CompressedModel):
-    """The methods that a compressed encoder replaces."""
+class CompressedGemma4VitEncoder(CompressedPaddedModel):
+    """An encoder with a compressor."""
 
-    @eager_if_padded
-    def forward_features(
-        self,
-        x: Images,
-        patch_coord: torch.Tensor | None = None,
-        patch_valid: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As in the model's class; the tokens returned are the merged ones."""
-        layout = self._layout(x, patch_coord, patch_valid)
-        return self._run(layout, super().forward_features, x, patch_coord, patch_valid)
+    adapted: ClassVar[Mapping[str, str]] = CompressedPaddedModel.adapted | {"forward": "_forward"}
 
-    @eager_if_padded
-    def forward(
-        self,
-        x: Images,
-        patch_coord: torch.Tensor | None = None,
-        patch_valid: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As in the model's class; what is pooled are the merged tokens, by their own grid."""
-        layout = self._layout(x, patch_coord, patch_valid)
+    def _forward(self, layout: Layout, method: Any, arguments: dict[str, Any]) -> torch.Tensor:
+        """Do what ``forward`` does; what is pooled are the merged tokens, by their own grid."""
         self._check_pooler(layout)
-        tokens = self._run(layout, super().forward_features, x, patch_coord, patch_valid)
+        features = functools.partial(self.body_class.forward_features, self)
+        tokens = self._run(layout, features, arguments)
         layout = self._behind(layout)
         if self.global_pool == "soft":
             return self._pool(tokens, layout)
@@ -192,46 +179,12 @@ class CompressedGemma4VitEncoder(CompressedModel):
         kept = tokens.masked_fill(~layout.valid[..., None], 0.0)
         return kept.sum(1) / layout.valid.sum(1, keepdim=True).clamp(min=1)
 
-    @eager_if_padded
-    def forward_intermediates(
-        self,
-        x: Images,
-        patch_coord: torch.Tensor | None = None,
-        patch_valid: torch.Tensor | None = None,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Any:
-        """As in the model's class; maps from the compressed block on have the merged grid.
-
-        A dictionary returned has ``merged_patch_valid``, the validity of those from the compressed
-        block on and of ``image_features``, beside ``patch_valid``.
-        """
-        layout = self._layout(x, patch_coord, patch_valid)
-        refuse_maps(layout, output_fmt)
-        result = self._intermediates(
-            layout,
-            super().forward_intermediates,
-            x,
-            patch_coord=patch_coord,
-            patch_valid=patch_valid,
-            indices=indices,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-        )
-        if output_dict:
-            merged, valid = layout.merged(self._windows()[-1]), result["patch_valid"]
-            result["merged_patch_valid"] = (
-                merged.valid
-                if isinstance(merged, PaddedLayout)
-                else valid.new_ones((valid.shape[0], merged.height * merged.width))
-            )
+    def _intermediates(self, layout: Layout, method: Any, arguments: dict[str, Any]) -> Any:
+        result = super()._intermediates(layout, method, arguments)
+        if isinstance(result, dict) and isinstance(layout, TokenLayout):
+            merged, valid = self._behind(layout), result["patch_valid"]
+            places = valid.shape[0], merged.height * merged.width
+            result["merged_patch_valid"] = valid.new_ones(places)
         return result
 
     def set_clamp_enabled(self, enabled: bool = True) -> None:
@@ -242,9 +195,12 @@ class CompressedGemma4VitEncoder(CompressedModel):
                 module.enabled = enabled
 
     def _layout(
-        self, x: Images, patch_coord: torch.Tensor | None, patch_valid: torch.Tensor | None
+        self,
+        x: Images,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
+        **options: Any,
     ) -> Layout:
-        """Return the layout of the tokens in front of the compressor."""
         if isinstance(x, dict):
             patch_coord = x.get("patch_coord", patch_coord)
             patch_valid = x.get("patch_valid", patch_valid)
@@ -291,17 +247,15 @@ class CompressedGemma4VitEncoder(CompressedModel):
 class CompressedGemma4VitClassifier(CompressedWrapper):
     """The classifier, whose head pools the tokens that the encoder returns."""
 
-    @eager_if_padded
-    def forward(
-        self,
-        x: Images,
-        patch_coord: torch.Tensor | None = None,
-        patch_valid: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As in the model's class."""
+    adapted: ClassVar[Mapping[str, str]] = {"forward": "_forward"}
+    takes_padded = True
+
+    def _layout(self, **arguments: Any) -> Layout:
         # In front of the encoder: what is read from a device waits for all that is queued there.
-        layout = self.encoder._behind(self.encoder._layout(x, patch_coord, patch_valid))
-        features = self.forward_features(x, patch_coord, patch_valid)
+        return self.encoder._behind(self.encoder._layout(**arguments))
+
+    def _forward(self, layout: Layout, method: Any, arguments: dict[str, Any]) -> torch.Tensor:
+        features = self.forward_features(**arguments)
         return self.forward_head(features, patch_valid=getattr(layout, "valid", None))
 
 

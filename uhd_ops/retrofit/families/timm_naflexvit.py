@@ -9,7 +9,8 @@ that, once in a forward pass. torch.compile leaves such a pass to eager mode.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
@@ -18,8 +19,8 @@ from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.blocks import CoarseBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import CompressedModel, Family, refuse_masks, require_methods
-from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
+from uhd_ops.retrofit.model import CompressedPaddedModel, Family, refuse_masks, require_methods
+from uhd_ops.retrofit.padded_layout import PaddedLayout
 from uhd_ops.retrofit.rope import (
     CompressedRopeBlock,
     frequencies_of,
@@ -38,13 +39,15 @@ _METHODS = (
     "_pool",
 )
 
+Layout = TokenLayout | PaddedLayout
+
 
 class CompressedNaFlexVitBlock(CompressedRopeBlock):
     """Block ``layer`` of a NaFlexVit."""
 
     def _positions(
         self,
-        layout: TokenLayout | PaddedLayout,
+        layout: Layout,
         rope: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
     ) -> Rotary | None:
@@ -79,80 +82,35 @@ class CoarseNaFlexVitBlock(CoarseBlock):
         return super().forward(x, **options)
 
 
-class CompressedNaFlexVit(CompressedModel):
-    """The methods that a compressed NaFlexVit replaces."""
+class CompressedNaFlexVit(CompressedPaddedModel):
+    """A NaFlexVit with a compressor."""
 
-    @eager_if_padded
-    def forward_features(
-        self,
-        patches: torch.Tensor,
-        patch_coord: torch.Tensor | None = None,
-        patch_valid: torch.Tensor | None = None,
-        attn_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor | dict[str, torch.Tensor | None]:
-        """As in the model's class; ``patches`` and ``patch_valid`` returned are the merged ones."""
-        refuse_masks(attn_mask, is_causal=False)
-        layout = self._layout(patches, patch_coord, patch_valid)
-        features = self._run(layout, super().forward_features, patches, patch_coord, patch_valid)
-        if isinstance(layout, TokenLayout):
-            return features
-        behind = self._behind(layout)
-        if patch_valid is not None or not behind.full:
-            features["patch_valid"] = behind.valid
+    adapted: ClassVar[Mapping[str, str]] = CompressedPaddedModel.adapted | {
+        "forward_features": "_features"
+    }
+
+    def _features(self, layout: Layout, method: Any, arguments: dict[str, Any]) -> Any:
+        """Call ``forward_features``; ``patches`` and ``patch_valid`` are the merged ones."""
+        features = self._run(layout, method, arguments)
+        if isinstance(layout, PaddedLayout):
+            behind = self._behind(layout)
+            if arguments["patch_valid"] is not None or not behind.full:
+                features["patch_valid"] = behind.valid
         return features
-
-    @eager_if_padded
-    def forward_intermediates(
-        self,
-        x: torch.Tensor | dict[str, torch.Tensor],
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        patch_coord: torch.Tensor | None = None,
-        patch_valid: torch.Tensor | None = None,
-        attn_mask: torch.Tensor | None = None,
-    ) -> Any:
-        """As in the model's class; maps from the compressed block on have the merged grid.
-
-        For a padded batch, a dictionary returned has ``merged_patch_valid``, the validity of those
-        from the compressed block on and of ``image_features``, beside ``patch_valid``.
-        """
-        images = x
-        if isinstance(x, dict):
-            images, patch_coord = x["patches"], x["patch_coord"]
-            patch_valid = x.get("patch_valid", patch_valid)
-            attn_mask = x.get("attn_mask", attn_mask)
-        refuse_masks(attn_mask, is_causal=False)
-        layout = self._layout(images, patch_coord, patch_valid)
-        refuse_maps(layout, output_fmt)
-        result = self._intermediates(
-            layout,
-            super().forward_intermediates,
-            x,
-            indices=indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-            patch_coord=patch_coord,
-            patch_valid=patch_valid,
-        )
-        if output_dict and isinstance(layout, PaddedLayout):
-            result["merged_patch_valid"] = layout.merged(self._windows()[-1]).valid
-        return result
 
     def _layout(
         self,
-        x: torch.Tensor,
-        patch_coord: torch.Tensor | None,
-        patch_valid: torch.Tensor | None,
-    ) -> TokenLayout | PaddedLayout:
+        x: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        patches: torch.Tensor | None = None,
+        patch_coord: torch.Tensor | None = None,
+        patch_valid: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Layout:
+        images = patches if x is None else x
+        if isinstance(images, dict):
+            refuse_masks(images)
+            patch_coord, patch_valid = images["patch_coord"], images.get("patch_valid", patch_valid)
+            images = images["patches"]
         if self.training and self.patch_drop is not None:
             raise NotImplementedError(
                 "patch dropout leaves no grid to merge windows of: set vit.patch_drop to None, or "
@@ -160,13 +118,13 @@ class CompressedNaFlexVit(CompressedModel):
             )
         prefix, frequencies = self.num_prefix_tokens, frequencies_of(self.rope)
         if patch_coord is not None:
-            return PaddedLayout.of(patch_coord, patch_valid, prefix, x.device, frequencies)
+            return PaddedLayout.of(patch_coord, patch_valid, prefix, images.device, frequencies)
         if patch_valid is not None:
             raise NotImplementedError(
                 "patch_valid must come with patch_coord in a model with a compressor, which needs "
                 "the grids of what is valid"
             )
-        height, width = self.embeds.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        height, width = self.embeds.dynamic_feat_size(images.shape[-2:])
         return TokenLayout(height, width, prefix, frequencies)
 
 

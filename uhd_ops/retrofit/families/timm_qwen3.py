@@ -3,68 +3,53 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch
 from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 from torch import nn
 
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families._timm_encoders import CompressedEncoder, require_encoder
+from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedWrapper, Family, encoder_or_self
 from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
 
 
 class CompressedQwen3Encoder(CompressedEncoder):
-    """The methods that a compressed encoder replaces; its merger takes merged tokens."""
+    """An encoder whose merger takes merged tokens."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As in the model's class, of merged tokens."""
-        self.check_merger(x)
-        return super().forward(x)
+    adapted: ClassVar[Mapping[str, str]] = CompressedEncoder.adapted | {"forward": "_forward"}
 
-    def check_merger(self, x: torch.Tensor) -> None:
+    def _forward(self, layout: TokenLayout, method: Any, arguments: dict[str, Any]) -> Any:
+        self.check_merger(layout)
+        return method(**arguments)
+
+    def check_merger(self, layout: TokenLayout) -> None:
         """Refuse images whose merged tokens the merger cannot merge once more."""
         if self.merger is None:
             return
-        window, factor = self._windows()[-1], self.merger.merge_size
-        layout = self._layout(x)
-        merged = layout.merged(window)
+        factor, merged = self.merger.merge_size, self._behind(layout)
         if merged.height % factor or merged.width % factor:
             raise ValueError(
                 f"x must be images whose merged grid has sides divisible by {factor}, which "
                 f"vit.merger merges once more; got {layout.height} x {layout.width} patches, "
-                f"merged by {window} to {merged.height} x {merged.width}"
+                f"merged by {self._windows()[-1]} to {merged.height} x {merged.width}"
             )
 
 
 class CompressedQwen3Classifier(CompressedWrapper):
-    """The method that a classifier around it replaces."""
+    """A classifier around it."""
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Any:
-        """As in the model's class; maps from the compressed block on have the merged grid."""
-        if not intermediates_only:
-            self.encoder.check_merger(x)
-        return super().forward_intermediates(
-            x,
-            indices=indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-        )
+    adapted: ClassVar[Mapping[str, str]] = {"forward_intermediates": "_intermediates"}
+
+    def _layout(self, **arguments: Any) -> TokenLayout:
+        return self.encoder._layout(**arguments)
+
+    def _intermediates(self, layout: TokenLayout, method: Any, arguments: dict[str, Any]) -> Any:
+        if not arguments["intermediates_only"]:
+            self.encoder.check_merger(layout)
+        return method(**arguments)
 
 
 def check(vit: nn.Module, config: Config) -> None:

@@ -105,17 +105,12 @@ class MapLayout(NamedTuple):
 
 
 class CompressedSam(CompressedModel):
-    """The methods that a compressed VisionTransformerSAM replaces."""
+    """A VisionTransformerSAM with a compressor."""
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """As in the model's class; the map returned is the merged one."""
-        return self._run(self._layout(x), super().forward_features, x)
+    # What leaves the blocks is a map already, of the grid that it has.
+    _intermediates = CompressedModel._run
 
-    def forward_intermediates(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As in the model's class; maps from the compressed block on have the merged grid."""
-        return self._run(self._layout(x), super().forward_intermediates, x, *args, **kwargs)
-
-    def _layout(self, x: torch.Tensor) -> MapLayout:
+    def _layout(self, x: torch.Tensor, **options: Any) -> MapLayout:
         refuse_patch_dropout(self)
         return MapLayout(*self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1])))
 

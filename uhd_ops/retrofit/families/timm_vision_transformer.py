@@ -197,49 +197,14 @@ class CompressedVitBlock(CompressedBlock):
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
         """``(B, P + h*w, C)`` to ``(B, P + ceil(h / window) * ceil(w / window), C)``."""
-        refuse_masks(attn_mask, is_causal)
+        refuse_masks({"attn_mask": attn_mask, "is_causal": is_causal})
         return super().forward(x)
 
 
 class CompressedVisionTransformer(CompressedModel):
-    """The methods that a compressed VisionTransformer replaces."""
+    """A VisionTransformer with a compressor."""
 
-    def forward_features(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
-        """As in the model's class; the patch tokens returned are the merged ones."""
-        refuse_masks(attn_mask, is_causal)
-        return self._run(self._layout(x), super().forward_features, x)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """As in the model's class; maps from the compressed block on have the merged grid."""
-        refuse_masks(attn_mask, is_causal)
-        return self._intermediates(
-            self._layout(x),
-            super().forward_intermediates,
-            x,
-            indices=indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            stop_early=stop_early,
-            output_fmt=output_fmt,
-            intermediates_only=intermediates_only,
-            output_dict=output_dict,
-        )
-
-    def _layout(self, x: torch.Tensor) -> TokenLayout:
+    def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
         return image_layout(self, x, self.num_prefix_tokens)
 
 
