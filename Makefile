@@ -9,31 +9,29 @@ export UHD_OPS_REQUIRE_NATIVE ?= 1
 # The virtual environment's cmake and ninja, also where it was not activated.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help build demo test test-quick bench lint format clean
+.PHONY: help build demo test test-all bench lint format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(INSTALLED): requirements-dev.txt
-	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	@bash .ci/install.sh $(VENV)
 
 build: $(INSTALLED)  ## Build the native libraries in place
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@bash .ci/build.sh $(PYTHON)
 
 demo: build  ## Encode a photograph with and without the compressor
 	bash examples/demo.sh $(PYTHON)
 
-test: lint build  ## Run every test: also sanitized, on emulated CUDA kernels, and on the oldest torch
+test: lint build  ## Check style and run the tests on this build
 	$(PYTHON) -m pytest -n 2
-	bash .ci/sanitize.sh $(PYTHON)
-	bash .ci/emulate.sh $(PYTHON)
-	bash .ci/emulate.sh $(PYTHON) --sanitize
-	bash .ci/compat.sh $(PYTHON)
 
-test-quick: build  ## Run the tests on this build only
-	$(PYTHON) -m pytest -n 2
+test-all: test  ## Then as on other machines, on emulated CUDA kernels, on the oldest torch, sanitized
+	bash .ci/machines.sh $(PYTHON)
+	bash .ci/emulate.sh $(PYTHON)
+	bash .ci/compat.sh $(PYTHON)
+	bash .ci/sanitize.sh $(PYTHON)
+	bash .ci/emulate.sh $(PYTHON) --sanitize
 
 lint: $(INSTALLED)  ## Check style of Python and C++
 	$(PYTHON) -m ruff check .

@@ -127,25 +127,6 @@ def test_disabled_by_the_environment_says_so_without_a_warning():
     assert result.stdout.strip() == str(dict.fromkeys(("cpu", "cuda", "host"), "disabled"))
 
 
-@needs_library
-def test_definitions_pass_the_value_checks_on_their_own():
-    # The same tests again, where every operator runs on its definition.
-    files = [str(path) for path in sorted(TESTS.glob("test_battery_*.py"))]
-    chosen = "equals or form or grids or gradcheck or bad or a_view_alone or written"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    result = subprocess.run(
-        [*command, *files, "-k", chosen, "--timeout=240"],
-        env={**os.environ, "UHD_OPS_DISABLE_NATIVE": "1", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout
-
-
 @pytest.mark.parametrize("variable", ["0", "1"])
 def test_suite_refuses_to_run_without_the_library(tmp_path, variable):
     # A package without libraries, found before the installed one.

@@ -53,7 +53,7 @@ def pixel_unshuffle_mlp(
 
     The normalised window and the mean depend on the window's own tokens only, bit for bit. The two
     layers are torch's matrix products: the same call gives the same bits, but a window may differ
-    in its last bits where the number of windows or threads is another.
+    in its last bits where the number of windows or threads, or the memory layout, is another.
 
     Args:
         x: Packed tokens ``(N, C)``, or ``(B, h*w, C)`` with one ``(h, w)`` grid; C >= 1. float32,

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Run the tests that compare bits as on other machines: torch's products add in another order there, and ours run on
+# other instruction sets and more threads. What `make test` has run is the machine as it is, with one thread.
+# Usage: .ci/machines.sh PYTHON [PYTEST ARGUMENTS]
+set -euo pipefail
+python=$1
+shift
+
+machine() { # NAME=VALUE... -- PYTEST ARGUMENTS
+    local settings=()
+    while [[ $1 != -- ]]; do
+        settings+=("$1")
+        shift
+    done
+    echo "As on another machine: ${settings[*]}"
+    env "${settings[@]}" "$python" -m pytest -q -p no:cacheprovider -n "${UHD_TEST_PROCESSES:-2}" --timeout 600 "${@:2}"
+}
+
+isas=$(cd python_tests && "$python" -c "from battery import ISAS; print(*ISAS)")
+echo "Instruction sets of this processor: $isas"
+isa() { # The one asked for, or the best that there is below it.
+    [[ " $isas " == *" $1 "* ]] && echo "$1" || echo "${isas##* }"
+}
+
+# Products that add in another order for each memory layout, number of rows and number of threads.
+machine UHD_OPS_TEST_PLANTED_PRODUCT=1 -- -m bits "$@"
+machine UHD_OPS_TEST_PLANTED_PRODUCT=1 UHD_OPS_TEST_THREADS=2 UHD_OPS_CPU_ISA="$(isa avx512)" -- -m bits "$@"
+# The libraries' own ways of computing as on another processor.
+machine MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default UHD_OPS_CPU_ISA=scalar UHD_OPS_TEST_THREADS=2 -- -m bits "$@"
+machine MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 UHD_OPS_CPU_ISA="$(isa avx2)" -- -m bits "$@"
+# Every operator on its definition, as where there is no compiler.
+machine UHD_OPS_DISABLE_NATIVE=1 UHD_OPS_TEST_PLANTED_PRODUCT=1 -- python_tests/test_battery_*.py \
+    -k "equals or form or grids or gradcheck or bad or a_view_alone or written" "$@"
