@@ -14,14 +14,10 @@ scaled_dot_product_attention for each window; the tower spends most of its time 
 from __future__ import annotations
 
 import copy
-import sys
 
 import harness
 import pytest
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 from transformers import MiniCPMV4_6VisionConfig
 from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6VisionModel
 
@@ -49,19 +45,28 @@ CASES = [
     ("tower", 10, "bfloat16", 3),
 ]
 
+COLUMNS = {
+    "case": lambda row: row["case"],
+    "views": lambda row: str(row["views"]),
+    "dtype": lambda row: row["dtype"],
+    "original": lambda row: f"{row['rivals_ms']['transformers, sdpa']:.1f} ms",
+    "ours": lambda row: f"{row['ours_ms']:.1f} ms",
+    "ratio": lambda row: f"{row['ratios']['transformers, sdpa']:.2f}x",
+}
+
 ROWS: list[dict] = []
 
 
-def make_tower(layers: int, insert_layer_id: int, dtype: torch.dtype) -> torch.nn.Module:
+def make_tower(layers, insert_layer_id, dtype, device, sizes) -> torch.nn.Module:
     """Return a tower with random weights."""
     config = MiniCPMV4_6VisionConfig(
-        **SIZES, num_hidden_layers=layers, insert_layer_id=insert_layer_id
+        **{**SIZES, **sizes}, num_hidden_layers=layers, insert_layer_id=insert_layer_id
     )
     assert config._attn_implementation in (None, "sdpa")
     with torch.device("meta"):
         tower = MiniCPMV4_6VisionModel(config)
-    tower = tower.to_empty(device="cpu").to(dtype).eval()
-    generator = torch.Generator().manual_seed(0)
+    tower = tower.to(dtype).to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in tower.named_parameters():
             norm = "norm" in name and name.endswith("weight")
@@ -75,19 +80,23 @@ def accelerated_copy(tower: torch.nn.Module) -> torch.nn.Module:
     return accelerate(copy.deepcopy(tower, shared))
 
 
-def providers(part: str, views: int, dtype: torch.dtype):
-    """Return what is run, with ours first, and the number of views as an input."""
-    sizes = torch.tensor([GRID] * views)
-    tokens = views * GRID[0] * GRID[1]
-    generator = torch.Generator().manual_seed(1)
+def providers(part, views, dtype, device="cpu", grid=GRID, sizes=SIZES):
+    """Return what is run, ours first: "merger" or "tower" on so many views of one grid."""
+    target_sizes = torch.tensor([grid] * views, device=device)
+    tokens = views * grid[0] * grid[1]
+
+    def randn(*shape):
+        generator = torch.Generator(device).manual_seed(1)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
     if part == "merger":
-        tower = make_tower(1, 0, dtype)
-        x = torch.randn(1, tokens, SIZES["hidden_size"], generator=generator).to(dtype)
-        return [lambda t=t: t.vit_merger(x, sizes) for t in (accelerated_copy(tower), tower)]
-    tower = make_tower(LAYERS, MERGED_AFTER, dtype)
-    x = torch.randn(1, 3, PATCH, PATCH * tokens, generator=generator).to(dtype)
+        tower = make_tower(1, 0, dtype, device, sizes)
+        x = randn(1, tokens, sizes["hidden_size"])
+        return [lambda t=t: t.vit_merger(x, target_sizes) for t in (accelerated_copy(tower), tower)]
+    tower = make_tower(LAYERS, MERGED_AFTER, dtype, device, sizes)
+    x = randn(1, 3, PATCH, PATCH * tokens)
     return [
-        lambda t=t: t(x, target_sizes=sizes).last_hidden_state
+        lambda t=t: t(x, target_sizes=target_sizes).last_hidden_state
         for t in (accelerated_copy(tower), tower)
     ]
 
@@ -107,44 +116,5 @@ def test_tower(benchmark, part, views, dtype, rounds):
     ROWS.append({"case": part, "views": views, "dtype": dtype, "rounds": rounds, **result})
 
 
-def print_rows(console: Console) -> None:
-    table = Table(
-        title="median times; ratio: median of the rounds' ratios, above 1: ours is faster"
-    )
-    for column in ("case", "views", "dtype", "original", "ours", "ratio"):
-        table.add_column(column)
-    for row in ROWS:
-        name, original = next(iter(row["rivals_ms"].items()))
-        table.add_row(
-            row["case"],
-            str(row["views"]),
-            row["dtype"],
-            f"{original:.1f} ms",
-            f"{row['ours_ms']:.1f} ms",
-            f"{row['ratios'][name]:.2f}x",
-        )
-    console.print(table)
-
-
-def main() -> int:
-    options = sys.argv[1:]
-    # transformers, imported above, imports what has a plugin for pytest, too early to be rewritten.
-    early = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
-    code = pytest.main(
-        [__file__, "-q", "-p", "no:cacheprovider", "--benchmark-disable-gc", *early, *options]
-    )
-    import bench_tower  # pytest imported this file under its own name; its rows are there
-
-    ROWS.extend(bench_tower.ROWS)
-    print_rows(Console(width=120))
-    if code == 0 and not options:
-        for row in ROWS:
-            row["transformers"] = transformers.__version__
-        environment = harness.environment()
-        name = f"tower_{environment['cpu_isa']}_{environment['date']}_{environment['commit']}"
-        print("written:", harness.write_results(name, ROWS).name)
-    return int(code)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(harness.main(__file__, "tower", COLUMNS))

@@ -1,105 +1,247 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build, test and measure on a GPU in one call; results are on disk after every stage.
+"""Build, test, sanitize and measure on a GPU in one call; what is known is on disk after each step.
 
     python benchmarks/gpu_all.py --budget 560 --out DIR
-    python benchmarks/gpu_all.py --out DIR --stages build,bench
 
-Needs nothing but what is installed: python, torch, nvcc, cmake, ninja, pybind11, pytest. What is
-missing (a GPU, a rival, a profiler) is recorded with the reason, and the rest goes on. DIR gets
-results.json, log.txt, rows.jsonl, ncu.csv, table.txt, and gpu_<name>_<date>_<commit>.json, the file
-that is kept under benchmarks/results/. The last lines are the table. The exit code is 0 unless a
-stage failed or overran, or --require-gpu is set and there is none.
+Needs nothing but what is installed: python, torch, triton, nvcc, cmake, ninja, pybind11, pytest.
+DIR gets a log of each step, rows.jsonl, and results.json, which is copied to
+gpu_<name>_<date>_<commit>.json, to be kept under benchmarks/results/, once something is measured.
+The last lines are the table and the state of each step. The exit code is 0 unless a step failed or
+overran: where there is no GPU, the steps that need one are not run, and the reason is said.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-from gpu import measuring_steps, steps
-from gpu.stages import Record, Stage, exit_code, run_stages
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "gpu"
+# Programs of the Python that runs this, and CUDA's, are often not on PATH.
+CUDA = "/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
+PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}:{CUDA}"
+# All tests that have the mark "cuda" are here; other files import what a GPU machine may lack.
+GPU_TESTS = ("test_battery_*.py", "test_cuda*.py")
+# What compute-sanitizer says where it found nothing, and, as an error, where it cannot work.
+CLEAN = re.compile(r"SUMMARY: 0 ")
+REFUSED = re.compile(r"not supported|unable to|not permitted|denied|insufficient|initialize", re.I)
+SECONDS = "{seconds}"  # in a command: what it has, less 8 s to end by itself with whole rows
+LEAST_S = 10.0  # with less left, no step is begun
+
+DESCRIBE = """
+import importlib.metadata, json, torch
+names = "numpy", "pytest", "timm", "torch", "transformers", "triton"
+facts = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
+facts["cuda"] = torch.version.cuda
+if torch.cuda.is_available():
+    p = torch.cuda.get_device_properties(0)
+    facts |= {"gpu": p.name, "capability": 10 * p.major + p.minor, "l2_bytes": p.L2_cache_size}
+    facts |= {"multiprocessors": p.multi_processor_count, "memory_bytes": p.total_memory}
+print(json.dumps(facts))
+"""
+SMOKE = """
+import torch, uhd_ops
+x, grids = torch.randn(3, 24, 2, 64), [(4, 6)]
+expected = uhd_ops.reference.window_attention(*x, grids)
+torch.testing.assert_close(uhd_ops.window_attention(*x.cuda(), grids).cpu(), expected)
+"""
 
 
-def all_stages(place: steps.Workplace) -> list[Stage]:
-    """Return the stages in order. ``share`` is where each must be over, as a part of the budget."""
+def steps(out: Path, capability: int) -> dict[str, tuple[float, list[list]]]:
+    """Return the steps in the order of their value: when each must be over, and its commands.
 
-    def stage(run, share, least, needs=(), unless=steps.no_gpu):
-        return Stage(run.__name__, functools.partial(run, place), share, least, needs, unless)
-
-    return [
-        stage(steps.environment, 0.06, 40, unless=lambda stages: None),
-        stage(steps.ceilings, 0.11, 30),
-        stage(steps.build, 0.36, 60),
-        stage(steps.smoke, 0.41, 30, needs=("build",)),
-        stage(steps.tests, 0.55, 40, needs=("build",)),
-        # What it runs is the driver; whether that found something makes no difference here.
-        stage(steps.sanitizer, 0.62, 20, needs=("build",)),
-        stage(measuring_steps.bench, 0.91, 60, needs=("build",)),
-        stage(measuring_steps.ncu, 0.99, 20, needs=("build",)),
-    ]
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--stages", help="only these, separated by commas")
-    parser.add_argument("--commit", help="of this checkout, where git is not at hand")
-    parser.add_argument("--require-gpu", action="store_true", help="no GPU is a failure")
-    options = parser.parse_args(arguments)
-    if options.budget <= 0:
-        parser.error(f"--budget must be positive, got {options.budget:g}")
-    return options
-
-
-def selected(stages: list[Stage], names: str | None) -> list[Stage]:
-    """Return the stages that were asked for, in their own order, and the environment.
-
-    What another stage would have made, a build say, is then taken as it lies there.
+    The time is a part of the budget; a step that is over earlier leaves its time to the others.
     """
-    if names is None:
-        return stages
-    wanted = {"environment", *names.split(",")}
-    known = [stage.name for stage in stages]
-    unknown = sorted(wanted - set(known))
-    if unknown:
-        raise SystemExit(f"unknown stages {', '.join(unknown)}; there are {', '.join(known)}")
-    return [
-        dataclasses.replace(stage, needs=tuple(n for n in stage.needs if n in wanted))
-        for stage in stages
-        if stage.name in wanted
-    ]
+    python, driver = sys.executable, BUILD / "uhd_cuda_driver"
+    # From Hopper on, the instructions that matter are in the architecture-specific set.
+    arch = f"{capability}{'a' if capability >= 90 else ''}-real"
+    configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DPython_EXECUTABLE={python}"]
+    configure += ["-DUHD_CUDA=ON", "-DUHD_DRIVER=ON", f"-DUHD_CUDA_ARCHS={arch}"]
+    if pybind11 := importlib.util.find_spec("pybind11"):
+        folder = Path(pybind11.origin).parent / "share" / "cmake" / "pybind11"
+        configure.append(f"-Dpybind11_DIR={folder}")
+    install = ["cmake", "--install", BUILD, "--prefix", ROOT / "uhd_ops"]
+    # The project's own settings ask for plugins that may be missing here.
+    pytest = [python, "-m", "pytest", "-q", "-m", "cuda", "-o", "addopts=-ra --strict-markers"]
+    pytest += ["-W", "ignore::pytest.PytestConfigWarning"]
+    pytest += [path for glob in GPU_TESTS for path in sorted((ROOT / "python_tests").glob(glob))]
+    bench = [python, "benchmarks/bench_gpu.py", "--out", out / "rows.jsonl", "--seconds", SECONDS]
+
+    def sanitize(tool: str) -> list[list]:
+        return [["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", driver, "--quick"]]
+
+    return {
+        "build": (0.34, [["nvcc", "--version"], configure, ["cmake", "--build", BUILD], install]),
+        "smoke": (0.38, [[driver], [python, "-c", SMOKE]]),
+        "tests": (0.52, [pytest]),
+        "key cases": (0.70, [[*bench, "--group", "key"]]),
+        "memcheck": (0.74, sanitize("memcheck")),
+        "racecheck": (0.78, sanitize("racecheck")),
+        "initcheck": (0.81, sanitize("initcheck")),
+        "synccheck": (0.84, sanitize("synccheck")),
+        "compiled rivals": (0.94, [[*bench, "--group", "compiled"]]),
+        "other cases": (0.98, [[*bench, "--group", "other"]]),
+    }
+
+
+def run(command: list, deadline: float, log: Path) -> tuple[int | None, str]:
+    """Run a program, whose whole process group ends at the deadline.
+
+    Returns:
+        Its exit code, None if it was killed, and what it said.
+    """
+    left = max(0.0, deadline - time.monotonic())
+    variables = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    with log.open("a+", errors="replace") as file:
+        begin, code = file.tell(), None
+        process = subprocess.Popen(
+            [str(word).replace(SECONDS, f"{left - 8:.0f}") for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, **variables, "UHD_OPS_REQUIRE_CUDA": "1"},
+            start_new_session=True,
+        )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(left)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        file.seek(begin)
+        return code, file.read().strip()
+
+
+def attempt(commands: list[list], deadline: float, log: Path) -> dict[str, str]:
+    """Run the commands of a step; return its status, and what was said last."""
+    said = ""
+    for command in commands:
+        if shutil.which(command[0], path=PATH) is None:
+            return {"status": "not run", "said": f"there is no {command[0]}"}
+        code, text = run(command, deadline, log)
+        said = text.rpartition("\n")[2]
+        clean = command[0] != "compute-sanitizer" or CLEAN.search(text)
+        if code == 0 and clean:
+            continue
+        if code is not None and not clean and (refusal := REFUSED.search(text)):
+            return {"status": "not run", "said": f"compute-sanitizer: {refusal[0]}"}
+        status = "overran" if code is None else "failed"
+        return {"status": status, "said": f"{said} (exit code {code})", "tail": text[-4000:]}
+    return {"status": "passed", "said": said}
+
+
+def run_steps(planned: dict, results: dict, why_not: str, out: Path, budget: float) -> None:
+    """Run what can be run, within the budget; results.json is complete after each step."""
+    start, rows = time.monotonic(), out / "rows.jsonl"
+    for name, (share, commands) in planned.items():
+        begin = time.monotonic()
+        left = start + share * budget - begin
+        if why_not or left < LEAST_S:
+            details = {"status": "not run", "said": why_not or f"{max(0, left):.0f} s are left"}
+        else:
+            print(f"== {name}: at most {left:.0f} s", flush=True)
+            details = attempt(commands, begin + left, out / f"{name.replace(' ', '_')}.log")
+        if name == "build" and details["status"] != "passed":
+            why_not = why_not or f"build {details['status']}: {details['said']}"
+        results["steps"][name] = {**details, "seconds": round(time.monotonic() - begin, 1)}
+        results["rows"] = []
+        for line in rows.read_text().splitlines() if rows.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # of a line that was cut off
+                results["rows"].append(json.loads(line))
+        write(out / "results.json", results)
+
+
+def write(path: Path, results: dict) -> None:
+    """Replace the file in one step: a reader finds the old content or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+# ---- what it means
+
+
+def merged(rows: list[dict]) -> list[dict]:
+    """Return a row per case, with the rivals of all groups; a ratio is to ours of its own group."""
+    cases: dict[str, dict] = {}
+    for row in rows:
+        first = cases.setdefault(row["case"], row)
+        if "ours" in first and "ours" in row:
+            rivals = {**first["rivals"], **row["rivals"]}
+            spread = max(first["spread"], row["spread"])
+            cases[row["case"]] = {**first, "rivals": rivals, "spread": spread}
+    return list(cases.values())
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """Return what a table shows of a row that is measured: see HEADER."""
+    ours, rivals = row["ours"], row["rivals"]
+    name = min(rivals, key=lambda name: rivals[name]["ratio"], default=None)
+    ratio = rivals[name]["ratio"] if rivals else 0
+    # Two timings of the same thing differ by the spread, so less than that is no difference.
+    lost = "ties" if 1 - ratio <= row["spread"] else "LOSES"
+    times = (f"{ours[key]:.1f}" if key in ours else "" for key in ("us", "graph_us", "host_us"))
+    rate = f"{row['rate']:.0f} {row['unit']}" if "rate" in row else ""
+    share = f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else ""
+    rival = f"{ratio:.2f}x ({name})" if rivals else ""
+    verdict = ("faster" if ratio >= 1 else lost) if rivals else "no rival"
+    return (row["case"], *times, rate, share, rival, verdict)
+
+
+HEADER = ("case", "us", "graph", "host", "rate", "of ceiling", "strongest rival", "")
+
+
+def table(rows: list[dict]) -> str:
+    """Return the table that ends a run: a line per case, columns aligned."""
+    lines = [HEADER, *(cells(row) for row in merged(rows) if "ours" in row)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    missing = [row for row in rows if "ours" not in row]
+    return "\n".join(text + [f"{r['case']}  {r.get('error') or r['not_run']}" for r in missing])
 
 
 def main() -> int:
-    options = parse()
-    # An end from outside must still end the stage's own process group, so it becomes an exception.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.stdout.reconfigure(line_buffering=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out.resolve()
-    commit, changed = measuring_steps.commit_of(steps.ROOT)
-    record = Record(out / "results.json")
-    record.data["budget_s"] = options.budget
-    record.data["source"] = {
-        "commit": options.commit or commit,
-        "uncommitted_changes": changed,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    place = steps.Workplace(out, {})
-    place.log.unlink(missing_ok=True)
-    run_stages(selected(all_stages(place), options.stages), options.budget, record)
-    measuring_steps.finish(record, out)
-    reason = steps.no_gpu(record.stages)
-    if options.require_gpu and reason:
-        print(f"--require-gpu: {reason}", file=sys.stderr, flush=True)
-        return 1
-    return exit_code(record.stages)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--commit", help="of this checkout, where git is not at hand")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step's programs end too
+    out, budget = options.out.resolve(), options.budget
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (*out.glob("*.log"), out / "rows.jsonl"):
+        path.unlink(missing_ok=True)
+    git = run(["git", "describe", "--always", "--dirty"], time.monotonic() + 20, out / "git.log")
+    commit = options.commit or (git[1] if git[0] == 0 else "unknown")
+    start = time.monotonic()
+    found = attempt([[sys.executable, "-c", DESCRIBE]], start + 60, out / "environment.log")
+    passed = found["status"] == "passed"
+    facts = json.loads(found["said"]) if passed else {}
+    why_not = "" if "gpu" in facts else "torch finds no CUDA device" if passed else found["said"]
+    facts |= {"commit": commit, "date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0]}
+    results = {"environment": facts, "steps": {}, "rows": []}
+    planned = steps(out, facts.get("capability", 0))
+    run_steps(planned, results, why_not, out, budget - (time.monotonic() - start))
+    if any("ours" in row for row in results["rows"]):
+        name = re.sub(r"\W+", "-", facts["gpu"].lower())
+        write(out / f"gpu_{name}_{facts['date']}_{commit}.json", results)
+        print(f"\n{table(results['rows'])}")
+    print(f"\n{facts}")
+    for name, step in results["steps"].items():
+        print(f"{name:16} {step['status']:8} {step['seconds']:6.1f} s  {step['said'][:200]}")
+    return int(any(step["status"] in ("failed", "overran") for step in results["steps"].values()))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ rivals run, and are timed, in the set-up of each round.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
 
 import uhd_ops
@@ -43,6 +47,7 @@ def environment() -> dict[str, object]:
         "cpu_isa": uhd_ops._native.cpu_isa(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
         "uhd_ops": uhd_ops.__version__,
         "commit": command("git", "-C", str(root), "rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(command("git", "-C", str(root), "status", "--porcelain")),
@@ -50,13 +55,7 @@ def environment() -> dict[str, object]:
     }
 
 
-def interleave(
-    benchmark,
-    ours: Provider,
-    rivals: Mapping[str, Provider],
-    rounds: int,
-    prepare: Provider = lambda: None,
-) -> dict:
+def interleave(benchmark, ours: Provider, rivals: Mapping[str, Provider], rounds: int) -> dict:
     """Time ``ours`` with pytest-benchmark and every rival once per round.
 
     Args:
@@ -64,7 +63,6 @@ def interleave(
         ours: What is measured.
         rivals: What it is compared with; each is warmed up (compiled) before the first round.
         rounds: Number of rounds.
-        prepare: Run before every call, ours or a rival's, outside its time.
 
     Returns:
         ``{"ours_ms": median, "rivals_ms": {name: median}, "ratios": {name: median of the rounds'
@@ -74,14 +72,11 @@ def interleave(
 
     def run_rivals() -> None:
         for name, rival in rivals.items():
-            prepare()
             start = time.perf_counter()
             rival()
             times[name].append(time.perf_counter() - start)
-        prepare()
 
     for provider in (ours, *rivals.values()) * 2:
-        prepare()
         provider()
     benchmark.pedantic(ours, setup=run_rivals, rounds=rounds, iterations=1)
     mine = benchmark.stats.stats.data
@@ -104,10 +99,31 @@ def copy_of(num_bytes: int) -> Provider:
     return lambda: target.copy_(source)
 
 
-def write_results(name: str, rows: list[dict]) -> Path:
-    """Store rows with their environment under ``results/`` and return the file."""
-    RESULTS.mkdir(exist_ok=True)
-    record = {"environment": environment(), "rows": rows}
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+def main(file: str, kind: str, columns: Mapping[str, Callable[[dict], str]]) -> int:
+    """Run a file of benchmarks, print its rows, and store them under ``results/``.
+
+    Args:
+        file: Its path. Its ``ROWS`` gets a row for every case.
+        kind: What the name of the result begins with.
+        columns: The table's columns, each a function of a row.
+    """
+    from rich.console import Console  # here, because the benchmark on a GPU does without
+    from rich.table import Table
+
+    options = sys.argv[1:]
+    # Packages with plugins for pytest may be imported already, too early to be rewritten.
+    quiet = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+    code = pytest.main(
+        [file, "-q", "-p", "no:cacheprovider", "--benchmark-disable-gc", *quiet, *options]
+    )
+    rows = importlib.import_module(Path(file).stem).ROWS  # pytest imported it under this name
+    table = Table(*columns, title="median of the rounds' ratios; above 1: ours is faster")
+    for row in rows:
+        table.add_row(*(column(row) for column in columns.values()), end_section=True)
+    Console(width=120).print(table)
+    if code == 0 and not options:
+        facts = environment()
+        path = RESULTS / f"{kind}_{facts['cpu_isa']}_{facts['date']}_{facts['commit']}.json"
+        path.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
+        print(f"written: benchmarks/results/{path.name}")
+    return int(code)

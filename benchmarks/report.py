@@ -12,11 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu import table
+import gpu_all
 
 ROOT = Path(__file__).resolve().parent.parent
-# Shown in the README of what a GPU run measures; the result file has everything.
-GPU_DTYPE, GPU_TOKENS = "bfloat16", 32768
 
 
 def newest(kind: str, root: Path = ROOT) -> Path | None:
@@ -70,37 +68,23 @@ def gpu_block(path: Path | None, root: Path = ROOT) -> str:
     if path is None:
         return "GPU: not measured yet.\n"
     record = json.loads(path.read_text())
+    e, rows = record["environment"], gpu_all.merged(record["rows"])
+    shown = [row for row in rows if row["group"] == "key" and "ours" in row]
     lines = [
-        "| case | ours | rate | of the measured ceiling | strongest rival |",
+        "| case, type, tokens | ours | rate | of the measured ceiling | strongest rival |",
         "|---|---|---|---|---|",
     ]
-    for row in record["rows"]:
-        if row["dtype"] == GPU_DTYPE and row["tokens"] == GPU_TOKENS:
-            lines.append(_gpu_line(row, record["ceilings"]))
-    e = record["environment"]
-    changed = ", with uncommitted changes" if e["uncommitted_changes"] else ""
+    for case, us, _, _, rate, share, rival, _ in map(gpu_all.cells, shown):
+        lines.append(f"| {case} | {us} µs | {rate} | {share} | {rival} |")
+    ceilings = " and ".join(f"{most:.0f} {unit}" for unit, most in shown[0]["ceilings"].items())
     lines += [
         "",
-        f"{GPU_TOKENS} tokens, C = 1152, 16 heads, hidden size 4304, {GPU_DTYPE}. "
-        "Strongest rival: its time / our time; below 1 we lose. "
-        f"{_ceilings(record['ceilings'])}Measured {e['date']} on an {e['gpu']['name']}, "
-        f"torch {e['versions']['torch']}, commit {e['commit']}{changed}; "
-        f"`{path.relative_to(root)}` has every size, dtype and rival.",
+        "C = 1152, 16 heads, hidden size 4304. Strongest rival: its time / our time; below 1 we "
+        f"lose. The ceilings are a copy and a product in the same run, {ceilings}. Measured "
+        f"{e['date']} on an {e['gpu']}, torch {e['torch']}, commit {e['commit']}; "
+        f"`{path.relative_to(root)}` has every size, type and rival.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _ceilings(ceilings: dict) -> str:
-    if not ceilings:
-        return ""
-    copy, product = ceilings["copy_gb_per_s"], ceilings["gemm_tflop_per_s"][GPU_DTYPE]
-    return f"Ceilings in the same run: copy {copy:.0f} GB/s, product {product:.0f} TFLOP/s. "
-
-
-def _gpu_line(row: dict, ceilings: dict) -> str:
-    case, us, rate, share, rival, *_ = table.line_of(row, ceilings, gpu="")
-    case = case.removesuffix(f", {row['tokens']}").removesuffix(f", {row['dtype']}")
-    return f"| {case} | {us} µs | {rate} | {share} | {rival} |"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

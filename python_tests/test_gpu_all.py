@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one call that measures a GPU: its stages, its deadlines, and that it ends without a GPU."""
+"""The one call that measures a GPU: its steps, its deadlines, and that it ends without a GPU."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,130 +15,63 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_all  # noqa: E402
-from gpu import processes, steps  # noqa: E402
-from gpu.stages import (  # noqa: E402
-    FailedError,
-    NotRunError,
-    OverranError,
-    Record,
-    Stage,
-    exit_code,
-    run_stages,
-    seconds_for,
-    write_atomically,
-)
+import report  # noqa: E402
 
-# ---- stages
+PYTHON = sys.executable
 
 
-def stage(name, run, *, share=1.0, least=0.0, needs=(), **options):
-    return Stage(name, run, share, least, needs, **options)
-
-
-def raising(error):
-    def run(seconds):
-        raise error
-
-    return run
+def python(code):
+    return [PYTHON, "-c", code]
 
 
 @pytest.fixture
-def record(tmp_path):
-    return Record(tmp_path / "results.json")
+def run_steps(tmp_path, monkeypatch):
+    """Return a function that runs made-up steps and returns what is known of each."""
+
+    def run(planned, budget=100.0, why_not=""):
+        results = {"steps": {}, "rows": []}
+        gpu_all.run_steps(planned, results, why_not, tmp_path, budget)
+        assert json.loads((tmp_path / "results.json").read_text()) == results
+        return results
+
+    monkeypatch.setattr(gpu_all, "LEAST_S", 0.5)
+    return run
 
 
-@pytest.mark.parametrize(
-    ("elapsed", "share", "least", "expected"),
-    [
-        (0, 0.1, 5, 10),  # up to its share of the budget
-        (2, 0.1, 5, 8),  # which begins at the start of the call
-        (50, 0.6, 5, 10),
-        (58, 0.6, 5, 5),  # later stages still get what they need at least
-        (97, 0.6, 5, 3),  # but never more than there is
-    ],
-)
-def test_deadlines(elapsed, share, least, expected):
-    made = stage("any", lambda seconds: {}, share=share, least=least)
-    assert seconds_for(made, 100.0, elapsed) == pytest.approx(expected)
+# ---- steps
 
 
-def test_a_failure_stops_only_what_needs_it(record):
-    on_disk = {}
-
-    def last(seconds):
-        on_disk.update(json.loads(record.path.read_text())["stages"])
-        return {"found": 7}
-
-    run_stages(
-        [
-            stage("crashes", raising(ZeroDivisionError("by zero"))),
-            stage("fails", raising(FailedError("wrong", tail="the end"))),
-            stage("hangs", raising(OverranError("killed"))),
-            stage("absent", raising(NotRunError("no tool"))),
-            stage("needs_crash", lambda seconds: {}, needs=("crashes",)),
-            stage("needs_that", lambda seconds: {}, needs=("needs_crash",)),
-            stage("last", last),
-        ],
-        100.0,
-        record,
-    )
-    found = json.loads(record.path.read_text())["stages"]
-    assert {name: details["status"] for name, details in found.items()} == {
-        "crashes": "failed",
-        "fails": "failed",
-        "hangs": "overran",
-        "absent": "not run",
-        "needs_crash": "not run",
-        "needs_that": "not run",
+def test_a_failure_stops_nothing_but_what_needs_the_build(run_steps, tmp_path):
+    rows, results = str(tmp_path / "rows.jsonl"), str(tmp_path / "results.json")
+    write = f"""open({rows!r}, "w").write('{{"case": "a"}}\\n{{"case": "b", "ou')"""
+    planned = {
+        "build": (0.1, [python("print('made')"), python("print('installed')")]),
+        "tests": (0.3, [python("print('first'); raise SystemExit(3)"), python("print('second')")]),
+        "memcheck": (0.4, [["a tool that is not there"]]),
+        "key cases": (0.6, [python(write)]),
+        "last": (0.8, [python(f"import json; print(list(json.load(open({results!r}))['steps']))")]),
+    }
+    results = run_steps(planned)
+    steps = results["steps"]
+    assert {name: step["status"] for name, step in steps.items()} == {
+        "build": "passed",
+        "tests": "failed",
+        "memcheck": "not run",
+        "key cases": "passed",
         "last": "passed",
     }
-    assert found["crashes"]["reason"] == "crashed with ZeroDivisionError: by zero"
-    assert found["fails"]["tail"] == "the end"
-    assert found["needs_crash"]["reason"].startswith("needs crashes, which is failed: crashed")
-    assert found["last"]["found"] == 7
-    # Everything before the last stage was in the file while it ran.
-    assert list(on_disk) == list(found)[:-1]
-
-
-def test_a_stage_without_time_does_not_start(record):
-    now = iter([0.0, 0.0, 90.0, 90.0, 90.0])
-    stages = [
-        stage("long", lambda seconds: {}),
-        stage("late", raising(AssertionError("it started")), least=20),
-    ]
-    run_stages(stages, 100.0, record, clock=lambda: next(now))
-    assert record.stages["late"]["status"] == "not run"
-    assert record.stages["late"]["reason"] == (
-        "10 s of the budget are left, it needs at least 20 s"
-    )
-
-
-def test_exit_code():
-    assert exit_code({"a": {"status": "passed"}, "b": {"status": "not run"}}) == 0
-    assert exit_code({"a": {"status": "passed"}, "b": {"status": "overran"}}) == 1
-    assert exit_code({"a": {"status": "failed"}}) == 1
-
-
-def test_a_file_is_never_half_written(tmp_path, monkeypatch, record):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def refuse(self, target):
-        raise OSError("no space")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", refuse)
-        with pytest.raises(OSError, match="no space"):
-            write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    record.data["rate"] = float("nan")  # is no JSON
-    with pytest.raises(ValueError, match="JSON compliant"):
-        record.write()
-    assert not record.path.exists()
-
-
-# ---- processes
+    assert steps["build"]["said"] == "installed"
+    assert (steps["tests"]["said"], steps["tests"]["tail"]) == ("first (exit code 3)", "first")
+    assert steps["memcheck"]["said"] == "there is no a tool that is not there"
+    assert results["rows"] == [{"case": "a"}]  # the other was cut off
+    # Everything before the last step was in the file while it ran.
+    assert steps["last"]["said"] == str(list(steps)[:-1])
+    planned["build"] = (0.1, [python("raise SystemExit('no compiler')")])
+    steps = run_steps(planned)["steps"]
+    assert steps["build"]["status"] == "failed"
+    assert {steps[name]["said"] for name in list(planned)[1:]} == {
+        "build failed: no compiler (exit code 1)"
+    }
 
 
 def is_alive(pid):
@@ -148,103 +82,129 @@ def is_alive(pid):
     return state != "Z"
 
 
-def run_python(code, tmp_path, seconds):
-    command = (sys.executable, "-c", code)
-    return processes.run(command, seconds=seconds, log=tmp_path / "log", quiet=True)
-
-
-CHILD_THAT_STAYS = """
-import signal, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c",
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"])
-print(child.pid, flush=True)
-"""
-
-
-def test_an_overrun_ends_the_whole_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "GRACE_S", 0.5)
+def test_an_overrun_ends_the_whole_group_and_leaves_time_for_the_next(run_steps):
+    child = f"subprocess.Popen([{PYTHON!r}, '-c', 'import time; time.sleep(60)'])"
+    code = f"import subprocess, time; print({child}.pid, flush=True)"
     start = time.monotonic()
-    done = run_python(CHILD_THAT_STAYS + "time.sleep(60)", tmp_path, seconds=5)
-    assert done.overran
-    assert done.returncode is None
-    assert time.monotonic() - start < 30  # it was not waited for
-    assert not is_alive(int(done.lines[0]))
-    assert (tmp_path / "log").read_text().splitlines() == done.lines
+    steps = run_steps(
+        {
+            "leaves a child": (0.4, [python(code)]),
+            "hangs": (0.7, [python(f"{code}; time.sleep(60)")]),
+            "next": (0.95, [python("print('ran')")]),
+        },
+        budget=12.0,
+    )["steps"]
+    assert time.monotonic() - start < 20
+    assert [step["status"] for step in steps.values()] == ["passed", "overran", "passed"]
+    for name in ("leaves a child", "hangs"):
+        assert not is_alive(int(steps[name]["said"].split()[0]))
+    assert steps["next"]["said"] == "ran"
 
 
-def test_a_child_left_behind_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "GRACE_S", 0.5)
-    done = run_python(CHILD_THAT_STAYS, tmp_path, seconds=30)
-    assert done.returncode == 0
-    assert not is_alive(int(done.lines[0]))
+def test_a_step_without_time_does_not_start(run_steps):
+    steps = run_steps({"a": (0.001, [python("print(1)")]), "b": (1.0, [python("print(2)")])})
+    assert steps["steps"]["a"]["status"] == "not run"
+    assert steps["steps"]["a"]["said"] == "0 s are left"
+    assert steps["steps"]["b"]["said"] == "2"
 
 
-def test_exit_code_and_odd_bytes(tmp_path):
-    code = r"import sys; sys.stdout.buffer.write(b'\xff\n'); print('end'); sys.exit(5)"
-    done = run_python(code, tmp_path, seconds=30)
-    assert (done.returncode, done.lines) == (5, ["\ufffd", "end"])
+@pytest.mark.parametrize(
+    ("said", "code", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "passed"),
+        ("= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "passed"),
+        ("========= ERROR SUMMARY: 3 errors", 9, "failed"),
+        ("= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", 0, "failed"),
+        ("========= ERROR SUMMARY: 0 errors", 1, "failed"),  # of the driver itself
+        ("========= Error: Device not supported\n= ERROR SUMMARY: 1 error", 9, "not run"),
+        ("Segmentation fault", -11, "failed"),
+        ("all 100 checks passed", 0, "failed"),  # the tool said nothing
+    ],
+)
+def test_verdicts_on_the_sanitizer(monkeypatch, tmp_path, said, code, expected):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_all, "PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_all, "run", lambda *_: (code, said))
+    commands = gpu_all.steps(tmp_path, 90)["memcheck"][1]
+    assert gpu_all.attempt(commands, 0.0, tmp_path / "log")["status"] == expected
 
 
-def test_a_failed_program_shows_its_last_lines(tmp_path, capsys):
-    place = steps.Workplace(tmp_path, {})
-    code = "print(*range(100), sep='\\n'); raise SystemExit(2)"
-    with pytest.raises(FailedError, match="it ended with exit code 2") as caught:
-        place.run_checked("it", sys.executable, "-c", code, seconds=30, quiet=True)
-    assert caught.value.details["tail"].splitlines() == [str(i) for i in range(60, 100)]
-    assert capsys.readouterr().out.splitlines()[-1] == "99"
+@pytest.mark.parametrize(("capability", "arch"), [(80, "80-real"), (90, "90a-real"), (120, "120a")])
+def test_what_is_planned(tmp_path, capability, arch):
+    planned = gpu_all.steps(tmp_path, capability)
+    shares = [share for share, _ in planned.values()]
+    assert shares == sorted(shares)
+    assert shares[-1] < 1
+    assert list(planned)[:4] == ["build", "smoke", "tests", "key cases"]
+    assert any(f"-DUHD_CUDA_ARCHS={arch}" in word for word in map(str, planned["build"][1][1]))
+    (command,) = planned["tests"][1]
+    files = {Path(word) for word in command if str(word).endswith(".py")}
+    assert len(files) > 5
+    # A test with the mark in another file would not be run.
+    folder = ROOT / "python_tests"
+    marked = {p for p in folder.glob("test_*.py") if re.search(r"mark\.cuda\b", p.read_text())}
+    assert marked - {Path(__file__)} <= files
 
 
 # ---- the whole call
 
 
-def call(out, *options):
-    # Also where there is a GPU, this is about what happens without.
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu_all.py", "--out", out, *options],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+def test_without_a_gpu_it_ends_and_says_why(tmp_path):
+    done = subprocess.run(
+        [PYTHON, ROOT / "benchmarks" / "gpu_all.py", "--out", tmp_path, "--commit", "abc"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},  # also where there is one
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def test_without_a_gpu_it_ends_and_says_why(tmp_path):
-    done = call(tmp_path, "--budget", "60")
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "results.json").read_text())
-    stages = record["stages"]
-    assert list(stages) == [s.name for s in gpu_all.all_stages(steps.Workplace(tmp_path, {}))]
-    environment = stages.pop("environment")
-    assert environment["status"] == "passed"
-    assert environment["versions"]["python"].count(".") == 2
-    for name, details in stages.items():
-        assert details["status"] == "not run"
-        assert details["reason"] == environment["why_no_gpu"]
-        assert f"{name:12} not run" in done.stdout
-    assert done.stdout.splitlines()[-1] == "no times: bench not run"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["environment"]["commit"] == "abc"
+    assert results["environment"]["torch"].count(".") >= 2
+    assert list(results["steps"]) == list(gpu_all.steps(tmp_path, 0))
+    for name, step in results["steps"].items():
+        assert (step["status"], step["said"]) == ("not run", "torch finds no CUDA device")
+        assert f"\n{name:16} not run " in done.stdout
     assert not list(tmp_path.glob("gpu_*.json"))  # nothing was measured, so there is no result
 
 
-def test_a_required_gpu_that_is_missing_is_a_failure(tmp_path):
-    done = call(tmp_path, "--stages", "environment", "--require-gpu")
-    assert done.returncode == 1
-    assert "--require-gpu: " in done.stderr
+# ---- what it means
 
 
-def test_stages_are_in_order():
-    stages = gpu_all.all_stages(steps.Workplace(Path(), {}))
-    shares = [s.share for s in stages]
-    assert shares == sorted(shares)
-    assert shares[-1] < 1
-    names = [s.name for s in stages]
-    for position, s in enumerate(stages):
-        assert set(s.needs) <= set(names[:position])
-    assert sum(s.least for s in stages) < 560
+def row(case, us, others, **facts):
+    times = {name: {"us": t, "ratio": t / us} for name, t in others.items()}
+    ours = {"us": us, "graph_us": us - 1, "host_us": 20.0}
+    row = {"case": case, "group": "key", "ours": ours, "spread": 0.02, "rivals": times}
+    return {**row, "rate": 2745.4, "unit": "GB/s", "of_ceiling": 0.92, **facts}
 
 
-def test_some_stages_only():
-    stages = gpu_all.all_stages(steps.Workplace(Path(), {}))
-    chosen = gpu_all.selected(stages, "ncu,bench")
-    assert [(s.name, s.needs) for s in chosen] == [("environment", ()), ("bench", ()), ("ncu", ())]
-    with pytest.raises(SystemExit, match="unknown stages bench_all; there are environment, "):
-        gpu_all.selected(stages, "bench_all")
+def test_lines_of_the_table():
+    slow = row("b, 1024", 100.0, {"a": 99.0}, group="compiled")
+    rows = [row("a, 32768", 110.0, {"a": 220.0}), row("b, 1024", 50.0, {"c": 45.0}), slow]
+    rows += [row("d", 1.0, {}), {"case": "x", "error": "ours: wrong"}]
+    head, *lines, last = gpu_all.table(rows).splitlines()
+    assert head.startswith("case      us     graph")
+    assert lines[0].split("  ")[0] == "a, 32768"
+    assert lines[0].endswith("110.0  109.0  20.0  2745 GB/s  92%         2.00x (a)        faster")
+    assert lines[1].endswith("0.90x (c)        LOSES")
+    assert lines[2].endswith("no rival")
+    assert last == "x  ours: wrong"
+    assert gpu_all.cells(slow)[-1] == "ties"
+
+
+def test_readme_of_a_run_and_of_none(tmp_path):
+    assert report.gpu_block(None) == "GPU: not measured yet.\n"
+    assert report.newest("gpu", ROOT / "docs") is None
+    text = "a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n"
+    assert report.with_block(text, "x", "new\n") == text.replace("old", "new")
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    most = {"GB/s": 3000.0, "TFLOP/s": 800.0}
+    found = [row("a", 110.0, {"a": 220.0}, ceilings=most), row("b", 9.0, {}, group="other")]
+    facts = {"gpu": "NVIDIA H100", "torch": "2.11.0", "commit": "abc1234", "date": "2026-11-21"}
+    gpu_all.write(folder / "gpu_x.json", {"environment": facts, "rows": found})
+    block = report.gpu_block(report.newest("gpu", tmp_path), tmp_path)
+    assert block.splitlines()[2:4] == ["| a | 110.0 µs | 2745 GB/s | 92% | 2.00x (a) |", ""]
+    assert "3000 GB/s and 800 TFLOP/s" in block

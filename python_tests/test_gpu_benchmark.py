@@ -1,212 +1,235 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU benchmark without a GPU: how it measures and what it records, its table, the README."""
+"""The benchmarks without a GPU: their cases, the maths of every rival, and what a row records."""
 
 import json
-import re
+import os
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from specs import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_gpu  # noqa: E402
-import report  # noqa: E402
-from gpu import (  # noqa: E402
-    measure,
-    measuring_steps,
-    mlp_rivals,
-    problems,
-    rows,
-    table,
-    timing,
-)
-from gpu.cases import ATTENTION, FORWARD, MEAN, TIED, TILES, Case  # noqa: E402
-from gpu.stages import Record  # noqa: E402
+import cases  # noqa: E402
+from cases import ATTENTION, DENSE, NORM, SMALL, TIED, TILES, Case  # noqa: E402
 
 CPU = torch.device("cpu")
+OPS = (ATTENTION, NORM, TIED, DENSE, *SMALL)
 TINY = {"dtype": "float64", "channels": 24, "heads": 2, "hidden": 20}
-H100 = "NVIDIA H100 80GB HBM3"
+BOTH_WAYS = pytest.mark.parametrize("backward", [False, True])
 
-# ---- measuring
-
-
-class LostTimer(timing.HostTimer):
-    """A device that is lost as soon as something fails."""
-
-    def synchronize(self):
-        raise RuntimeError("device lost")
+# ---- cases
 
 
-SMALL = Case(MEAN, FORWARD, grid=(4, 6), **TINY)
+def test_the_most_important_cases_come_first():
+    groups = {group: bench_gpu.cases_of(group) for group in bench_gpu.SECONDS_FOR}
+    assert [case.title for case in groups["key"][:2]] == [
+        "window_attention 2x2 forward",
+        "window_attention 2x2 forward + backward",
+    ]
+    assert {(case.dtype, case.tokens) for case in groups["key"][:2]} == {("bfloat16", 32768)}
+    for several in groups.values():
+        assert len(set(several)) == len(several)
+        assert all(side % case.window == 0 for case in several for side in case.grid)
+    assert not set(groups["other"]) & set(groups["key"])
+    everything = {*groups["key"], *groups["other"], *groups["compiled"]}
+    assert {case.op for case in everything} == {*OPS, *bench_gpu.MODELS}
+    for dtype in ("bfloat16", "float16", "float32"):
+        for backward in (False, True):
+            for window in (2, 8, 16):
+                for tokens in (1024, 4900 if window == 2 else 5120, 32768):
+                    grid = bench_gpu.GRIDS[tokens]
+                    assert Case(ATTENTION, backward, dtype, grid, window) in everything
 
 
-def raising(case, device):
-    raise NotImplementedError("not on this GPU")
+@pytest.mark.parametrize("op", [ATTENTION, "pixel_unshuffle", "window_mean", "window_pool"])
+def test_work_is_what_the_specs_say(op):
+    case = Case(op, grid=(4, 6), **TINY)
+    tensors, ours, _ = cases.operator(case, CPU)
+    call = SPECS[op].make([case.grid], torch.float64)
+    for position, x in enumerate(tensors):
+        call = call.put(position, x)
+    assert cases.bytes_moved(case, ours, tensors) == SPECS[op].bytes_moved(call)
 
 
-def slow(case, device):
-    return lambda x: time.sleep(30)
+# ---- results
 
 
-def with_rivals(monkeypatch, *several):
-    monkeypatch.setitem(problems.RIVALS, MEAN, several)
+@pytest.mark.parametrize("op", OPS)
+@BOTH_WAYS
+def test_ours_is_called_right(op, backward):
+    case = Case(op, backward, grid=(4, 6), **TINY)
+    tensors, ours, definition = cases.operator(case, CPU)
+    expected = cases.expected_of(case, definition, tensors)
+    assert cases.check(cases.call_of(case, ours, tensors)(), expected, "float64") < 1e-12
 
 
-def run_measure(seconds=60.0, skip=None, timer=None):
-    return measure.measure(SMALL, CPU, timer or timing.HostTimer(), seconds, skip or {})
+def epilogue_by_hand(bias, z, weight, use_gelu):
+    return F.gelu(F.linear(z, weight.t(), bias), approximate="tanh")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("op", OPS)
+@BOTH_WAYS
+def test_rivals_compute_the_definition(op, backward, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch, "_addmm_activation", epilogue_by_hand)  # on a CPU it is another GELU
+    for window, grid in ((2, (4, 6)), (8, (8, 16)), (16, (16, 32))):
+        case = Case(op, backward, grid=grid, window=window, **TINY)
+        tensors, _, definition = cases.operator(case, CPU)
+        expected = cases.expected_of(case, definition, tensors)
+        makers = cases.eager(case) | {f"{k}!": f for k, f in cases.compiled(case, CPU).items()}
+        makers |= cases.handwritten(case, CPU)
+        for name in ("varlen attention (FA2)", "Triton, hand-written"):  # need a GPU
+            makers.pop(name, None)
+        if op == ATTENTION and not backward:  # torch has its backward pass on GPUs only
+            makers["flex_attention"] = lambda case=case: cases.flex(case, CPU)
+        assert len(makers) >= 2
+        for name, make in makers.items():
+            error = cases.check(cases.call_of(case, make(), tensors)(), expected, "float64")
+            assert error < 1e-12, name
+        if op != ATTENTION:
+            break
+
+
+def test_segments_of_variable_length(monkeypatch):
+    """The kernel is replaced by attention in each segment that it was told of."""
+
+    def by_segment(q, k, v, starts, _, longest, __):
+        parts = []
+        for begin in starts[:-1]:
+            end = begin + longest
+            assert end in starts
+            heads = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(*heads).transpose(0, 1))
+        return torch.cat(parts)
+
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(module, "varlen_attn", by_segment)
+    case = Case(ATTENTION, grid=(8, 12), window=4, **TINY)
+    tensors, _, definition = cases.operator(case, CPU)
+    expected = cases.expected_of(case, definition, tensors)
+    cases.check((cases.varlen(case, CPU)(*tensors),), expected, "float64")
+
+
+TRITON = """
+import sys
+sys.path.insert(0, "benchmarks")
+import cases, torch, triton_attention
+from cases import ATTENTION, Case
+cpu = torch.device("cpu")
+for grid, heads, dim in (((2, 14), 2, 72), ((6, 4), 1, 64)):
+    for backward in (False, True):
+        case = Case(ATTENTION, backward, "float32", grid, channels=heads * dim, heads=heads)
+        tensors, _, definition = cases.operator(case, cpu)
+        expected = cases.expected_of(case, definition, tensors)
+        call = cases.call_of(case, cases.triton(case, cpu), tensors)
+        print(cases.check(call(), expected, "float32"))
+try:
+    triton_attention.window_attention(tensors[0], tensors[1].clone(), tensors[2], grid)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_triton_rival_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *errors, refused = done.stdout.splitlines()
+    assert len(errors) == 4
+    # Sums of 72 products in float32: at most 72 roundings of half an epsilon.
+    assert all(float(error) < 72 * torch.finfo(torch.float32).eps / 2 for error in errors)
+    assert refused.startswith("strides of q, k and v must agree")
+
+
+# ---- rows
+
+
+def measure(monkeypatch, ours=None, **makers):
+    case = Case("window_mean", grid=(4, 6), **TINY)
+    tensors, right, definition = cases.operator(case, CPU)
+    problem = tensors, ours or right, cases.expected_of(case, definition, tensors), makers
+    monkeypatch.setattr(bench_gpu, "problem", lambda *_: problem)
+    row = bench_gpu.measure(case, CPU, "key", {"GB/s": 1e6})
+    return json.loads(json.dumps(row, allow_nan=False))
 
 
 def test_what_fails_is_recorded_with_its_reason(monkeypatch):
-    monkeypatch.setattr(measure, "COMPILE_LIMIT_S", 3.0)
-    with_rivals(
+    def raising():
+        raise NotImplementedError("not on this GPU")
+
+    def mean(x):
+        return x.view(2, 2, 3, 2, 24).mean((1, 3)).flatten(0, 1)
+
+    row = measure(
         monkeypatch,
-        problems.Rival("right", mlp_rivals.mean),
-        problems.Rival(
-            "wrong", lambda case, device: lambda x: mlp_rivals.mean(case, device)(x) * 2
-        ),
-        problems.Rival("raising", raising),
-        problems.Rival("slow", slow),
-        problems.Rival("skipped", raising),
-        problems.Rival("other", lambda case, device: lambda x: x[:3] + 1, same_function=False),
+        right=lambda: mean,
+        wrong=lambda: lambda x: 2 * mean(x),
+        undefined=lambda: lambda x: mean(x) * float("nan"),
+        raising=raising,
     )
-    row = json.loads(json.dumps(run_measure(skip={"skipped": "lost the device"}), allow_nan=False))
-    assert set(row["rivals"]) == {"right", "other"}
+    assert set(row["rivals"]) == {"right"}
     assert row["failed"] == {
-        "wrong": "ValueError: wrong: relative error 1.0e+00 above 1e-09",
+        "wrong": "ValueError: wrong: relative errors [1.0], at most 1e-09 is sane",
+        "undefined": "ValueError: wrong: relative errors [nan], at most 1e-09 is sane",
         "raising": "NotImplementedError: not on this GPU",
-        "slow": "TimeoutError: compiling and the first call took longer than 3 s",
-        "skipped": "lost the device",
     }
-    assert row["ours"]["us_p10"] <= row["ours"]["us"] <= row["ours"]["us_p90"]
-    assert row["ours"]["rounds"] == 2 * row["rivals"]["right"]["rounds"]  # timed twice
-    assert table.best_rival(row)[0] == "right"  # what computes something else is no rival
+    assert row["rivals"]["right"]["ratio"] == row["rivals"]["right"]["us"] / row["ours"]["us"]
+    moved = (24 + 6) * 24 * 8
+    assert row["rate"] == pytest.approx(moved / row["ours"]["us"] / 1e3)
+    assert row["of_ceiling"] == pytest.approx(row["rate"] / 1e6)
 
 
 def test_ours_must_be_right(monkeypatch):
-    with_rivals(monkeypatch)
-    monkeypatch.setattr(problems, "ours", lambda case, device: lambda x: x.new_zeros(6, 24))
-    row = run_measure()
-    assert row["error"] == "ours: ValueError: wrong: relative error 1.0e+00 above 1e-09"
+    row = measure(monkeypatch, ours=lambda x: x.new_zeros(6, 24))
+    assert row["error"].startswith("ours: ValueError: wrong: relative errors [1.0]")
     assert "ours" not in row
 
 
-def test_not_a_number_is_wrong():
-    one = torch.ones(2, dtype=torch.float64)
-    assert measure.relative_error([one * float("nan")], [one]) == float("inf")
-    with pytest.raises(ValueError, match="expected 2 results, got 1"):
-        measure.relative_error([one], [one, one])
+@pytest.mark.parametrize(
+    ("outcome", "seconds", "code", "key"),
+    [
+        (RuntimeError("out of memory"), 60.0, 1, "error"),
+        (ImportError("no transformers"), 60.0, 0, "not_run"),  # is no failure
+        (AssertionError("it began"), 1.0, 0, None),
+    ],
+)
+def test_cases_that_are_not_measured(monkeypatch, tmp_path, capsys, outcome, seconds, code, key):
+    def measure(*_):
+        raise outcome
 
-
-def test_a_lost_device_is_blamed_once(monkeypatch, tmp_path):
-    with_rivals(monkeypatch, problems.Rival("raising", raising))
-    # The first synchronisation of ours fails here too, so ours is what lost it.
-    out, soon = tmp_path / "rows.jsonl", time.monotonic() + 60
-    assert bench_gpu.run([SMALL], CPU, LostTimer(), out, soon) == rows.LOST_DEVICE
-    assert rows.read(out)[1][SMALL.name] == {"ours": "lost the device: RuntimeError: device lost"}
-    assert bench_gpu.run([SMALL], CPU, timing.HostTimer(), out, soon) == 1
-    (row,), _ = rows.read(out)
-    assert row["error"] == "ours: lost the device: RuntimeError: device lost"
-    # A third process finds the case done.
-    assert bench_gpu.run([SMALL], CPU, timing.HostTimer(), out, soon) == 0
-
-
-def test_it_stops_before_the_deadline(tmp_path, capsys):
+    monkeypatch.setattr(bench_gpu, "measure", measure)
     out = tmp_path / "rows.jsonl"
-    assert bench_gpu.run([SMALL], CPU, timing.HostTimer(), out, time.monotonic() + 1) == 0
-    assert "stopped: " in capsys.readouterr().out
-    assert not out.exists()
+    assert bench_gpu.run([Case(TILES), Case(NORM)], CPU, "key", out, seconds) == code
+    printed = capsys.readouterr().out
+    if key is None:
+        assert printed.startswith("stopped: 1 s are left, tile_weight forward, ")
+        assert not out.exists()
+    else:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row[key] for row in rows] == [str(outcome)] * 2
 
 
-def test_rehearsal_runs_the_program(tmp_path):
-    script, out = ROOT / "benchmarks" / "bench_gpu.py", tmp_path / "rows.jsonl"
-    command = [sys.executable, script, "--rehearse", "-k", "window_mean", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found, _ = rows.read(out)
-    assert [row["case"] for row in found] == [
-        "window_mean forward, float32, 32",
-        "window_mean backward, float32, 32",
+def test_rehearsal_runs_the_program(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    command = ["bench_gpu.py", "--rehearse", "--out", str(out), "-k", "MiniCPM"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench_gpu.main() == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["case"] for row in rows] == [
+        f"{op} forward, float32, 32" for op in bench_gpu.MODELS
     ]
-    assert all(set(row["rivals"]) == {"eager", "eager avg_pool2d"} for row in found)
-    assert done.stdout.count(" us, spread ") == 2
-
-
-# ---- tables
-
-
-def fake_row(case, us, others, **facts):
-    return {
-        **{key: getattr(case, key) for key in ("op", "direction", "dtype", "tokens", "window")},
-        **{key: getattr(case, key) for key in ("bytes_moved", "flops", "compute_bound")},
-        "case": case.name,
-        "ours": {"us": us, "spread": 0.02},
-        "rivals": {n: {"us": t, "same_function": n != "other"} for n, t in others.items()},
-        **facts,
-    }
-
-
-CEILINGS = {"copy_gb_per_s": 3000.0, "gemm_tflop_per_s": {"bfloat16": 800.0}}
-FIRST = Case(ATTENTION, FORWARD)
-
-
-def test_lines_of_the_table():
-    line = table.line_of(fake_row(FIRST, 110.0, {"a": 220.0, "other": 50.0}), CEILINGS, H100)
-    assert line[1:] == (
-        *("110.0", "2745 GB/s", "92%", "2.00x (a)", "115 (H100, computed)"),
-        "as predicted or better",
-    )
-    line = table.line_of(fake_row(Case(TIED, FORWARD), 869.0, {"a": 800.0}), {}, H100)
-    assert line[2:4] == ("467 TFLOP/s", "")
-    assert line[-1] == "LOSES to a, +10% of predicted"
-    assert table.verdict(fake_row(FIRST, 110.0, {"a": 109.0}), "A100") == "ties"
-    assert table.verdict(fake_row(Case(TILES, FORWARD), 84.0, {}), "A100") == "no rival"
-    failed = {"case": "x", "error": "ours: wrong"}
-    assert table.line_of(failed, CEILINGS, H100)[-1] == "ours: wrong"
-    text = table.text_table([fake_row(FIRST, 110.0, {}), failed], CEILINGS, H100)
-    assert len(text.splitlines()) == 3
-
-
-def test_readme_without_a_run_has_no_number():
-    assert report.gpu_block(None) == "GPU: not measured yet.\n"
-    text = "a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n"
-    assert report.with_block(text, "x", "new\n") == text.replace("old", "new")
-    assert report.newest("gpu", ROOT / "docs") is None
-
-
-def test_readme_of_a_run(tmp_path, capsys, monkeypatch):
-    record = Record(tmp_path / "results.json")
-    record.data["source"] = {
-        "commit": "abc1234",
-        "uncommitted_changes": False,
-        "date": "2026-11-21",
-    }
-    found = [fake_row(FIRST, 110.0, {"a": 220.0}), {"case": "x", "error": "ours: wrong"}]
-    found.append(fake_row(replace(FIRST, dtype="float16"), 111.0, {}))
-    gpu = {"name": H100}
-    record.stages.update(
-        environment={"status": "passed", "seconds": 1, "gpu": gpu, "versions": {"torch": "2.11.0"}},
-        ceilings={"status": "passed", "seconds": 1, **CEILINGS},
-        bench={"status": "failed", "seconds": 1, "reason": "1 case", "rows": found},
-    )
-    folder = tmp_path / "benchmarks" / "results"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(measuring_steps, "PRINTED_ROWS", 2)
-    measuring_steps.finish(record, folder)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[-2].startswith("window_attention 2x2 forward, bfloat16, 32768  110.0  2745 GB/s")
-    assert printed[-1].endswith("ours: wrong")
-    assert len((folder / "table.txt").read_text().splitlines()) == 4
-    path = report.newest("gpu", tmp_path)
-    assert path.name == "gpu_nvidia-h100-80gb-hbm3_2026-11-21_abc1234.json"
-    block = report.gpu_block(path, tmp_path)
-    assert block.splitlines()[2:4] == [
-        "| window_attention 2x2 forward | 110.0 µs | 2745 GB/s | 92% | 2.00x (a) |",
-        "",
-    ]
-    assert "copy 3000 GB/s, product 800 TFLOP/s" in block
-    assert not re.search("predicted|computed|None", block)
+    assert all(set(row["rivals"]) == {"transformers, sdpa"} for row in rows)

@@ -96,6 +96,11 @@ def mlp_tied(x, w1, b1, w2, b2, weight, bias, grid):
     return F.linear(hidden.view(-1, 4, hidden.shape[1]).mean(1), w2, b2) + residual
 
 
+def reuse_tiles(w1, w2, grid):
+    """Repeat the weights of a tied MLP for the dense form; the grid does not matter."""
+    return torch.block_diag(*[w1] * 4), (w2 / 4).repeat(1, 4)
+
+
 # What runs as it is, by operator; a name tells the forms of one operator apart.
 EAGER: dict[str, dict[str, Callable]] = {
     "window_attention": {
@@ -106,9 +111,10 @@ EAGER: dict[str, dict[str, Callable]] = {
     "pixel_unshuffle": {"": unshuffle},
     "window_mean": {"": mean, "avg_pool2d": mean_avg_pool},
     "window_pool": {"": pool},
-    "unshuffle_norm": {"": unshuffle_norm},
+    "gather + LayerNorm + mean": {"": unshuffle_norm},
     "pixel_unshuffle_mlp tied": {"": mlp_tied},
     "pixel_unshuffle_mlp dense": {"": mlp_dense},
+    "tile_weight": {"": reuse_tiles},
 }
 # What torch.compile makes the most of.
 COMPILED: dict[str, dict[str, Callable]] = {
