@@ -27,15 +27,13 @@ def test_definition(options, window):
         assert_close(actual.flatten(2).transpose(1, 2), out, ROUNDINGS)
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (1, 3)], ids=str)
 @torch.no_grad()
-def test_a_view_of_equal_tokens(grid):
-    # Among N equal tokens, the biases of all weights of a token add up to N: so they must in a
-    # window, however many tokens it holds.
-    block = make_biased().double().blocks[1]
-    x = torch.randn(SIZE["embed_dim"], dtype=torch.float64).expand(grid[0] * grid[1], -1)
-    merged = EarlyCompressor.from_block(block)(x, [grid])
-    assert_close(merged, block(x[None])[0, :1].expand_as(merged), ROUNDINGS)
+def test_a_window_depends_on_its_own_tokens_only():
+    compressor = EarlyCompressor.from_block(make_biased().double().blocks[1])
+    x = torch.randn(6, 8, SIZE["embed_dim"], dtype=torch.float64)
+    whole = compressor(x.flatten(0, 1), [(6, 8)]).unflatten(0, (3, 4))
+    corner = compressor(x[:4, :2].flatten(0, 1), [(4, 2)]).unflatten(0, (2, 1))
+    assert_close(corner, whole[:2, :1], ROUNDINGS)
 
 
 @torch.no_grad()

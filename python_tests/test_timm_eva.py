@@ -76,7 +76,7 @@ def test_rates_are_those_of_the_block():
             cls(32, 4, scale_attn_inner=True, **NORM, **options)
         )
         assert compressor.attn.attention_dropout == 0.2
-        assert compressor.attn.proj_drop.p == compressor.mlp.output_drop.p == 0.1
+        assert compressor.attn.proj_dropout == compressor.mlp.output_drop.p == 0.1
         assert compressor.mlp.hidden_dropout == 0.1
         assert compressor.attn.drop_path == compressor.mlp.drop_path == 0.3
 

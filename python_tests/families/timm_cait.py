@@ -21,11 +21,8 @@ def make_biased(**options):
     return randomise(Cait(**{**SIZE, "num_classes": 5, **options}))
 
 
-def talking_heads(attn, x, share=1.0):
-    """Attention of the tokens ``(n, C)`` of a window, head by head.
-
-    ``share`` multiplies the bias that the second mixing adds to every weight.
-    """
+def talking_heads(attn, x):
+    """Attention of the tokens ``(n, C)`` of a window, head by head."""
     q, k, v = (part.chunk(attn.num_heads, -1) for part in attn.qkv(x).chunk(3, -1))
     scores = torch.stack([q @ k.T for q, k in zip(q, k, strict=True)]) / q[0].shape[-1] ** 0.5
     mixed = [
@@ -34,7 +31,7 @@ def talking_heads(attn, x, share=1.0):
     ]
     weights = [scores.softmax(-1) for scores in mixed]
     mixed = [
-        sum(w * s for w, s in zip(row, weights, strict=True)) + bias * share
+        sum(w * s for w, s in zip(row, weights, strict=True)) + bias
         for row, bias in zip(attn.proj_w.weight, attn.proj_w.bias, strict=True)
     ]
     return attn.proj(torch.cat([w @ v for w, v in zip(mixed, v, strict=True)], -1))
@@ -55,10 +52,8 @@ def by_hand(model, x, layer=1, window=2, positions="center", attention=True):
 
 
 def merge(block, tokens, grid, window, attention):
-    size = grid[0] * grid[1]
-
     def attend(x, present):
-        return block.gamma_1 * talking_heads(block.attn, block.norm1(x), size / len(x))
+        return block.gamma_1 * talking_heads(block.attn, block.norm1(x))
 
     def mlp(z):
         return block.gamma_2 * mlp_mean(block.norm2, block.mlp, z)

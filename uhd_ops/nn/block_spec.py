@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reuse initialisation takes from a transformer block of a host, whatever its class.
+"""A transformer block by its parts, whatever its class: to be reused, and to be run.
 
 A block is a sum of attention branches followed by a sum of MLP branches::
 
@@ -10,20 +10,31 @@ Nearly every block has one of each. A pre-norm block has ``norm`` and maybe a La
 ``post``; a post-norm block has its norm as ``post`` and no ``norm``. Where attention and MLP run in
 parallel, the MLP reads X. ``uhd_ops/retrofit/families`` holds one file per family that fills these
 in.
+
+A description refers to the parts and copies none. :class:`uhd_ops.nn.EarlyCompressor` copies them,
+which it can only where they are plain (:func:`uhd_ops.nn.checks.check_reusable`).
+:meth:`BlockSpec.run` computes the block on packed tokens with the parts as they are, by calling
+them: adapters, quantised layers and hooks of leaf modules take effect, and gradients arrive in the
+host. Parts that a host holds in another shape are views: :class:`uhd_ops.nn.layers.LinearView`,
+:class:`uhd_ops.nn.layers.ScaleView`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from uhd_ops._checks import check_finite, check_positive_int
+from uhd_ops.nn.attention import Scope, end_branch, run_attention, run_own_attention
 from uhd_ops.nn.layers import Limits
-from uhd_ops.ops._linear_activation import check_activation
+from uhd_ops.nn.positions import Rotary
+from uhd_ops.ops._linear_activation import ACTIVATIONS, check_activation
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,29 +85,31 @@ class AttentionSpec:
     proj_dropout: float = 0.0
     drop_path: float = 0.0
 
+    run = run_attention
+
 
 @dataclass(frozen=True, eq=False)
 class OwnAttentionSpec:
     """An attention branch that is computed by the host's own attention module.
 
     For attention that is no softmax over scores of queries and keys (talking heads, differential
-    attention): a copy of the module runs on the windows, those of one shape as one batch.
+    attention): the module, or a copy, runs on groups of tokens that attend to each other.
 
     Attributes:
-        module: The attention module; it is copied.
-        call: ``call(module, windows, (height, width), view_tokens)`` with windows
-            ``(n, height * width, C)`` and the number of tokens ``(n,)`` of the view that each
-            belongs to; returns ``(n, height * width, C)``. A function with a name, for pickling.
+        module: The attention module, ``(n, L, C)`` to ``(n, L, C)``.
+        linears: Names of its linear layers.
         norm: As for AttentionSpec, like those below.
         post: What follows the module.
         drop_path: For the whole branch of a view.
     """
 
     module: nn.Module
-    call: Callable[[nn.Module, torch.Tensor, tuple[int, int], torch.Tensor], torch.Tensor]
+    linears: tuple[str, ...] = ("qkv", "proj")
     norm: nn.Module | None = None
     post: torch.Tensor | nn.Module | None = None
     drop_path: float = 0.0
+
+    run = run_own_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +147,37 @@ class MlpSpec:
     output_dropout: float = 0.0
     drop_path: float = 0.0
 
+    def run(self, x: torch.Tensor, scope: Scope, *, training: bool = False) -> torch.Tensor:
+        """Return what the branch adds to tokens ``x``; arguments as for BlockSpec.run."""
+        for norm in (self.norm, self.patch_norm):
+            x = x if norm is None else norm(x)
+        act = ACTIVATIONS[self.activation]
+        hidden = self._within_limits("fc1", self.fc1, x)
+        if self.gate is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(self._within_limits("gate", self.gate, x)) * hidden
+        hidden = functional.dropout(hidden, self.hidden_dropout, training)
+        if self.inner_norm is not None:
+            hidden = self.inner_norm(hidden)
+        y = self._within_limits("fc2", self.fc2, hidden)
+        y = functional.dropout(y, self.output_dropout, training)
+        return end_branch(self, y, scope, training)
+
+    def _within_limits(self, name: str, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        limits = self.limits.get(name)
+        return layer(x) if limits is None else limits(x, layer)
+
+
+class _KeepViews(Scope):
+    """Another scope without drop path."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.attend, self.run_module, self.pick = scope.attend, scope.run_module, scope.pick
+
+    def drop(self, branch: torch.Tensor, probability: float) -> torch.Tensor:
+        return branch
+
 
 @dataclass(frozen=True, eq=False)
 class BlockSpec:
@@ -144,12 +188,55 @@ class BlockSpec:
         attentions: Attention branches; they are added.
         mlps: MLP branches; they are added.
         parallel: Whether the MLPs read what the attention reads.
+        drop_together: Whether :meth:`run` drops the branches of a view all or none; only where they
+            are parallel.
+        block: The block that was read, or None.
+        name: What to call it in messages.
     """
 
     dim: int
     attentions: tuple[AttentionSpec | OwnAttentionSpec, ...]
     mlps: tuple[MlpSpec, ...]
     parallel: bool = False
+    drop_together: bool = False
+    block: nn.Module | None = None
+    name: str = "block"
+
+    def run(
+        self,
+        x: torch.Tensor,
+        scope: Scope,
+        positions: Rotary | None = None,
+        *,
+        training: bool | None = None,
+    ) -> torch.Tensor:
+        """Run the block on packed tokens, with its parts as they are now.
+
+        Args:
+            x: Tokens ``(N, C)``, or what else the scope takes.
+            scope: Which tokens attend to which, and where the views are: for whole views a
+                :class:`uhd_ops.nn.attention.ViewScope`.
+            positions: Rotary embeddings of the tokens, or None.
+            training: Whether dropout and drop path act; None means ``block.training``.
+
+        Returns:
+            ``(N, C)``.
+
+        Raises:
+            NotImplementedError: ``positions`` are given, but the attention takes none.
+        """
+        if training is None:
+            training = self.block is not None and self.block.training
+        inner = _KeepViews(scope) if self.drop_together else scope
+        branches = [part.run(x, inner, positions, training=training) for part in self.attentions]
+        y = x
+        if not self.parallel:
+            y, branches = functools.reduce(torch.add, branches, x), []
+        branches += [part.run(y, inner, training=training) for part in self.mlps]
+        if self.drop_together:
+            total = functools.reduce(torch.add, branches)
+            return y + (scope.drop(total, self.mlps[0].drop_path) if training else total)
+        return functools.reduce(torch.add, branches, y)
 
     @classmethod
     def random(
@@ -209,8 +296,8 @@ class BlockSpec:
 def read_block(block: nn.Module, **context: object) -> BlockSpec:
     """Read a block of another library, changing nothing.
 
-    Parts are accepted by exact type, because a subclass (a quantised or low-rank adapted Linear,
-    say) may compute something else.
+    What is called on the way (attention, MLP, norms, activations) is accepted by exact type,
+    because a subclass may compute something else. Linear layers may be of any class.
 
     Args:
         block: A block of one of the classes in ``uhd_ops/retrofit/registry.py``, with or without a

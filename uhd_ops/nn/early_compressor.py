@@ -8,9 +8,10 @@ from torch import nn
 
 from uhd_ops._checks import check_positive_int
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair
-from uhd_ops.nn.attention_branch import attention_branch
+from uhd_ops.nn.attention import QUERIES
+from uhd_ops.nn.attention_branch import CrossAttention, attention_branch
 from uhd_ops.nn.block_spec import BlockSpec, read_block
-from uhd_ops.nn.cross_attention import QUERIES, CrossAttention
+from uhd_ops.nn.checks import check_reusable
 from uhd_ops.nn.mlp_branch import NoMlp, PlainMlp, WindowMlp
 from uhd_ops.nn.mlp_forms import FORMS
 from uhd_ops.nn.positions import Rotary
@@ -217,6 +218,7 @@ class EarlyCompressor(nn.Module):
         self, host: BlockSpec, window: int, form: str, attention: bool | str, mlp: str
     ) -> None:
         window = check_options(window, form, attention, mlp)
+        check_reusable(host)
         self.options = {"window": window, "form": form, "attention": attention, "mlp": mlp}
         self.dim, self.window, self.form = host.dim, window, form
         self.attention, self.parallel = attention, host.parallel

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from uhd_ops.ops.tile_weight import tile_vector
 
@@ -94,6 +95,109 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class PartView(nn.Module):
+    """A part of somebody else's module, read there whenever it is used.
+
+    It holds no parameters of its own, so what was trained, loaded or replaced since takes effect,
+    and gradients arrive where the parameters are.
+    """
+
+    def clone(self) -> nn.Module:
+        """Return an ordinary module with copies of the parameters."""
+        raise NotImplementedError
+
+
+class LinearView(PartView):
+    """Rows or columns of a linear layer, or one with its bias elsewhere, as a layer of its own.
+
+    A layer that is not plain (adapted, quantised, hooked) is called as a whole, with zeros in the
+    other columns, and what it returns in the rows is taken.
+
+    Args:
+        layer: The layer; its weight is ``(O, I)``.
+        rows: Its outputs, first and behind the last; None for all.
+        columns: Its inputs; likewise.
+        bias: Whether to add the layer's own bias; or a function that returns another one.
+        calls: Whether to call a layer that is not plain. If not, its weight is read all the same,
+            as hosts do that add a bias of their own.
+        shape: The shape that the weight of ``layer`` should have, where that is known.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+        bias: bool | Callable[[], torch.Tensor | None] = True,
+        *,
+        calls: bool = True,
+        shape: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer, self.calls, self.shape = layer, calls, shape
+        self.rows, self.columns, self.source_of_bias = rows, columns, bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the part."""
+        weight = self.layer.weight
+        weight = weight if self.rows is None else weight[slice(*self.rows)]
+        return weight if self.columns is None else weight[:, slice(*self.columns)]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the part, if any."""
+        if callable(self.source_of_bias):
+            return self.source_of_bias()
+        bias = self.layer.bias if self.source_of_bias else None
+        return bias if bias is None or self.rows is None else bias[slice(*self.rows)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        if not self.calls or is_plain(self.layer, nn.Linear):
+            return functional.linear(x, self.weight, self.bias)
+        if self.columns is not None:
+            first, end = self.columns
+            x = functional.pad(x, (first, self.layer.in_features - end))
+        out = self._call(x)
+        if self.source_of_bias is True:
+            return out
+        if self.layer.bias is not None:
+            out = out - self._call(torch.zeros_like(x[..., :1, :]))
+        bias = self.bias
+        return out if bias is None else out + bias
+
+    def _call(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.layer(x)
+        return out if self.rows is None else out[..., slice(*self.rows)]
+
+    def clone(self) -> nn.Module:
+        """Return a Linear."""
+        return linear_of(self.weight, self.bias)
+
+
+class ScaleView(PartView):
+    """LayerScale factors that somebody else's module holds.
+
+    Args:
+        owner: The module that holds the factors ``(C,)``.
+        name: Its attribute.
+        calls: Whether the module is a LayerScale, and is called.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, *, calls: bool) -> None:
+        super().__init__()
+        self.owner, self.name, self.calls = owner, name, calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale ``(..., C)``."""
+        return self.owner(x) if self.calls else x * getattr(self.owner, self.name)
+
+    def clone(self) -> nn.Module:
+        """Return a LayerScale."""
+        return LayerScale(getattr(self.owner, self.name))
+
+
 def post_of(post: torch.Tensor | nn.Module | None) -> nn.Module:
     """Return what follows a branch: a LayerScale of a tensor, or a copy of a module."""
     return LayerScale(post) if isinstance(post, torch.Tensor) else clone_module(post)
@@ -108,6 +212,8 @@ def clone_module(module: nn.Module | None) -> nn.Module:
     """
     if module is None:
         return nn.Identity()
+    if isinstance(module, PartView):
+        return module.clone()
     clone = type(module).__new__(type(module))
     nn.Module.__init__(clone)
     own = {name: value for name, value in vars(module).items() if name not in vars(clone)}
@@ -140,9 +246,14 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
             or module._backward_hooks
             or module._backward_pre_hooks
         )
-        # The protocol of tensors that wrap others; parametrised modules change their class.
-        and not any(hasattr(type(p), "__tensor_flatten__") for p in module._parameters.values())
+        # Parametrised modules change their class.
+        and all(p is None or is_dense(p) for p in module._parameters.values())
     )
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds its numbers itself: quantised and sharded ones wrap others."""
+    return not hasattr(type(tensor), "__tensor_flatten__")
 
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

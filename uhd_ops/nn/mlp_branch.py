@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from uhd_ops.grids import Grids
+from uhd_ops.nn.attention import drop_views
 from uhd_ops.nn.block_spec import MlpSpec
 from uhd_ops.nn.layers import BlockLinear, clone_module, is_plain, linear_of, post_of, tile_norm
 from uhd_ops.nn.mlp_forms import MlpWeights, convert_mlp
-from uhd_ops.nn.regularization import drop_views
 from uhd_ops.ops._linear_activation import ACTIVATIONS
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn import timm_embedding
-from uhd_ops.nn.regularization import drop_path
+from uhd_ops.nn.attention import ViewScope
+from uhd_ops.nn.block_spec import BlockSpec, read_block
 from uhd_ops.nn.view_ratios import merge_by_ratio, times_of
-from uhd_ops.ops.view_attention import view_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,10 @@ class SliceEncoder(nn.Module):
     resampled to its own grid as timm's ``resample_abs_pos_embed`` does, whether or not the model
     was made with ``dynamic_img_size``. If :func:`uhd_ops.insert_early_compressor` was called on the
     model, the blocks behind the compressor work on merged tokens. Each view's result is that of
-    ``vit.forward_features`` on the view alone, up to rounding. Forward hooks of the model, its
-    blocks and their attention do not run.
+    ``vit.forward_features`` on the view alone, up to rounding. Blocks run by their parts, as
+    :meth:`uhd_ops.nn.BlockSpec.run` says: adapted and quantised linear layers take effect, and
+    hooks of linear layers and norms run, but those of the model, its blocks and their attention
+    and MLP do not.
 
     Args:
         vit: timm's ``VisionTransformer``, with or without a compressor. It becomes a submodule; its
@@ -106,7 +108,7 @@ class SliceEncoder(nn.Module):
                 once.
 
         Raises:
-            NotImplementedError: In training, if the model has patch dropout or attention dropout.
+            NotImplementedError: In training, if the model has patch dropout.
             TypeError: An argument has the wrong type.
             ValueError: Shapes, grids or numbers do not fit together.
         """
@@ -121,28 +123,26 @@ class SliceEncoder(nn.Module):
         prefix, patches = timm_embedding.embed(self.vit, pixels, grids)
         tokens = _join(prefix, patches, grids)
         for block in self.vit.blocks:
+            # Read anew in every call: adapters may have come, or a compressor.
+            spec = read_block(block)
             if self.vit.grad_checkpointing and torch.is_grad_enabled():
-                run = checkpoint(self._run, block, tokens, grids, ratios, use_reentrant=False)
+                run = checkpoint(self._run, spec, tokens, grids, ratios, use_reentrant=False)
             else:
-                run = self._run(block, tokens, grids, ratios)
+                run = self._run(spec, tokens, grids, ratios)
             tokens, grids = run
         prefix, patches = self._split(self.vit.norm(tokens), grids)
         return SliceTokens(patches, grids, prefix, counts)
 
     def _run(
         self,
-        block: nn.Module,
+        spec: BlockSpec,
         x: torch.Tensor,
         grids: PackedGrids,
         ratios: Sequence[int] | None,
     ) -> tuple[torch.Tensor, PackedGrids]:
         """Run one block on the packed sequence, and its compressor if it has one."""
-        lengths = _lengths(grids, self.vit.num_prefix_tokens)
-        branch = block.ls1(_attend(block.attn, block.norm1(x), lengths))
-        x = x + _drop_path(branch, block.drop_path1, lengths)
-        branch = block.ls2(block.mlp(block.norm2(x)))
-        x = x + _drop_path(branch, block.drop_path2, lengths)
-        compressor = getattr(block, "compressor", None)
+        x = spec.run(x, ViewScope(grids, self.vit.num_prefix_tokens))
+        compressor = getattr(spec.block, "compressor", None)
         if compressor is None:
             return x, grids
         prefix, patches = self._split(x, grids)
@@ -170,35 +170,10 @@ class SliceEncoder(nn.Module):
         times_of(ratios, views, found[0].window)
 
     def _refuse_dropout(self) -> None:
-        if not self.vit.training:
-            return
-        if getattr(self.vit.patch_drop, "prob", 0.0):
+        if self.vit.training and getattr(self.vit.patch_drop, "prob", 0.0):
             raise NotImplementedError(
                 "patch dropout leaves no grid: set vit.patch_drop to torch.nn.Identity()"
             )
-        if any(block.attn.attn_drop.p for block in self.vit.blocks):
-            raise NotImplementedError(
-                "packed views have no attention dropout in training: set attn.attn_drop.p = 0 in "
-                "every block of vit, or call vit.eval()"
-            )
-
-
-def _attend(attention: nn.Module, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Timm's Attention on packed views."""
-    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
-    # Under autocast a norm returns float32.
-    q, k = attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype)
-    y = view_attention(q, k, v, PackedGrids.of([(1, length) for length in lengths]))
-    y = attention.norm(y.flatten(-2))
-    if attention.gate is not None:
-        y = y * attention.gate(x).sigmoid()
-    return attention.proj_drop(attention.proj(y))
-
-
-def _drop_path(branch: torch.Tensor, module: nn.Module, lengths: list[int]) -> torch.Tensor:
-    """Run timm's DropPath, or the Identity in its place, on packed views."""
-    probability = getattr(module, "drop_prob", 0.0) if module.training else 0.0
-    return drop_path(branch, probability or 0.0, lengths)
 
 
 def _join(prefix: torch.Tensor, patches: torch.Tensor, grids: PackedGrids) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uhd_ops.retrofit import checks
+from uhd_ops.nn import checks
 from uhd_ops.retrofit.blocks import CoarseBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout

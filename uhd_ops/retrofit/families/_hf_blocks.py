@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 
-import torch
 import transformers
 from torch import nn
 from transformers import activations
 
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, MlpSpec
-from uhd_ops.retrofit import checks
+from uhd_ops.nn.layers import ScaleView
 
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(
@@ -42,15 +42,13 @@ def sibling(cls: type, name: str) -> type:
 def norm(module: nn.Module, name: str) -> nn.Module:
     """Return a LayerNorm."""
     checks.require_exactly(module, name, (nn.LayerNorm,))
-    checks.require_plain(module, name)
     return module
 
 
-def layer_scale(module: nn.Module, name: str, cls: type) -> torch.Tensor:
+def layer_scale(module: nn.Module, name: str, cls: type) -> ScaleView:
     """Return the factors of a LayerScale."""
     checks.require_exactly(module, name, (cls,))
-    checks.require_plain(module, name, ("lambda1",))
-    return module.lambda1
+    return ScaleView(module, "lambda1", calls=True)
 
 
 def drop_path(module: nn.Module, name: str, cls: type) -> float:
@@ -77,8 +75,8 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
     heads = "num_heads" if hasattr(module, "num_heads") else "num_attention_heads"
     return AttentionSpec(
         getattr(module, heads),
-        tuple(checks.linear(getattr(module, part), f"{name}.{part}") for part in projections),
-        checks.linear(getattr(module, out), f"{name}.{out}"),
+        tuple(getattr(module, part) for part in projections),
+        getattr(module, out),
         module.head_dim,
         scale=float(module.scale if hasattr(module, "scale") else module.scaling),
         attention_dropout=float(getattr(module, dropout)),
@@ -101,10 +99,10 @@ def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: objec
     act = "act_fn" if hasattr(module, "act_fn") else "activation_fn"
     gate = getattr(module, "gate_proj", None)
     return MlpSpec(
-        checks.linear(getattr(module, first), f"{name}.{first}"),
-        checks.linear(getattr(module, second), f"{name}.{second}"),
+        getattr(module, first),
+        getattr(module, second),
         activation(getattr(module, act), f"{name}.{act}"),
-        gate=None if gate is None else checks.linear(gate, f"{name}.gate_proj"),
+        gate=gate,
         **branch,
     )
 

@@ -19,7 +19,8 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from uhd_ops._reclass import is_mixed
-from uhd_ops.retrofit import checks, insert_early_compressor, takes_compressor
+from uhd_ops.nn import checks
+from uhd_ops.retrofit import insert_early_compressor, takes_compressor
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _hf_blocks as parts

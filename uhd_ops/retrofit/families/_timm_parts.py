@@ -9,9 +9,9 @@ from timm.layers import activations
 from timm.models import vision_transformer, vitamin
 from torch import nn
 
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, MlpSpec, OwnAttentionSpec
-from uhd_ops.nn.layers import linear_of
-from uhd_ops.retrofit import checks
+from uhd_ops.nn.layers import LinearView, ScaleView
 
 # Older versions of timm have no differential attention.
 DiffAttention = getattr(layers, "DiffAttention", None)
@@ -34,20 +34,11 @@ def vit_attention(
         return attention(module, name, **branch)
     checks.require_own_forward(module, name)
     check_scale(module, name)
-    for part in ("qkv", "proj"):
-        checks.linear(getattr(module, part), f"{name}.{part}")
     for part in ("q_norm", "k_norm", "norm", "sub_norm"):
         norm(getattr(module, part), f"{name}.{part}")
     for part in ("attn_drop", "proj_drop"):
         checks.dropout(getattr(module, part), f"{name}.{part}")
-    return OwnAttentionSpec(module, _run, **branch)
-
-
-def _run(
-    module: nn.Module, windows: torch.Tensor, shape: tuple[int, int], view_tokens: torch.Tensor
-) -> torch.Tensor:
-    """Run an attention module that depends on nothing but the tokens of a window."""
-    return module(windows)
+    return OwnAttentionSpec(module, **branch)
 
 
 def vit_mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
@@ -63,10 +54,10 @@ def vit_mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
         return mlp(module, name, **branch)
     checks.require_own_forward(module, name)
     return MlpSpec(
-        checks.linear(module.w1, f"{name}.w1"),
-        checks.linear(module.w2, f"{name}.w2"),
+        module.w1,
+        module.w2,
         activation(module.act, f"{name}.act"),
-        gate=checks.linear(module.w0, f"{name}.w0"),
+        gate=module.w0,
         patch_norm=norm(module.norm, f"{name}.norm"),
         hidden_dropout=checks.dropout(module.drop1, f"{name}.drop1"),
         output_dropout=checks.dropout(module.drop2, f"{name}.drop2"),
@@ -90,10 +81,15 @@ def norm(module: nn.Module, name: str) -> nn.Module | None:
     return checks.optional(module, name, NORMS)
 
 
-def layer_scale(module: nn.Module, name: str) -> torch.Tensor | None:
+def layer_scale(module: nn.Module, name: str) -> ScaleView | None:
     """Return the factors of a LayerScale; None for an Identity."""
-    checks.require_exactly(module, name, (vision_transformer.LayerScale, nn.Identity))
-    return getattr(module, "gamma", None)
+    scale = checks.optional(module, name, (vision_transformer.LayerScale,))
+    return None if scale is None else ScaleView(scale, "gamma", calls=True)
+
+
+def factors(block: nn.Module, name: str) -> ScaleView | None:
+    """Return the LayerScale factors that a block holds itself; None where it has none."""
+    return None if getattr(block, name) is None else ScaleView(block, name, calls=False)
 
 
 def drop_path(module: nn.Module, name: str) -> float:
@@ -133,8 +129,8 @@ def attention(
     check_scale(module, name)
     return AttentionSpec(
         module.num_heads,
-        projections or (checks.linear(module.qkv, f"{name}.qkv"),),
-        checks.linear(module.proj, f"{name}.proj"),
+        projections or (module.qkv,),
+        module.proj,
         module.head_dim,
         q_norm=norm(module.q_norm, f"{name}.q_norm"),
         k_norm=norm(module.k_norm, f"{name}.k_norm"),
@@ -165,19 +161,16 @@ def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
     """
     checks.require_exactly(module, name, (layers.Mlp, layers.GluMlp, layers.SwiGLU))
     checks.require_own_forward(module, name)
-    gate = None
     if type(module) is layers.SwiGLU:
-        gate = checks.linear(module.fc1_g, f"{name}.fc1_g")
-        fc1 = checks.linear(module.fc1_x, f"{name}.fc1_x")
+        gate, fc1 = module.fc1_g, module.fc1_x
+    elif type(module) is layers.GluMlp:
+        halves = _halves(module.fc1)
+        gate, fc1 = reversed(halves) if module.gate_last else halves
     else:
-        fc1 = checks.linear(module.fc1, f"{name}.fc1")
-    if type(module) is layers.GluMlp:
-        gate, fc1 = _halves(fc1)
-        if module.gate_last:
-            gate, fc1 = fc1, gate
+        gate, fc1 = None, module.fc1
     return MlpSpec(
         fc1,
-        checks.linear(module.fc2, f"{name}.fc2"),
+        module.fc2,
         activation(module.act, f"{name}.act"),
         gate=gate,
         inner_norm=norm(module.norm, f"{name}.norm"),
@@ -187,13 +180,20 @@ def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
     )
 
 
-def _halves(packed: nn.Linear) -> list[nn.Linear]:
-    """Split a Linear whose rows are two layers, one after the other.
+def biased(module: nn.Module) -> LinearView:
+    """Return the fused projection of an attention that holds the biases of its thirds."""
+    return LinearView(
+        module.qkv,
+        bias=lambda: torch.cat([module.q_bias, module.k_bias, module.v_bias]),
+        calls=module.qkv_bias_separate,
+    )
+
+
+def _halves(packed: nn.Module) -> list[nn.Module]:
+    """Split a linear layer whose rows are two layers, one after the other.
 
     The block-diagonal form must be made of each of them: the blocks of the packed weight would make
     some patches the gates of others.
     """
-    biases = (None, None) if packed.bias is None else packed.bias.chunk(2)
-    return [
-        linear_of(weight, bias) for weight, bias in zip(packed.weight.chunk(2), biases, strict=True)
-    ]
+    rows = packed.out_features // 2
+    return [LinearView(packed, (0, rows)), LinearView(packed, (rows, 2 * rows))]

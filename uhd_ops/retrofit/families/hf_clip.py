@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import nn
 
 from uhd_ops._reclass import body_class
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _hf_blocks as parts
 from uhd_ops.retrofit.families._hf_models import (
@@ -40,8 +40,8 @@ def read(block: nn.Module) -> BlockSpec:
         (parts.sibling(cls, f"{family}MLP"),),
         norm=parts.norm(block.layer_norm2, "layer.layer_norm2"),
     )
-    host = BlockSpec(block.layer_norm1.normalized_shape[0], (attention,), (mlp,))
-    return checks.check_shapes(host, "layer")
+    dim = block.layer_norm1.normalized_shape[0]
+    return BlockSpec(dim, (attention,), (mlp,), block=block, name="layer")
 
 
 class CompressedClipVisionModel(CompressedHfModel):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import nn
 
 from uhd_ops._reclass import body_class
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _hf_blocks as parts
 from uhd_ops.retrofit.families._hf_models import (
@@ -58,8 +58,8 @@ def read(block: nn.Module) -> BlockSpec:
         post=parts.layer_scale(block.layer_scale2, "layer.layer_scale2", scale),
         drop_path=drop,
     )
-    host = BlockSpec(block.norm1.normalized_shape[0], (attention,), (mlp,))
-    return checks.check_shapes(host, "layer")
+    dim = block.norm1.normalized_shape[0]
+    return BlockSpec(dim, (attention,), (mlp,), block=block, name="layer")
 
 
 class CompressedDinov2Model(CompressedHfModel):

@@ -12,10 +12,9 @@ import torch
 from timm.models import beit
 from torch import nn
 
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
-from uhd_ops.nn.layers import linear_of
 from uhd_ops.nn.score_bias import RelativePositionBias
-from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
@@ -45,32 +44,29 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
         block.attn,
         shared_bias,
         norm=parts.norm(block.norm1, "block.norm1"),
-        post=block.gamma_1,
+        post=parts.factors(block, "gamma_1"),
         drop_path=parts.drop_path(block.drop_path1, "block.drop_path1"),
     )
     mlp = parts.mlp(
         block.mlp,
         "block.mlp",
         norm=parts.norm(block.norm2, "block.norm2"),
-        post=block.gamma_2,
+        post=parts.factors(block, "gamma_2"),
         drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
     )
-    return checks.check_shapes(BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,)))
+    return BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,), block=block)
 
 
 def _attention(module: nn.Module, shared_bias: nn.Module | None, **branch: object) -> AttentionSpec:
     name = "block.attn"
     checks.require_exactly(module, name, (beit.Attention,))
     checks.require_plain(module, name, _TENSORS)
-    weight, bias = checks.linear(module.qkv, f"{name}.qkv").weight, None
-    if module.q_bias is not None:
-        bias = torch.cat([module.q_bias, module.k_bias, module.v_bias])
-    head_dim = weight.shape[0] // (3 * module.num_heads)
+    head_dim = module.qkv.out_features // (3 * module.num_heads)
     parts.check_scale(module, name, head_dim)
     return AttentionSpec(
         module.num_heads,
-        (linear_of(weight, bias),),
-        checks.linear(module.proj, f"{name}.proj"),
+        (module.qkv if module.q_bias is None else parts.biased(module),),
+        module.proj,
         head_dim,
         score_bias=_score_bias(module, shared_bias),
         attention_dropout=checks.dropout(module.attn_drop, f"{name}.attn_drop"),

@@ -9,8 +9,8 @@ from __future__ import annotations
 from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from torch import nn
 
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families import timm_eva
@@ -34,7 +34,7 @@ def read(block: nn.Module) -> BlockSpec:
         norm=parts.norm(block.norm2, "block.norm2"),
         drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
     )
-    return checks.check_shapes(BlockSpec(attention.proj.out_features, (attention,), (mlp,)))
+    return BlockSpec(attention.proj.out_features, (attention,), (mlp,), block=block)
 
 
 def check(vit: nn.Module, config: Config) -> None:

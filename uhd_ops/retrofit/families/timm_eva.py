@@ -11,9 +11,8 @@ from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
 from torch import nn
 
 from uhd_ops._reclass import body_class
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
-from uhd_ops.nn.layers import linear_of
-from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
@@ -40,14 +39,14 @@ def read(block: nn.Module) -> BlockSpec:
         around = [{"post": norm} for norm in norms]
     else:
         # Sapiens2 scales the attention only.
-        scales = block.gamma_1, block.gamma_2
+        scales = [parts.factors(block, name) for name in ("gamma_1", "gamma_2")]
         around = [{"norm": n, "post": s} for n, s in zip(norms, scales, strict=True)]
     for index, branch in enumerate(around, 1):
         name = f"drop_path{index}"
         branch["drop_path"] = parts.drop_path(getattr(block, name), f"block.{name}")
     host = attention(block.attn, "block.attn", **around[0])
     mlp = parts.mlp(block.mlp, "block.mlp", **around[1])
-    return checks.check_shapes(BlockSpec(host.proj.out_features, (host,), (mlp,)))
+    return BlockSpec(host.proj.out_features, (host,), (mlp,), block=block)
 
 
 def attention(module: nn.Module, name: str, **branch: object) -> AttentionSpec:
@@ -74,13 +73,11 @@ def attention(module: nn.Module, name: str, **branch: object) -> AttentionSpec:
 def _projections(module: nn.Module, name: str) -> tuple[nn.Linear, ...]:
     if module.qkv is None:
         names = ("q_proj", "k_proj", "v_proj")
-        return tuple(checks.linear(getattr(module, part), f"{name}.{part}") for part in names)
-    fused = checks.linear(module.qkv, f"{name}.qkv")
+        return tuple(getattr(module, part) for part in names)
     if getattr(module, "q_bias", None) is None:
-        return (fused,)
-    # The bias of the keys, a buffer of zeros that no checkpoint holds, becomes trainable.
-    bias = torch.cat([module.q_bias, module.k_bias, module.v_bias])
-    return (linear_of(fused.weight, bias),)
+        return (module.qkv,)
+    # A compressor trains the bias of the keys, a buffer of zeros that no checkpoint holds.
+    return (parts.biased(module),)
 
 
 # What the compressor relies on; a subclass that changes one of these is not understood.

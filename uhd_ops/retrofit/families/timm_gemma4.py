@@ -17,10 +17,10 @@ from timm.models import gemma4_vit
 from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
 from torch import nn
 
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec
 from uhd_ops.nn.layers import Limits
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
@@ -54,7 +54,7 @@ def read(block: nn.Module) -> BlockSpec:
         drop_path=drop_path,
     )
     dim = block.attn.q_proj.linear.in_features
-    return checks.check_shapes(BlockSpec(dim, (attention,), (mlp,)))
+    return BlockSpec(dim, (attention,), (mlp,), block=block)
 
 
 def _attention(module: nn.Module, **branch: object) -> AttentionSpec:
@@ -104,7 +104,7 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     """Return the layer inside a ``Gemma4ClippableLinear``."""
     checks.require_exactly(module, name, (gemma4_vit.Gemma4ClippableLinear,))
     checks.require_plain(module, name, _LIMITS)
-    return checks.linear(module.linear, f"{name}.linear")
+    return module.linear
 
 
 def _limits(module: nn.Module) -> Limits | None:

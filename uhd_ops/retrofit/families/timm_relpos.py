@@ -15,10 +15,10 @@ from timm.models import vision_transformer_relpos
 from timm.models import vision_transformer_relpos as relpos
 from torch import nn
 
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.layers import clone_module
 from uhd_ops.nn.score_bias import RelativePositionBias
-from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
@@ -51,7 +51,7 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
         **_around(block, 1),
     )
     mlp = parts.mlp(block.mlp, "block.mlp", **_around(block, 2))
-    return checks.check_shapes(BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,)))
+    return BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,), block=block)
 
 
 def _around(block: nn.Module, index: int) -> dict[str, object]:

@@ -19,9 +19,9 @@ from timm.models import vision_transformer_sam as sam
 from torch import nn
 
 from uhd_ops._reclass import body_class
+from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.score_bias import DecomposedPositionBias
-from uhd_ops.retrofit import checks
 from uhd_ops.retrofit.blocks import CoarseBlock, CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
@@ -62,7 +62,7 @@ def read(block: nn.Module) -> BlockSpec:
         post=parts.layer_scale(block.ls2, "block.ls2"),
         drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
     )
-    return checks.check_shapes(BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,)))
+    return BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,), block=block)
 
 
 def _score_bias(module: nn.Module) -> functools.partial | None:

@@ -10,9 +10,9 @@ from timm.models import vision_transformer as timm
 from torch import nn
 
 from uhd_ops._reclass import body_class
-from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec
-from uhd_ops.nn.layers import linear_of
-from uhd_ops.retrofit import checks
+from uhd_ops.nn import checks
+from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
+from uhd_ops.nn.layers import LinearView, PartView, clone_module
 from uhd_ops.retrofit.blocks import CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
@@ -31,14 +31,14 @@ def read(block: nn.Module) -> BlockSpec:
     checks.require_own_forward(block, "block")
     cls = body_class(block)
     if cls is timm.ParallelThingsBlock:
-        return checks.check_shapes(_read_things(block))
+        return _read_things(block)
     if cls in (timm.ParallelScalingBlock, timm.DiffParallelScalingBlock):
-        return checks.check_shapes(_read_scaling(block))
+        return _read_scaling(block)
     around = _post_norm if cls is timm.ResPostBlock else _pre_norm
     attention = parts.vit_attention(block.attn, "block.attn", **around(block, 1))
     mlp = parts.vit_mlp(block.mlp, "block.mlp", **around(block, 2))
     dim = block.attn.qkv.in_features
-    return checks.check_shapes(BlockSpec(dim, (attention,), (mlp,)))
+    return BlockSpec(dim, (attention,), (mlp,), block=block)
 
 
 def _pre_norm(block: nn.Module, branch: int) -> dict[str, object]:
@@ -75,7 +75,7 @@ def _read_things(block: nn.Module) -> BlockSpec:
         for branch, name in _sequences(block, "ffns", "mlp")
     ]
     dim = block.attns[0].attn.qkv.in_features
-    return BlockSpec(dim, tuple(attentions), tuple(mlps))
+    return BlockSpec(dim, tuple(attentions), tuple(mlps), block=block)
 
 
 def _sequences(block: nn.Module, name: str, body: str) -> list[tuple[nn.Module, str]]:
@@ -103,7 +103,7 @@ def _around(branch: nn.Module, name: str) -> dict[str, object]:
 def _read_scaling(block: nn.Module) -> BlockSpec:
     """Attention and MLP with one norm in front, one projection in and one factor behind.
 
-    Either branch gets copies of norm and LayerScale. Drop path, which takes both branches of a view
+    Either branch has the norm and the LayerScale. Drop path, which takes both branches of a view
     together in the block, takes each on its own in the compressor.
     """
     checks.require_plain(block, "block", ("mlp_bias", *_LAMBDAS))
@@ -123,8 +123,9 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
     )
     parts.check_scale(block, "block")
     if hasattr(block, "lambda_init"):
-        own = _diff_attention(block, qkv, proj)
-        attention = parts.vit_attention(own, "block", **around)
+        own = DiffAttentionView(block, qkv, proj)
+        parts.vit_attention(own.build(), "block")
+        attention = OwnAttentionSpec(own, **around)
     else:
         attention = AttentionSpec(
             block.num_heads,
@@ -136,54 +137,71 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
             attention_dropout=checks.dropout(block.attn_drop, "block.attn_drop"),
             **around,
         )
-    return BlockSpec(block.in_proj.in_features, (attention,), (mlp,), parallel=True)
+    dim = block.in_proj.in_features
+    return BlockSpec(dim, (attention,), (mlp,), parallel=True, drop_together=True, block=block)
 
 
-def _split_in(block: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+def _split_in(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Split ``in_proj``, whose rows are fc1, queries, keys and values."""
     hidden, dim, *_ = block.in_split
-    packed = _packed(block, "in_proj", (hidden + 3 * dim, dim))
-    sizes = (hidden, 3 * dim)
-    weights = packed.weight.split(sizes)
-    biases = (block.mlp_bias, None) if packed.bias is None else packed.bias.split(sizes)
-    fc1, qkv = map(linear_of, weights, biases)
-    return fc1, qkv
-
-
-def _split_out(block: nn.Module) -> tuple[nn.Linear, nn.Linear]:
-    """Return the output projection of the attention and fc2, which may be one Linear."""
-    if getattr(block, "attn_out_proj", None) is not None:
-        return (
-            checks.linear(block.attn_out_proj, "block.attn_out_proj"),
-            checks.linear(block.mlp_out_proj, "block.mlp_out_proj"),
-        )
-    hidden, dim, *_ = block.in_split
-    packed = _packed(block, "out_proj", (dim, dim + hidden))
-    proj, fc2 = packed.weight.split((dim, hidden), 1)
-    # The bias goes with the MLP, which is there with and without attention.
-    return linear_of(proj, None), linear_of(fc2, packed.bias)
-
-
-def _packed(block: nn.Module, name: str, shape: tuple[int, int]) -> nn.Linear:
-    packed = checks.linear(getattr(block, name), f"block.{name}")
-    if packed.weight.shape != shape:
-        raise NotImplementedError(
-            f"block.{name}.weight must have shape {shape}, got {tuple(packed.weight.shape)}"
-        )
-    return packed
-
-
-def _diff_attention(block: nn.Module, qkv: nn.Linear, proj: nn.Linear) -> nn.Module:
-    """The attention of a ``DiffParallelScalingBlock`` as the module that timm has for it."""
-    attention = parts.DiffAttention(
-        qkv.in_features, block.num_heads, dual_lambda=block.dual_lambda, device="meta"
+    end, packed = hidden + 3 * dim, block.in_proj
+    bias = True if packed.bias is not None else lambda: block.mlp_bias
+    return (
+        LinearView(packed, (0, hidden), bias=bias, shape=(end, dim)),
+        LinearView(packed, (hidden, end), shape=(end, dim)),
     )
-    attention.qkv, attention.proj = qkv, proj
-    for name in ("q_norm", "k_norm", "sub_norm", "attn_drop", *_LAMBDAS):
-        setattr(attention, name, getattr(block, name))
-    for name in ("scale", "lambda_init", "attn_drop_p", "fused_attn"):
-        setattr(attention, name, getattr(block, name))
-    return attention
+
+
+def _split_out(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the output projection of the attention and fc2, which may be one layer."""
+    if getattr(block, "attn_out_proj", None) is not None:
+        return block.attn_out_proj, block.mlp_out_proj
+    hidden, dim, *_ = block.in_split
+    packed, shape = block.out_proj, (dim, dim + hidden)
+    # The bias goes with the MLP, which is there with and without attention.
+    return (
+        LinearView(packed, columns=(0, dim), bias=False, shape=shape),
+        LinearView(packed, columns=(dim, dim + hidden), shape=shape),
+    )
+
+
+class DiffAttentionView(PartView):
+    """The attention of a ``DiffParallelScalingBlock`` as the module that timm has for it.
+
+    Args:
+        block: The block.
+        qkv: Its projection in.
+        proj: Its projection out.
+    """
+
+    def __init__(self, block: nn.Module, qkv: nn.Module, proj: nn.Module) -> None:
+        super().__init__()
+        self.owner = (block,)  # in a tuple, so that it does not become a submodule
+        self.qkv, self.proj = qkv, proj
+        for name in ("q_norm", "k_norm", "sub_norm", "attn_drop"):
+            setattr(self, name, getattr(block, name))
+
+    def build(self) -> nn.Module:
+        """Return a ``DiffAttention`` of the block's own parts, as they are now."""
+        (block,) = self.owner
+        dim = block.in_proj.in_features
+        attention = parts.DiffAttention(
+            dim, block.num_heads, dual_lambda=block.dual_lambda, device="meta"
+        )
+        attention.training = block.training
+        for name, part in self.named_children():
+            setattr(attention, name, part)
+        for name in (*_LAMBDAS, "scale", "lambda_init", "attn_drop_p", "fused_attn"):
+            setattr(attention, name, getattr(block, name))
+        return attention
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(n, L, C)`` to the same."""
+        return self.build()(x)
+
+    def clone(self) -> nn.Module:
+        """Return a ``DiffAttention`` with copies of the parts."""
+        return clone_module(self.build())
 
 
 # What the compressor relies on; a subclass that changes one of these is not understood.

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention branch of a transformer block, and which tokens attend to which.
+
+The branch is written once, :func:`run_attention`, for the live parts of a host and for the copies
+in a compressor. What differs is the scope: the windows of a view, one query for each window, or
+whole views. A scope attends, runs an attention module of a host on its groups of tokens, and drops
+the branches of views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from uhd_ops.grids import Grids, PackedGrids, pairs_of
+from uhd_ops.nn.positions import Rotary, rotate
+from uhd_ops.ops.view_attention import attend_by_length
+from uhd_ops.ops.window_attention import window_attention
+from uhd_ops.ops.window_mean import window_mean
+from uhd_ops.reference._windows import slots_of_tokens, window_tokens, windows_by_shape
+
+QUERIES = ("cross_top_left", "cross_mean")
+
+
+def run_attention(
+    part: Any,
+    x: torch.Tensor,
+    scope: Scope,
+    positions: Rotary | None = None,
+    *,
+    training: bool = False,
+) -> torch.Tensor:
+    """Return what an attention branch adds to ``x``.
+
+    Args:
+        part: An :class:`uhd_ops.nn.AttentionSpec`, or a module with the same attributes.
+        x: Tokens ``(N, C)`` or ``(B, L, C)``, as the scope has them.
+        scope: Which tokens attend to which.
+        positions: Rotary embeddings of the tokens, or None.
+        training: Whether dropout acts.
+    """
+    tokens = x if part.norm is None else part.norm(x)
+    q, k, v = _project(part, tokens)
+    dtype = v.dtype  # under autocast a norm returns float32
+    if part.q_norm is not None:
+        q = part.q_norm(q).to(dtype)
+    if part.k_norm is not None:
+        k = part.k_norm(k).to(dtype)
+    if part.v_norm is not None:
+        v = part.v_norm(v).to(dtype)
+    if positions is not None:
+        q, k = (rotate(y, positions, part.rotate_half) for y in (q, k))
+    groups = q.shape[-2] // k.shape[-2]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)
+    dropout = part.attention_dropout if training else 0.0
+    y = scope.attend(q, k, v, scale=part.scale, dropout=dropout).flatten(-2)
+    if part.inner_norm is not None:
+        y = part.inner_norm(y)
+    if part.gate is not None:
+        y = y * scope.pick(part.gate(tokens).sigmoid())
+    y = functional.dropout(part.proj(y), part.proj_dropout, training)
+    return end_branch(part, y, scope, training)
+
+
+def run_own_attention(
+    part: Any,
+    x: torch.Tensor,
+    scope: Scope,
+    positions: Rotary | None = None,
+    *,
+    training: bool = False,
+) -> torch.Tensor:
+    """As :func:`run_attention`, for an :class:`uhd_ops.nn.OwnAttentionSpec`.
+
+    Raises:
+        NotImplementedError: ``positions`` are given.
+    """
+    if positions is not None:
+        raise NotImplementedError(
+            f"positions must be None: {type(part.module).__name__} takes no rotary embeddings"
+        )
+    tokens = x if part.norm is None else part.norm(x)
+    return end_branch(part, scope.run_module(part.module, tokens), scope, training)
+
+
+def end_branch(part: Any, y: torch.Tensor, scope: Scope, training: bool) -> torch.Tensor:
+    """Apply what follows the last layer of any branch: ``post`` and drop path."""
+    if isinstance(part.post, torch.Tensor):
+        y = y * part.post
+    elif part.post is not None:
+        y = part.post(y)
+    return scope.drop(y, part.drop_path) if training and part.drop_path else y
+
+
+def _project(part: Any, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return queries, keys and values, each ``(..., heads, head_dim)``."""
+    if len(part.projections) == 1:
+        return part.projections[0](x).unflatten(-1, (3, part.num_heads, part.head_dim)).unbind(-3)
+    return [layer(x).unflatten(-1, (-1, part.head_dim)) for layer in part.projections]
+
+
+class Scope:
+    """Which tokens attend to which, and where the views are."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attend from ``q (..., N, H, D)`` to ``k`` and ``v`` of the same shape.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            v: Values.
+            scale: Factor on the scores; None means ``D ** -0.5``.
+            dropout: Probability of dropping an attention weight.
+        """
+        raise NotImplementedError
+
+    def run_module(self, module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor):
+        """Return ``module(tokens)`` of every group of tokens, ``(groups, length, C)`` at a time."""
+        raise NotImplementedError
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows of ``x (..., N, C)`` that the results of :meth:`attend` belong to."""
+        return x
+
+    def drop(self, branch: torch.Tensor, probability: float) -> torch.Tensor:
+        """Drop the residual branch of whole views at random; scale the others."""
+        raise NotImplementedError
+
+
+class WindowScope(Scope):
+    """The tokens of a window attend to each other.
+
+    Args:
+        grids: Grids of packed tokens ``(N, ...)``; one pair for batched ones ``(B, h*w, ...)``.
+        window: Side of a window, in tokens.
+        score_bias: A :class:`uhd_ops.nn.score_bias.ScoreBias`, or None.
+    """
+
+    def __init__(self, grids: Grids, window: int, score_bias: nn.Module | None = None) -> None:
+        self.grids, self.window, self.score_bias = grids, window, score_bias
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attend in windows, by the operator where it has all that is asked for."""
+        if self.score_bias is None and not dropout:
+            return window_attention(q, k, v, self.grids, self.window, scale=scale)
+        return gathered_window_attention(
+            q,
+            k,
+            v,
+            self.grids,
+            self.window,
+            scale=scale,
+            score_bias=self.score_bias,
+            dropout=dropout,
+        )
+
+    def run_module(
+        self, module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """Windows of one shape, of which a view has at most four, are one batch."""
+        tokens, order, parts = x if x.dim() == 3 else x[None], [], []
+        for rows in windows_by_shape(pairs_of(self.grids), self.window, x.device).values():
+            order.append(rows.flatten())
+            windows = tokens[:, rows]  # (B, n, height * width, C)
+            parts.append(module(windows.flatten(0, 1)).view(windows.shape).flatten(1, 2))
+        if parts:
+            tokens = torch.cat(parts, 1)[:, torch.cat(order).argsort()]
+        return tokens.reshape(x.shape)
+
+    def drop(self, branch: torch.Tensor, probability: float) -> torch.Tensor:
+        """As in the base class."""
+        return drop_views(branch, probability, self.grids)
+
+
+class QueryScope(Scope):
+    """One query for each window attends to its tokens; the results are one for each window.
+
+    Args:
+        grids: As for WindowScope.
+        window: Side of a window, in tokens.
+        query: ``"cross_top_left"`` for the query of the top-left token, ``"cross_mean"`` for the
+            mean of all of them.
+        device: Of the tokens.
+    """
+
+    def __init__(self, grids: Grids, window: int, query: str, device: torch.device) -> None:
+        self.grids, self.window, self.query = grids, window, query
+        self.rows, self.present = window_tokens(pairs_of(grids), window, device)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Return ``(..., M, H, D)`` for M windows."""
+        k, v = (
+            y.index_select(-3, self.rows.flatten()).unflatten(-3, self.rows.shape).transpose(-3, -2)
+            for y in (k, v)
+        )
+        out = functional.scaled_dot_product_attention(
+            self._pick(q, q.dim() - 3)[..., None, :],
+            k,
+            v,
+            attn_mask=self.present[:, None, None],
+            dropout_p=dropout,
+            scale=scale,
+        )
+        return out.squeeze(-2)
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """One row for each window: that of its top-left token, or the mean."""
+        return self._pick(x, x.dim() - 2)
+
+    def _pick(self, y: torch.Tensor, dim: int) -> torch.Tensor:
+        if self.query == "cross_top_left":
+            return y.index_select(dim, self.rows[:, 0])
+        merged = window_mean(y.flatten(dim + 1), self.grids, self.window)
+        return merged.unflatten(-1, y.shape[dim + 1 :])
+
+    def drop(self, branch: torch.Tensor, probability: float) -> torch.Tensor:
+        """As in the base class."""
+        return drop_views(branch, probability, self.grids, self.window)
+
+
+class ViewScope(Scope):
+    """The tokens of a view attend to each other, its class and register tokens among them.
+
+    Args:
+        grids: Grids of the views, packed.
+        prefix: Number of tokens in front of the patches of every view.
+        bias: What is added to the scores, one entry for each view; None for nothing. An entry is a
+            tensor ``(H, L, L)``, queries by keys of all L tokens of the view, or a function that
+            makes one, ``(V, H, L, L)``, of queries ``(V, H, L, D)``. Views that share an entry, the
+            same object, are computed together.
+    """
+
+    def __init__(
+        self, grids: PackedGrids, prefix: int = 0, bias: Sequence[Any] | None = None
+    ) -> None:
+        self.lengths = [prefix + height * width for height, width in grids]
+        self.bias = bias
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attend in views, those of one length and one bias at a time; no mask, no padding."""
+        if self.bias is None and not dropout:
+            return attend_by_length(q, k, v, self.lengths, scale)
+
+        def attend(views: list[torch.Tensor], first: int) -> torch.Tensor:
+            q, k, v = (y.transpose(-3, -2) for y in views)
+            bias = None if self.bias is None else self.bias[first]
+            bias = bias(q) if callable(bias) else bias
+            mask = None if bias is None else bias.to(q.dtype)
+            out = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
+            )
+            return out.transpose(-3, -2)
+
+        return self._by_group([q, k, v], attend)
+
+    def run_module(
+        self, module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """Views of one length are one batch."""
+        return self._by_group([x], lambda views, first: module(views[0]))
+
+    def _by_group(
+        self,
+        tensors: list[torch.Tensor],
+        run: Callable[[list[torch.Tensor], int], torch.Tensor],
+    ) -> torch.Tensor:
+        """Call ``run`` on stacks ``(V, L, ...)`` of the views that can be computed together.
+
+        Its second argument is the index of the first of them.
+        """
+        groups = {}  # what the views have in common -> their indices
+        for view, length in enumerate(self.lengths):
+            if length:
+                key = length, None if self.bias is None else id(self.bias[view])
+                groups.setdefault(key, []).append(view)
+        pieces = [y.split(self.lengths) for y in tensors]
+        out: list[torch.Tensor] = [pieces[0][i] for i in range(len(self.lengths))]
+        for views in groups.values():
+            stacks = [torch.stack([views_of[i] for i in views]) for views_of in pieces]
+            for i, result in zip(views, run(stacks, views[0]), strict=True):
+                out[i] = result
+        return torch.cat(out) if out else tensors[0]
+
+    def drop(self, branch: torch.Tensor, probability: float) -> torch.Tensor:
+        """As in the base class."""
+        return drop_path(branch, probability, self.lengths)
+
+
+def drop_path(
+    branch: torch.Tensor, probability: float, lengths: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Drop the residual branch of whole views at random; scale what is kept by ``1 / (1 - p)``.
+
+    Args:
+        branch: ``(B, L, C)``, one view per row of the batch; or packed ``(N, C)`` with ``lengths``.
+        probability: Of dropping a view.
+        lengths: Tokens of each packed view; None for batched tokens.
+    """
+    if probability == 0.0:
+        return branch
+    views = branch.shape[0] if lengths is None else len(lengths)
+    keep = branch.new_empty((views, 1)).bernoulli_(1 - probability)
+    if probability < 1.0:
+        keep = keep / (1 - probability)
+    if lengths is None:
+        return branch * keep[:, None]
+    counts = torch.tensor(lengths, dtype=torch.int64, device=branch.device)
+    return branch * keep.repeat_interleave(counts, 0, output_size=branch.shape[0])
+
+
+def drop_views(
+    branch: torch.Tensor, probability: float, grids: Grids, factor: int = 1
+) -> torch.Tensor:
+    """Drop the branch of whole views, whose tokens lie on the grids merged by ``factor``."""
+    if branch.dim() == 3:
+        return drop_path(branch, probability)
+    lengths = [h * w for h, w in PackedGrids.of(grids).merged(factor)]
+    return drop_path(branch, probability, lengths)
+
+
+def gathered_window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grids: Grids,
+    window: int,
+    *,
+    scale: float | None = None,
+    score_bias: nn.Module | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """``window_attention`` on gathered windows, with a bias on the scores and dropout of weights.
+
+    The operator has neither.
+
+    Args:
+        q: Queries ``(N, H, D)``, or ``(B, h*w, H, D)`` with one grid; keys and values likewise.
+        k: Keys.
+        v: Values.
+        grids: Grids of the tokens.
+        window: Side of a window.
+        scale: Factor on the scores; None means ``D ** -0.5``.
+        score_bias: A :class:`uhd_ops.nn.score_bias.ScoreBias`, or None.
+        dropout: Probability of dropping an attention weight.
+    """
+    views, batch = pairs_of(grids), q.shape[0] if q.dim() == 4 else 1
+    rows, present = window_tokens(views, window, q.device)
+    tokens = [x if x.dim() == 4 else x[None] for x in (q, k, v)]
+    slots = [x[:, rows].flatten(0, 1).transpose(1, 2) for x in tokens]  # (B * M, H, f², D)
+    # A ragged window attends among its own tokens.
+    mask = present.repeat(batch, 1)[:, None, None, :]
+    if score_bias is not None:
+        mask = score_bias(slots[0]).masked_fill(~mask, -torch.inf)
+    out = functional.scaled_dot_product_attention(
+        *slots, attn_mask=mask, dropout_p=dropout, scale=scale
+    )
+    out = out.transpose(1, 2).reshape(batch, present.numel(), *q.shape[-2:])
+    return out[:, slots_of_tokens(views, window, q.device)].reshape(q.shape)
