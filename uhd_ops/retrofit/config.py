@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from uhd_ops._checks import check_int, check_positive_int
 from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.checks import check_reusable
 from uhd_ops.nn.early_compressor import EarlyCompressor, check_options
 from uhd_ops.nn.positions import POSITIONS
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
@@ -105,7 +106,7 @@ class ProgressiveCompressionConfig:
 
     def build(self, host: BlockSpec) -> WindowTokenCompressor:
         """Make the compressor behind a block."""
-        like = host.mlps[0].fc2.weight
+        like = check_reusable(host).mlps[0].fc2.weight
         return self._make(host.dim, device=like.device, dtype=like.dtype)
 
     def _make(self, dim: int, **factory: object) -> WindowTokenCompressor:
