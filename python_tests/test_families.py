@@ -31,7 +31,7 @@ def check(case, model, x, **options):
         prefix = case.num_prefix(model)
         insert_early_compressor(model, **options)
         assert_close(features_of(model.forward_features(x)), features_of(features), case.roundings)
-        if not case.maps or isinstance(x, dict):
+        if isinstance(x, dict):  # padded batches, whose maps test_naflexvit.py compares
             return
         _, maps = model.forward_intermediates(x)
     for actual, out in zip(maps, outs, strict=True):

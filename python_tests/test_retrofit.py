@@ -6,12 +6,12 @@ import copy
 import pytest
 import timm
 import torch
+from families import vision_transformer
 from timm.models._features import FeatureGetterNet
 from tiny_vits import FEATURES, images, tiny_distilled, tiny_vit
 from torch import nn
 
 from uhd_ops import insert_early_compressor
-from uhd_ops.nn import EarlyCompressor
 
 LAYER = 1
 # Products of at most 4 * 4 * 32 terms, a dozen one after the other, in float64.
@@ -22,20 +22,10 @@ def merged_grid(height, width, window=2):
     return -(-height // window), -(-width // window)
 
 
-def by_hand(vit, x, layer=LAYER, **options):
-    """Run an untouched model, with a compressor put between its blocks by hand."""
-    height, width = vit.patch_embed.dynamic_feat_size(x.shape[-2:])
-    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
-    prefix, outs = tokens.shape[1] - height * width, []
-    assert prefix == vit.num_prefix_tokens
-    for index, block in enumerate(vit.blocks):
-        tokens = block(tokens)
-        if index == layer:
-            compressor = EarlyCompressor.from_block(block, **options)
-            patches = [compressor(y, [(height, width)]) for y in tokens[:, prefix:]]
-            tokens = torch.cat([tokens[:, :prefix], torch.stack(patches)], 1)
-        outs.append(tokens)
-    return vit.norm(tokens), outs
+def by_hand(vit, x, layer=LAYER):
+    """Run an untouched model, with the compressor as a loop over windows."""
+    outs, features = vision_transformer.by_hand(vit, x, layer)
+    return features, outs
 
 
 def assert_close(actual, expected):
@@ -79,19 +69,6 @@ def test_grids_of_released_models(side):
     x = images(vit, 1, torch.float64)
     expected, _ = by_hand(vit, x, 0)
     assert_close(insert_early_compressor(vit, 0).forward_features(x), expected)
-
-
-@pytest.mark.parametrize("layer", [0, 3])
-@pytest.mark.parametrize(
-    "options",
-    [{"attention": False}, {"form": "tied"}, {"form": "block"}, {"window": 3}, {"window": 8}],
-    ids=str,
-)
-def test_options(layer, options):
-    vit = tiny_vit(init_values=0.3).double()
-    x = images(vit, dtype=torch.float64)
-    expected, _ = by_hand(vit, x, layer, **options)
-    assert_close(insert_early_compressor(vit, layer, **options).forward_features(x), expected)
 
 
 def test_default_layer_sees_seven_blocks():

@@ -37,7 +37,6 @@ class Case:
         blocks: Name of the list of blocks.
         num_prefix: ``num_prefix(model)``: tokens in front of the patches in a block's output.
         run_block: ``run_block(model, index, x)``: an untouched block on tokens ``(1, L, C)``.
-        maps: Whether ``forward_intermediates`` exists.
         roundings: Bound on the error of float64, in units of its epsilon times the largest value.
         fullgraph: Whether torch.compile traces the model without a break.
     """
@@ -50,7 +49,6 @@ class Case:
     blocks: str = "blocks"
     num_prefix: Callable[[nn.Module], int] = lambda model: model.num_prefix_tokens
     run_block: Callable[..., torch.Tensor] = run_sequence_block
-    maps: bool = True
     roundings: float = 12 * 512  # products of at most 4 * 4 * 32 terms, a dozen in a row
     fullgraph: bool = True
 
