@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(TileTraits::kThreads) tile_sums(const TileWeig
   for_matrix(args.rows, args.cols / kWidth, [&](int64_t row, int64_t chunk) {
     const int64_t col = chunk * kWidth;
     const T* tile = static_cast<const T*>(args.grad_out) + row * args.grad_out_stride + col;
-    double sum[kWidth] = {};  // float32 would drift over many tiles
-#pragma unroll 4              // loads in flight; the additions stay in order
+    // Float32 would drift over many tiles; sums of blocks, as on the CPU, need too many registers.
+    double sum[kWidth] = {};
+#pragma unroll 4  // loads in flight; the additions stay in order
     for (int64_t t = 0; t < args.tiles; ++t, tile += next_tile) {
       const auto grad = Elements<T, kWidth>::load(tile);
 #pragma unroll

@@ -19,8 +19,8 @@ def tile_block_diagonal(weight: torch.Tensor, tiles: int) -> torch.Tensor:
     result has the dtype of ``weight`` under autocast too.
 
     Args:
-        weight: ``(O, I)``: float32, float64, bfloat16 or float16; gradients add up in float64 and
-            round to float32 once, half types again at the store.
+        weight: ``(O, I)``: float32, float64, bfloat16 or float16; gradients of half types add up
+            in float32 or wider and round at the store.
         tiles: Number of blocks.
 
     Returns:
