@@ -29,9 +29,9 @@ TOP_LEVEL = {
 FLOORS = ("cli", "integrations", "retrofit", "nn", "ops", "_native")
 ASIDE = {
     "cli": {"", "slicing", "flops", "grids", "_build_info", "reference"},  # "": public names
-    "integrations": {"grids", "reference", "_reclass"},
-    "retrofit": {"slicing", "flops", "grids", "reference", "_reclass"},
-    "nn": {"slicing", "grids", "windows", "reference", "_reclass"},
+    "integrations": {"grids", "_reclass"},
+    "retrofit": {"slicing", "flops", "grids", "windows", "_reclass"},
+    "nn": {"slicing", "grids", "windows", "_reclass"},
     "ops": {"grids", "padded_grids", "windows", "reference"},
     "_native": set(),
     "slicing": {"grids", "_native", "_host"},

@@ -15,7 +15,7 @@ from uhd_ops.ops._linear_activation import linear_activation
 from uhd_ops.ops._unshuffle_norm import unshuffle_norm
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 from uhd_ops.reference.pixel_unshuffle_mlp import pixel_unshuffle_mlp as definition
-from uhd_ops.windows import layout_of
+from uhd_ops.windows import locate
 
 kernels_only = native_only("the private operators have no other kernels")
 MANY = [(16, 16), (5, 7), (13, 11), (1, 9), (1, 1), (0, 3)]
@@ -28,7 +28,7 @@ def tokens(grids, channels, dtype=torch.float32):
 
 def norm_of(x, grids, weight=None, bias=None, factor=2):
     return unshuffle_norm(
-        x, layout_of(x, "x", grids, factor, ("C",)), weight, bias, 1e-6, factor, True
+        x, locate(x, "x", grids, factor, ("C",)), weight, bias, 1e-6, factor, True
     )
 
 

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import uhd_ops
 from uhd_ops import PackedGrids, PaddedGrids
-from uhd_ops.ops import _window_major
+from uhd_ops.ops import window_attention as attention
 
 kernels_only = native_only("orders beside the definitions' own are the kernels' affair")
 RAGGED = [(4, 6), (3, 5), (1, 7), (9, 2), (0, 3), (8, 8)]
@@ -94,7 +94,7 @@ def test_window_major_tokens_give_the_same_bits(name, side, grids):
 @pytest.mark.parametrize("order", ["raster", "window", "block", (4, 2), (3,)], ids=str)
 @pytest.mark.parametrize("on_torch", [False, True], ids=["kernels", "torch"])
 def test_attention_does_not_mind_the_order_inside_a_window(order, on_torch, monkeypatch):
-    monkeypatch.setattr(_window_major, "suits", lambda q, window: on_torch)
+    monkeypatch.setattr(attention, "suits_torch", lambda q, window: on_torch)
     call = make_call("window_attention", torch.float64, RAGGED, window=4, order=order)
     exact = run(uhd_ops.reference.window_attention, call)
     ordered = call.put("order_in", (4, 2))

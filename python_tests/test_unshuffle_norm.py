@@ -10,7 +10,7 @@ from battery.calls import sliced, strided, token_rows, transposed
 from battery.marks import native_only
 
 from uhd_ops.reference._windows import window_tokens
-from uhd_ops.windows import layout_of
+from uhd_ops.windows import locate
 
 pytestmark = native_only("the operator has no definition of its own")
 
@@ -69,7 +69,7 @@ class Results(NamedTuple):
 def run(inputs, grids, factor, *, affine=None) -> Results:
     """Call both operators; windows beyond those of the grids are padding."""
     x, weight, bias, grad_z, grad_residual = inputs
-    views = layout_of(x[: sum(h * w for h, w in grids)], "x", grids, factor, ("C",)).views
+    views = locate(x[: sum(h * w for h, w in grids)], "x", grids, factor, ("C",)).views
     forward = torch.ops.uhd_ops._unshuffle_norm(
         x, views, len(grad_z), weight, bias, EPS, factor, grad_residual is not None
     )

@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from uhd_ops import PackedGrids, PaddedGrids, reference, window_attention
-from uhd_ops.ops import _window_major, view_attention
+from uhd_ops.ops import view_attention
+from uhd_ops.ops import window_attention as module
 from uhd_ops.reference import _windows
+from uhd_ops.windows import Windows
 
 GRIDS = [(4, 6), (3, 5), (1, 1), (7, 2)]
 TOKENS = sum(h * w for h, w in GRIDS)
@@ -188,7 +190,7 @@ def suits_here(monkeypatch):
         windows.append(tuple(q.shape[:2]))
         return attend(q, *rest)
 
-    monkeypatch.setattr(_window_major, "suits", lambda q, window: True)
+    monkeypatch.setattr(module, "suits_torch", lambda q, window: True)
     monkeypatch.setattr(view_attention, "_attend", record)
     return windows
 
@@ -198,7 +200,8 @@ def suits_here(monkeypatch):
 def test_window_major_is_the_definition(window, order):
     leaves = [x.clone().requires_grad_() for x in qkv(torch.float64)]
     grids = PackedGrids([(0, 3), *GRIDS, (2, 0)])
-    out = _window_major.attend(*leaves, grids, window, -0.4, order)
+    where = Windows.of(grids, window, torch.device("cpu"))
+    out = module._attend_on_torch(*leaves, where, -0.4, order == "window")
     wanted = reference.window_attention(*leaves, GRIDS, window, scale=-0.4, order=order)
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
     grad_out = torch.randn_like(out)
@@ -251,20 +254,9 @@ def test_graphs_keep_the_operator(suits_here):
     assert suits_here == []
 
 
-def test_index_tensors_are_made_once():
-    q, k, v = qkv()
-    grids = PackedGrids(GRIDS)
-    _window_major.attend(q, k, v, grids, 5, 1.0, "raster")
-    plan = _window_major._plan(grids, 5, q.device)
-    with torch.inference_mode():
-        assert _window_major._plan(grids, 5, q.device) is plan
-        other = _window_major._plan(grids, 4, q.device)
-    assert not other.grouped[0].is_inference()  # a later call may save it for its backward pass
-
-
 def test_who_goes_to_torch():
     def suits(device, dtype, window):
-        return _window_major.suits(torch.empty(2, 1, 8, dtype=dtype, device=device), window)
+        return module.suits_torch(torch.empty(2, 1, 8, dtype=dtype, device=device), window)
 
     with FakeTensorMode():
         for dtype in (torch.bfloat16, torch.float16):

@@ -3,6 +3,7 @@
 
 from uhd_ops import flops, nn, reference
 from uhd_ops._build_info import build_info
+from uhd_ops._cache import clear_caches, set_cache_limit
 from uhd_ops.grids import PackedGrids
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
@@ -38,6 +39,7 @@ __all__ = [
     "PaddedGrids",
     "SlicePlan",
     "build_info",
+    "clear_caches",
     "flops",
     "freeze_for_stage",
     "insert_early_compressor",
@@ -55,6 +57,7 @@ __all__ = [
     "remove_early_compressor",
     "remove_progressive_compression",
     "reorder_tokens",
+    "set_cache_limit",
     "slice_image",
     "tile_average",
     "tile_block_diagonal",

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patch grids of packed views, and the tables that the kernels read.
+"""The patch grids of packed views.
 
-Everything is computed from Python integers, once, and cached: no operator ever reads a grid back
-from a device.
+Everything is computed from Python integers, once, and kept: no operator ever reads a grid back from
+a device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
+from uhd_ops import _native
+from uhd_ops._cache import Tables, kept, note, outlives_modes
 from uhd_ops._checks import check_int, is_int
 
 Grids: TypeAlias = "PackedGrids | Sequence[Sequence[int]] | Sequence[int] | torch.Tensor"
@@ -23,13 +28,18 @@ _EXPECTED = (
     "grids must be a PackedGrids, a sequence of (h, w) pairs, one (h, w) pair, "
     "or a CPU integer tensor or array of shape (S, 2)"
 )
-# Window sides whose counts are ready before torch.compile traces: the dictionary look-up then stays
-# symbolic.
-_COMMON_WINDOWS = (1, 2, 4)
+# Window sides whose counts are ready before torch.compile traces, so that one graph serves all
+# grids: the products of the sides that two merges have.
+_COMMON_WINDOWS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
+_CPU = torch.device("cpu")
 
 
 class PackedGrids:
     """The grids ``(h, w)`` of the views in one packed sequence, in order. Immutable and hashable.
+
+    Equal grids are one object, which keeps the index tables that operators make for them; see
+    :func:`uhd_ops.set_cache_limit`. It is a pytree: torch.export turns it into a tensor of sides,
+    so that one exported program takes all grids.
 
     Args:
         grids: A sequence of ``(h, w)`` pairs, in tokens, or a CPU integer tensor or array ``(S,
@@ -48,52 +58,50 @@ class PackedGrids:
 
     num_views: int
     num_tokens: int
+    max_seqlen: int
+    """Tokens of the largest view; 0 if there is none."""
+    is_known = True  # whether the counts can be told without reading a tensor
 
-    def __init__(self, grids: Sequence[Sequence[int]] | torch.Tensor) -> None:
-        pairs = pairs_of(grids)
-        put = functools.partial(object.__setattr__, self)
-        put("_pairs", pairs)
-        put("num_views", len(pairs))
-        put("num_tokens", sum(h * w for h, w in pairs))
-        put("_windows", {f: _count_windows(pairs, f) for f in _COMMON_WINDOWS})
-        # The extra last row keeps the length above one: torch.compile specialises on "exactly one
-        # view" otherwise.
-        with _outlives_modes():
-            put("_rows", torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"))
-        put("_tables", {})
+    def __new__(cls, grids: Sequence[Sequence[int]] | torch.Tensor) -> PackedGrids:
+        """Return the one object for these grids."""
+        return _of_pairs(pairs_of(grids))
 
     @classmethod
     def of(cls, grids: Grids, batch: int = 1) -> PackedGrids:
-        """Return ``grids`` in any accepted form as one object; a pair stands ``batch`` times."""
-        if isinstance(grids, PackedGrids):
-            return grids if batch == 1 else cls(grids._pairs * batch)
+        """Return ``grids`` in any accepted form as one object; all views stand ``batch`` times."""
+        if type(grids) is cls and batch == 1:
+            return grids
+        if isinstance(grids, PackedGrids) and batch == 1 and torch.compiler.is_compiling():
+            return grids
         pairs = pairs_of(grids)
-        return _cached(pairs if batch == 1 else pairs * batch)
+        return _of_pairs(pairs if batch == 1 else pairs * check_int(batch, "batch", 0))
 
     def num_windows(self, window: int) -> int:
         """Number of windows of side ``window``, the ragged ones included."""
         window = check_int(window, "window", 1)  # 2.0 and True would be found as well
-        count = self._windows.get(window)
+        count = self._counts.get(window)
         return _count_windows(self._pairs, window) if count is None else count
 
     def merged(self, factor: int = 2) -> PackedGrids:
         """Grids of the merged tokens: ``(ceil(h / factor), ceil(w / factor))`` of each view."""
         factor = check_int(factor, "factor", 1)
-        return _cached(tuple((-(-h // factor), -(-w // factor)) for h, w in self._pairs))
+        if torch.compiler.is_compiling():
+            return TracedGrids.derived(self, "merged", factor)
+        key = ("merged", factor)
+        return kept(self, key, _CPU, lambda: _of_pairs(_merged_pairs(self._pairs, factor)))
 
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens of the largest view; 0 if there is none."""
-        return max((h * w for h, w in self._pairs), default=0)
+    def sequences(self, prefix: int = 0) -> PackedGrids:
+        """Grids ``(1, prefix + h * w)``: each view as a row, with class tokens in front of it."""
+        prefix = check_int(prefix, "prefix", 0)
+        if torch.compiler.is_compiling():
+            return TracedGrids.derived(self, "sequences", prefix)
+        key = ("sequences", prefix)
+        return kept(self, key, _CPU, lambda: _of_pairs(_sequence_pairs(self._pairs, prefix)))
 
     def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return where each view starts, ``(S + 1,)`` int32, for variable-length attention."""
-        key = ("cu_seqlens", torch.device(device))
-        with _outlives_modes():
-            if key not in self._tables:
-                lengths = torch.tensor([0, *(h * w for h, w in self._pairs)], device="cpu")
-                self._tables[key] = lengths.cumsum(0).to(dtype=torch.int32, device=device)
-            return self._tables[key].clone()  # the caller may change it
+        with _callers_own():
+            return self.view_table(1, torch.device(device))[:, 0].int()
 
     def coordinates(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return row and column of every token in its view, ``(N, 2)`` float32, in raster order.
@@ -101,15 +109,10 @@ class PackedGrids:
         Rotary position embeddings are made from them. For merged tokens, ``window_mean`` of them
         gives the windows' centres, and ``merged(factor).coordinates()`` numbers them anew.
         """
-        key = ("coordinates", torch.device(device))
-        with _outlives_modes():
-            if key not in self._tables:
-                views = [torch.empty((0, 2), device="cpu")]
-                for h, w in self._pairs:
-                    token = torch.arange(h * w, device="cpu")
-                    views.append(torch.stack([token // max(w, 1), token % max(w, 1)], 1))
-                self._tables[key] = torch.cat(views).to(dtype=torch.float32, device=device)
-            return self._tables[key].clone()  # the caller may change it
+        from uhd_ops.windows import Windows  # which stands on this module
+
+        with _callers_own():
+            return Windows.of(self, 1, torch.device(device)).coordinates().clone()
 
     def view_table(self, window: int, device: torch.device) -> torch.Tensor:
         """Return the kernels' table ``(S + 1, 4)`` for one window side.
@@ -117,14 +120,15 @@ class PackedGrids:
         A row holds first token, height, width and first window of a view; the last row the totals.
         """
         if torch.compiler.is_compiling():
-            table = torch.ops.uhd_ops._view_table_from_rows(self._rows, window)
+            table = _table_of_rows(self._rows, window)
             return table if device.type == "cpu" else table.to(device, non_blocking=True)
-        key = (window, device)
-        if key not in self._tables:
-            with _outlives_modes():
-                table = torch.ops.uhd_ops._view_table_from_rows(self._rows, window)
-                self._tables[key] = table.to(device)
-        return self._tables[key]
+        return kept(self, ("views", window, device), device, lambda: self._table(window, device))
+
+    def _table(self, window: int, device: torch.device) -> torch.Tensor:
+        table = _table_of_rows(self._rows, window)
+        if device.type == "cuda":
+            table = table.pin_memory()
+        return table.to(device, non_blocking=True)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._pairs)
@@ -136,6 +140,8 @@ class PackedGrids:
         return self._pairs[index]
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         return isinstance(other, PackedGrids) and self._pairs == other._pairs
 
     def __hash__(self) -> int:
@@ -154,18 +160,133 @@ class PackedGrids:
         return PackedGrids, (list(self._pairs),)
 
 
-@contextlib.contextmanager
-def _outlives_modes() -> Iterator[None]:
-    """Make tensors that are kept for later calls independent of the modes of this call.
+class TracedGrids(PackedGrids):
+    """Grids inside a traced function: sides are symbols, or values that only the graph will see.
 
-    A table made under inference mode could not be saved for a backward pass, one made under
-    FakeTensorMode would hold no data.
+    They hold either ``sides``, or ``rows`` with the counts that are known of them; nothing is kept.
     """
-    if torch.compiler.is_dynamo_compiling():
-        yield
-        return
-    with torch.inference_mode(False), _disable_current_modes():
-        yield
+
+    def __new__(cls, *args: object, **kwargs: object) -> TracedGrids:
+        """Make a new object each time."""
+        return object.__new__(cls)
+
+    def __init__(
+        self,
+        rows: torch.Tensor | None,
+        sides: tuple[tuple[int, int], ...] | None = None,
+        counts: dict[int, int] | None = None,
+        longest: dict[int, int] | None = None,
+        source: tuple[PackedGrids, str, int] | None = None,
+    ) -> None:
+        self._given_rows, self._sides, self._source = rows, sides, source
+        self._counts, self._longest = counts or {}, longest or {}
+        self.is_known = sides is not None or (source is not None and source[0].is_known)
+
+    @classmethod
+    def of(cls, grids: Grids, batch: int = 1) -> TracedGrids:
+        """Return grids in a form that takes symbols; ``batch`` must be 1."""
+        if isinstance(grids, TracedGrids):
+            return grids
+        if isinstance(grids, PackedGrids) and torch.compiler.is_compiling():
+            return cls.derived(grids, "merged", 1)
+        return cls(None, pairs_of(grids))
+
+    @classmethod
+    def derived(cls, grids: PackedGrids, how: str, number: int) -> TracedGrids:
+        """What a method called ``how`` makes of grids, in the graph where it can be."""
+        if isinstance(grids, TracedGrids) and grids._sides is not None:
+            return cls(None, _DERIVED[how](grids._sides, number))
+        rows, counts, longest = grids._rows, grids._counts, grids._longest
+        if how == "merged":
+            # ceil(ceil(h / a) / b) = ceil(h / (a * b))
+            counts = {f // number: n for f, n in counts.items() if f % number == 0}
+            longest = {f // number: n for f, n in longest.items() if f % number == 0}
+            rows = (rows + (number - 1)) // number
+        else:
+            counts = {1: grids.num_tokens + number * grids.num_views}
+            longest = {1: grids.max_seqlen + number * (grids.num_views > 0)}
+            lengths = rows.prod(1) + number
+            lengths = torch.cat([lengths[:-1], lengths.new_zeros(1)])
+            rows = torch.stack([torch.ones_like(lengths), lengths], 1)
+        return cls(rows, None, counts, longest, (grids, how, number))
+
+    @property
+    def _rows(self) -> torch.Tensor:
+        if self._given_rows is None:
+            return self.view_table(1, _CPU)[:, 1:3].contiguous()
+        return self._given_rows
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        """The sides as integers; a graph made from them is one for these grids alone."""
+        if self._sides is not None:
+            return self._sides
+        rows = self._given_rows
+        if not torch.compiler.is_compiling() and not isinstance(rows, FakeTensor):
+            return pairs_of(rows[:-1])
+        if self._source is None:
+            raise NotImplementedError(
+                "the sides of grids are values of a tensor while torch.export traces; this "
+                "operation needs them as integers"
+            )
+        grids, how, number = self._source
+        return _DERIVED[how](grids._pairs, number)
+
+    @property
+    def num_views(self) -> int:
+        """As for PackedGrids."""
+        return self._rows.shape[0] - 1 if self._sides is None else len(self._sides)
+
+    @property
+    def num_tokens(self) -> int:
+        """As for PackedGrids."""
+        return self.num_windows(1)
+
+    @property
+    def max_seqlen(self) -> int:
+        """As for PackedGrids."""
+        if 1 not in self._longest and self.is_known:
+            return max((h * w for h, w in self._pairs), default=0)
+        if 1 not in self._longest:
+            self._longest[1] = _count_in(self._rows.prod(1).max())
+        return self._longest[1]
+
+    def num_windows(self, window: int) -> int:
+        """As for PackedGrids; where nothing tells, the number is read in the graph."""
+        window = check_int(window, "window", 1)
+        if window not in self._counts:
+            if self.is_known:
+                self._counts[window] = _count_windows(self._pairs, window)
+            else:
+                self._counts[window] = _count_in(self.view_table(window, _CPU)[-1, 3])
+        return self._counts[window]
+
+    def merged(self, factor: int = 2) -> PackedGrids:
+        """As for PackedGrids."""
+        return TracedGrids.derived(self, "merged", check_int(factor, "factor", 1))
+
+    def sequences(self, prefix: int = 0) -> PackedGrids:
+        """As for PackedGrids."""
+        return TracedGrids.derived(self, "sequences", check_int(prefix, "prefix", 0))
+
+    def view_table(self, window: int, device: torch.device, batch: int = 1) -> torch.Tensor:
+        """As for PackedGrids; all views stand ``batch`` times."""
+        if self._sides is not None:
+            table = _table_of_sides(self._sides, batch, window)
+        else:
+            rows = self._rows
+            if not isinstance(batch, int) or batch != 1:
+                rows = torch.cat([rows[:-1].repeat(batch, 1), rows[-1:]])
+            table = _table_of_rows(rows, window)
+        return table if device.type == "cpu" else table.to(device, non_blocking=True)
+
+    __setattr__ = object.__setattr__
+    __delattr__ = object.__delattr__
+
+
+def _callers_own() -> contextlib.AbstractContextManager:
+    """Make a tensor that the caller may keep for a backward pass, whatever the modes are now."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else outlives_modes()
 
 
 def is_single_pair(grids: Grids) -> bool:
@@ -175,15 +296,6 @@ def is_single_pair(grids: Grids) -> bool:
         and len(grids) == 2
         and all(is_int(_number(side)) for side in grids)
     )
-
-
-@functools.lru_cache(maxsize=512)
-def _cached(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
-    return PackedGrids(pairs)
-
-
-def _count_windows(pairs: Sequence[Sequence[int]], window: int) -> int:
-    return sum(-(-h // window) * -(-w // window) for h, w in pairs)
 
 
 def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:
@@ -201,6 +313,11 @@ def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:
     if hasattr(grids, "shape") and hasattr(grids, "tolist"):  # tensor or array
         if len(grids.shape) != 2 or grids.shape[1] != 2:
             raise ValueError(f"grids must have shape (S, 2), got {tuple(grids.shape)}")
+        if torch.compiler.is_compiling():
+            raise TypeError(
+                "grids must be a PackedGrids or (h, w) pairs while tracing, got a tensor, whose "
+                "values are unknown then; make a PackedGrids before the traced function"
+            )
         grids = grids.tolist()
     if not isinstance(grids, Sequence) or isinstance(grids, (str, bytes)):
         raise TypeError(f"{_EXPECTED}; got {type(grids).__name__}")
@@ -224,3 +341,114 @@ def _number(side: object) -> object:
     if isinstance(side, torch.Tensor) and side.dim() == 0 and side.device.type == "cpu":
         return side.tolist()
     return side
+
+
+_known: weakref.WeakValueDictionary[tuple, PackedGrids] = weakref.WeakValueDictionary()
+_known_lock = threading.Lock()
+
+
+def _of_pairs(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
+    """Return the one object for these grids, or one for a trace where sides may be symbols."""
+    if torch.compiler.is_compiling() or any(
+        isinstance(side, torch.SymInt) for pair in pairs for side in pair
+    ):
+        return TracedGrids(None, pairs)
+    found = _known.get(pairs)
+    if found is None:
+        made = _make(pairs)
+        with _known_lock:
+            found = _known.setdefault(pairs, made)
+        if found is made:
+            note(made, 1000 + 400 * len(pairs))
+    return found
+
+
+def _make(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
+    grids = object.__new__(PackedGrids)
+    put = functools.partial(object.__setattr__, grids)
+    put("_pairs", pairs)
+    merged = {f: [-(-h // f) * -(-w // f) for h, w in pairs] for f in _COMMON_WINDOWS}
+    put("_counts", {f: sum(tokens) for f, tokens in merged.items()})
+    put("_longest", {f: max(tokens, default=0) for f, tokens in merged.items()})
+    put("num_views", len(pairs))
+    put("num_tokens", grids._counts[1])
+    put("max_seqlen", grids._longest[1])
+    # The extra last row keeps the length above one: torch.compile specialises on "exactly one view"
+    # otherwise.
+    with outlives_modes():
+        put("_rows", torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"))
+    put("_tables", Tables())
+    return grids
+
+
+def _merged_pairs(pairs: Sequence[Sequence[int]], factor: int) -> tuple[tuple[int, int], ...]:
+    return tuple((-(-h // factor), -(-w // factor)) for h, w in pairs)
+
+
+def _sequence_pairs(pairs: Sequence[Sequence[int]], prefix: int) -> tuple[tuple[int, int], ...]:
+    return tuple((1, prefix + h * w) for h, w in pairs)
+
+
+_DERIVED = {"merged": _merged_pairs, "sequences": _sequence_pairs}
+
+
+def _count_windows(pairs: Sequence[Sequence[int]], window: int) -> int:
+    return sum(-(-h // window) * -(-w // window) for h, w in pairs)
+
+
+def _count_in(number: torch.Tensor) -> int:
+    """Read a count in the graph."""
+    count = number.item()
+    torch._check(count >= 0)
+    return count
+
+
+def _table_of_sides(sides: Sequence[Sequence[int]], batch: int, window: int) -> torch.Tensor:
+    """The view table of sides that may be symbols."""
+    if _native.status["cpu"] == "loaded":
+        flat = [side for pair in sides for side in pair]
+        return torch.ops.uhd_ops._view_table(flat, batch, window)
+    pairs = [(int(height), int(width)) for height, width in sides] * int(batch)
+    return _table_of_rows(torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"), window)
+
+
+def _table_of_rows(rows: torch.Tensor, window: int) -> torch.Tensor:
+    """The view table of grids ``(S + 1, 2)``, whose last row does not matter."""
+    if _native.status["cpu"] == "loaded":
+        return torch.ops.uhd_ops._view_table_from_rows(rows, window)
+    sides = torch.cat([rows[:-1], rows.new_zeros((1, 2))])
+    windows = (sides + (window - 1)) // window
+    tokens, windows = (counts.prod(1) for counts in (sides, windows))
+    first = (counts.cumsum(0) - counts for counts in (tokens, windows))
+    first_token, first_window = first
+    return torch.stack([first_token, *sides.unbind(1), first_window], 1)
+
+
+if _native.status["cpu"] == "loaded":
+
+    @torch.library.register_fake("uhd_ops::_view_table")
+    def _(sides, repeat, window):
+        return torch.empty((len(sides) // 2 * repeat + 1, 4), dtype=torch.int64, device="cpu")
+
+    @torch.library.register_fake("uhd_ops::_view_table_from_rows")
+    def _(rows, window):
+        return rows.new_empty((rows.shape[0], 4))
+
+
+def _unflatten(leaves: Iterable[Any], context: None) -> PackedGrids:
+    (rows,) = leaves
+    known = isinstance(rows, torch.Tensor) and not isinstance(rows, FakeTensor)
+    if known and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _of_pairs(pairs_of(rows[:-1]))
+    return TracedGrids(rows)  # or whatever a tree_map made of the rows
+
+
+for _cls in (PackedGrids, TracedGrids):
+    pytree.register_pytree_node(
+        _cls,
+        lambda grids: ([grids._rows], None),
+        _unflatten,
+        serialized_type_name=f"uhd_ops.{_cls.__name__}",
+        to_dumpable_context=lambda context: context,
+        from_dumpable_context=lambda context: context,
+    )

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uhd_ops.grids import Grids, PackedGrids, pairs_of
+from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.positions import Rotary, rotate
 from uhd_ops.ops.view_attention import attend_by_length
 from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean
-from uhd_ops.reference._windows import slots_of_tokens, window_tokens, windows_by_shape
+from uhd_ops.windows import Windows, locate
 
 QUERIES = ("cross_top_left", "cross_mean")
 
@@ -179,13 +179,14 @@ class WindowScope(Scope):
         self, module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
         """Windows of one shape, of which a view has at most four, are one batch."""
-        tokens, order, parts = x if x.dim() == 3 else x[None], [], []
-        for rows in windows_by_shape(pairs_of(self.grids), self.window, x.device).values():
-            order.append(rows.flatten())
+        tokens, parts = x if x.dim() == 3 else x[None], []
+        where = Windows.of(PackedGrids.of(self.grids), self.window, x.device)
+        by_shape, place = where.by_shape()
+        for rows in by_shape.values():
             windows = tokens[:, rows]  # (B, n, height * width, C)
             parts.append(module(windows.flatten(0, 1)).view(windows.shape).flatten(1, 2))
         if parts:
-            tokens = torch.cat(parts, 1)[:, torch.cat(order).argsort()]
+            tokens = torch.cat(parts, 1).index_select(1, place)
         return tokens.reshape(x.shape)
 
     def drop(self, branch: torch.Tensor, probability: float) -> torch.Tensor:
@@ -201,12 +202,12 @@ class QueryScope(Scope):
         window: Side of a window, in tokens.
         query: ``"cross_top_left"`` for the query of the top-left token, ``"cross_mean"`` for the
             mean of all of them.
-        device: Of the tokens.
+        x: Tokens of the grids, ``(N, C)`` or ``(B, h*w, C)``.
     """
 
-    def __init__(self, grids: Grids, window: int, query: str, device: torch.device) -> None:
+    def __init__(self, grids: Grids, window: int, query: str, x: torch.Tensor) -> None:
         self.grids, self.window, self.query = grids, window, query
-        self.rows, self.present = window_tokens(pairs_of(grids), window, device)
+        self.where = locate(x, "x", grids, window, ("C",))
 
     def attend(
         self,
@@ -217,20 +218,18 @@ class QueryScope(Scope):
         scale: float | None,
         dropout: float,
     ) -> torch.Tensor:
-        """Return ``(..., M, H, D)`` for M windows."""
-        k, v = (
-            y.index_select(-3, self.rows.flatten()).unflatten(-3, self.rows.shape).transpose(-3, -2)
-            for y in (k, v)
-        )
+        """Return ``(M, H, D)`` for M windows, or ``(B, M / B, H, D)``."""
+        tokens, present = self.where.slots()
+        k, v = (_gather(self.where.pack(y), tokens) for y in (k, v))  # (M, H, f², D)
         out = functional.scaled_dot_product_attention(
-            self._pick(q, q.dim() - 3)[..., None, :],
+            self.where.pack_windows(self._pick(q, q.dim() - 3))[:, :, None],
             k,
             v,
-            attn_mask=self.present[:, None, None],
+            attn_mask=present[:, None, None],
             dropout_p=dropout,
             scale=scale,
         )
-        return out.squeeze(-2)
+        return self.where.unpack_windows(out.squeeze(-2))
 
     def pick(self, x: torch.Tensor) -> torch.Tensor:
         """One row for each window: that of its top-left token, or the mean."""
@@ -238,7 +237,8 @@ class QueryScope(Scope):
 
     def _pick(self, y: torch.Tensor, dim: int) -> torch.Tensor:
         if self.query == "cross_top_left":
-            return y.index_select(dim, self.rows[:, 0])
+            first = self.where.slots()[0][:, 0]
+            return self.where.unpack_windows(self.where.pack(y).index_select(0, first))
         merged = window_mean(y.flatten(dim + 1), self.grids, self.window)
         return merged.unflatten(-1, y.shape[dim + 1 :])
 
@@ -262,8 +262,12 @@ class ViewScope(Scope):
     def __init__(
         self, grids: PackedGrids, prefix: int = 0, bias: Sequence[Any] | None = None
     ) -> None:
-        self.lengths = [prefix + height * width for height, width in grids]
-        self.bias = bias
+        self.grids, self.bias = grids.sequences(prefix), bias
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each view."""
+        return [length for _, length in self.grids]
 
     def attend(
         self,
@@ -305,13 +309,14 @@ class ViewScope(Scope):
 
         Its second argument is the index of the first of them.
         """
+        lengths = self.lengths
         groups = {}  # what the views have in common -> their indices
-        for view, length in enumerate(self.lengths):
+        for view, length in enumerate(lengths):
             if length:
                 key = length, None if self.bias is None else id(self.bias[view])
                 groups.setdefault(key, []).append(view)
-        pieces = [y.split(self.lengths) for y in tensors]
-        out: list[torch.Tensor] = [pieces[0][i] for i in range(len(self.lengths))]
+        pieces = [y.split(lengths) for y in tensors]
+        out: list[torch.Tensor] = [pieces[0][i] for i in range(len(lengths))]
         for views in groups.values():
             stacks = [torch.stack([views_of[i] for i in views]) for views_of in pieces]
             for i, result in zip(views, run(stacks, views[0]), strict=True):
@@ -320,29 +325,28 @@ class ViewScope(Scope):
 
     def drop(self, branch: torch.Tensor, probability: float) -> torch.Tensor:
         """As in the base class."""
-        return drop_path(branch, probability, self.lengths)
+        return drop_path(branch, probability, self.grids)
 
 
 def drop_path(
-    branch: torch.Tensor, probability: float, lengths: Sequence[int] | None = None
+    branch: torch.Tensor, probability: float, grids: PackedGrids | None = None
 ) -> torch.Tensor:
     """Drop the residual branch of whole views at random; scale what is kept by ``1 / (1 - p)``.
 
     Args:
-        branch: ``(B, L, C)``, one view per row of the batch; or packed ``(N, C)`` with ``lengths``.
+        branch: ``(B, L, C)``, one view per row of the batch; or packed ``(N, C)`` with ``grids``.
         probability: Of dropping a view.
-        lengths: Tokens of each packed view; None for batched tokens.
+        grids: Grids of packed tokens; None for batched ones.
     """
     if probability == 0.0:
         return branch
-    views = branch.shape[0] if lengths is None else len(lengths)
+    views = branch.shape[0] if grids is None else grids.num_views
     keep = branch.new_empty((views, 1)).bernoulli_(1 - probability)
     if probability < 1.0:
         keep = keep / (1 - probability)
-    if lengths is None:
+    if grids is None:
         return branch * keep[:, None]
-    counts = torch.tensor(lengths, dtype=torch.int64, device=branch.device)
-    return branch * keep.repeat_interleave(counts, 0, output_size=branch.shape[0])
+    return branch * keep.index_select(0, Windows.of(grids, 1, branch.device).view_of_token())
 
 
 def drop_views(
@@ -351,8 +355,7 @@ def drop_views(
     """Drop the branch of whole views, whose tokens lie on the grids merged by ``factor``."""
     if branch.dim() == 3:
         return drop_path(branch, probability)
-    lengths = [h * w for h, w in PackedGrids.of(grids).merged(factor)]
-    return drop_path(branch, probability, lengths)
+    return drop_path(branch, probability, PackedGrids.of(grids).merged(factor))
 
 
 def gathered_window_attention(
@@ -380,16 +383,20 @@ def gathered_window_attention(
         score_bias: A :class:`uhd_ops.nn.score_bias.ScoreBias`, or None.
         dropout: Probability of dropping an attention weight.
     """
-    views, batch = pairs_of(grids), q.shape[0] if q.dim() == 4 else 1
-    rows, present = window_tokens(views, window, q.device)
-    tokens = [x if x.dim() == 4 else x[None] for x in (q, k, v)]
-    slots = [x[:, rows].flatten(0, 1).transpose(1, 2) for x in tokens]  # (B * M, H, f², D)
+    where = locate(q, "q", grids, window, ("H", "D"))
+    tokens, present = where.slots()
+    q, k, v = (_gather(where.pack(x), tokens) for x in (q, k, v))
     # A ragged window attends among its own tokens.
-    mask = present.repeat(batch, 1)[:, None, None, :]
+    mask = present[:, None, None]
     if score_bias is not None:
-        mask = score_bias(slots[0]).masked_fill(~mask, -torch.inf)
+        mask = score_bias(q).masked_fill(~mask, -torch.inf)
     out = functional.scaled_dot_product_attention(
-        *slots, attn_mask=mask, dropout_p=dropout, scale=scale
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
     )
-    out = out.transpose(1, 2).reshape(batch, present.numel(), *q.shape[-2:])
-    return out[:, slots_of_tokens(views, window, q.device)].reshape(q.shape)
+    out = out.transpose(1, 2).flatten(0, 1).index_select(0, where.slot_of_token())
+    return where.unpack_tokens(out)
+
+
+def _gather(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens ``(N, H, D)`` in the slots ``(M, f²)`` of windows: ``(M, H, f², D)``."""
+    return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2)

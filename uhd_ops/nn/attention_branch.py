@@ -97,7 +97,7 @@ class CrossAttention(WindowAttention):
             raise NotImplementedError(
                 'attention="cross_mean" has no rotary position for its query; use "cross_top_left"'
             )
-        scope = QueryScope(grids, self.window, self.query, x.device)
+        scope = QueryScope(grids, self.window, self.query, x)
         return scope.pick(x) + run_attention(self, x, scope, positions, training=self.training)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from uhd_ops._checks import check_positive_int
-from uhd_ops.grids import Grids, PackedGrids, is_single_pair
+from uhd_ops.grids import Grids
 from uhd_ops.nn.attention import QUERIES
 from uhd_ops.nn.attention_branch import CrossAttention, attention_branch
 from uhd_ops.nn.block_spec import BlockSpec, read_block
@@ -16,7 +16,7 @@ from uhd_ops.nn.mlp_branch import NoMlp, PlainMlp, WindowMlp
 from uhd_ops.nn.mlp_forms import FORMS
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.ops.window_mean import window_mean
-from uhd_ops.windows import check_tokens
+from uhd_ops.windows import check_tokens, parsed
 
 MLPS = ("reuse", "plain", "none")
 
@@ -263,10 +263,11 @@ class EarlyCompressor(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
+        grids = parsed(grids)
         check_tokens(x, grids, self.window, self.dim)
         if self.attention in QUERIES:
             merged = self.attn(x, grids, positions)
-            return self.mlp(merged, merged_grids(grids, self.window), residual=True)
+            return self.mlp(merged, grids.merged(self.window), residual=True)
         y = x + self.attn(x, grids, positions) if self.attention else x
         if self.parallel:
             return window_mean(y, grids, self.window) + self.mlp(x, grids, residual=False)
@@ -302,13 +303,6 @@ class _Sum(nn.ModuleList):
 
 def _one_or_sum(branches: list[nn.Module]) -> nn.Module:
     return branches[0] if len(branches) == 1 else _Sum(branches)
-
-
-def merged_grids(grids: Grids, window: int) -> Grids:
-    """``grids`` of merged tokens, a single pair as a pair."""
-    if is_single_pair(grids):
-        return tuple(-(-side // window) for side in grids)
-    return PackedGrids.of(grids).merged(window)
 
 
 def check_options(window: int, form: str, attention: bool | str, mlp: str) -> int:

@@ -10,7 +10,7 @@ from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.mlp_branch import merge_windows
 from uhd_ops.ops._linear_activation import check_activation
-from uhd_ops.windows import check_tokens
+from uhd_ops.windows import check_tokens, parsed
 
 
 class PixelUnshuffleConnector(nn.Module):
@@ -102,7 +102,8 @@ class PixelUnshuffleConnector(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
-        layout = check_tokens(x, grids, self.window, self.dim)
+        grids = parsed(grids)
+        check_tokens(x, grids, self.window, self.dim)
         for stage in self.stages:
             x = merge_windows(
                 x,
@@ -115,8 +116,7 @@ class PixelUnshuffleConnector(nn.Module):
                 residual=False,
             )
             if self.merger_times > 1:
-                merged = PackedGrids.of(grids).merged(self.window)
-                grids = merged if layout.batch is None else merged[0]
+                grids = grids.merged(self.window)
         return x
 
     def merged(self, grids: Grids) -> PackedGrids:

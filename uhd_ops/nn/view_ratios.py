@@ -13,7 +13,7 @@ import torch
 
 from uhd_ops._checks import check_positive_int, check_tensor
 from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.windows import layout_of
+from uhd_ops.windows import locate
 
 RATIOS = (1, 4, 16)
 
@@ -58,7 +58,7 @@ def merge_by_ratio(
     grids = PackedGrids.of(grids)
     if x.dim() != 2:
         raise ValueError(f"x must be packed tokens (N, C), got shape {tuple(x.shape)}")
-    layout_of(x, "x", grids, 1, ("C",))
+    locate(x, "x", grids, 1, ("C",))
     times = times_of(ratios, len(grids), window)
     for step in range(1, max(times, default=0) + 1):
         chosen = [count >= step for count in times]
@@ -91,7 +91,7 @@ def token_variance(x: torch.Tensor, grids: Grids) -> torch.Tensor:
     check_tensor(x, "x")
     wide = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     grids = PackedGrids.of(grids)
-    layout_of(wide, "x", grids, 1, ("C",))
+    locate(wide, "x", grids, 1, ("C",))
     views = wide.split([height * width for height, width in grids])
     scores = [v.var(0, correction=0).mean() if len(v) else v.sum() for v in views]
     return torch.stack(scores) if scores else wide.new_zeros(0)

@@ -10,11 +10,10 @@ from torch.nn import functional
 from uhd_ops._checks import check_positive_int
 from uhd_ops.grids import Grids
 from uhd_ops.nn.layers import is_plain
-from uhd_ops.ops._window_spread import spread_windows
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.ops.window_pool import window_pool
-from uhd_ops.windows import Layout, check_tokens
+from uhd_ops.windows import Windows, check_tokens, parsed, spread_windows
 
 POOLS = ("adaptive", "mean", "unshuffle")
 
@@ -126,15 +125,16 @@ class WindowTokenCompressor(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
-        layout = check_tokens(x, grids, self.window, self.dim)
+        grids = parsed(grids)
+        where = check_tokens(x, grids, self.window, self.dim)
         if self.pool == "mean":
             return window_mean(x, grids, self.window)
         if self.pool == "unshuffle":
             hidden = self.fc1(pixel_unshuffle(x, grids, self.window))
             return self.fc2(functional.gelu(hidden))
-        return window_pool(x, self._logits(x, grids, layout), grids, self.window)
+        return window_pool(x, self._logits(x, grids, where), grids, self.window)
 
-    def _logits(self, x: torch.Tensor, grids: Grids, layout: Layout) -> torch.Tensor:
+    def _logits(self, x: torch.Tensor, grids: Grids, where: Windows) -> torch.Tensor:
         """The logits of the tokens in their windows.
 
         ``[x_i ; m]`` is not put together unless fc1 has to be called: its weight has one half for
@@ -142,7 +142,7 @@ class WindowTokenCompressor(nn.Module):
         """
 
         def spread(windows: torch.Tensor) -> torch.Tensor:
-            return layout.unpack_tokens(spread_windows(windows, layout, self.window, grids))
+            return where.unpack_tokens(spread_windows(windows, where))
 
         mean = window_mean(x, grids, self.window).flatten(0, -2)
         if is_plain(self.fc1, nn.Linear):

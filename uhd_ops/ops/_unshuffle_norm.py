@@ -7,12 +7,12 @@ import torch
 
 from uhd_ops import _native
 from uhd_ops.ops._derivatives import refuse_second_derivative
-from uhd_ops.windows import Layout
+from uhd_ops.windows import Windows
 
 
 def unshuffle_norm(
     x: torch.Tensor,
-    layout: Layout,
+    where: Windows,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
     eps: float,
@@ -30,7 +30,7 @@ def unshuffle_norm(
         for vector in (norm_weight, norm_bias)
     )
     z, mean, *_ = torch.ops.uhd_ops._unshuffle_norm(
-        x, layout.views, layout.num_windows, weight, bias, eps, factor, residual
+        x, where.views, where.all_windows, weight, bias, eps, factor, residual
     )
     return z, mean
 

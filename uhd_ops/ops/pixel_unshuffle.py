@@ -7,8 +7,7 @@ import torch
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _token_order as token_order
-from uhd_ops.ops._token_order import TokenOrder
+from uhd_ops.windows import TokenOrder
 
 
 def pixel_unshuffle(
@@ -55,13 +54,13 @@ def pixel_unshuffle(
     """
     _checks.check_tensor(x, "x")
     factor = _checks.check_positive_int(factor, "factor")
-    sides = token_order.check_order(order_in, "order_in", factor)
-    layout = windows.layout_of(x, "x", grids, factor, ("C",))
+    sides = windows.check_order(order_in, "order_in", factor)
+    where = windows.locate(x, "x", grids, factor, ("C",))
     if not _native.has_kernels(x.device):
         return reference.pixel_unshuffle(x, grids, factor, order_in=order_in)
-    x, layout = token_order.arrange(layout.pack(x), layout, sides, factor)
-    out = torch.ops.uhd_ops.pixel_unshuffle(x, layout.views, factor, layout.num_windows)
-    return layout.unpack_windows(out)
+    x, where = windows.arrange(where.pack(x), where, sides)
+    out = torch.ops.uhd_ops.pixel_unshuffle(x, where.views, factor, where.all_windows)
+    return where.unpack_windows(out)
 
 
 def _fake(x, views, factor, num_windows):

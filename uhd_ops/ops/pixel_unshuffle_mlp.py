@@ -8,10 +8,9 @@ from torch.nn import functional
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops._linear_activation import check_activation, linear_activation
-from uhd_ops.ops._token_order import TokenOrder
 from uhd_ops.ops._unshuffle_norm import unshuffle_norm
+from uhd_ops.windows import TokenOrder
 
 
 def pixel_unshuffle_mlp(
@@ -102,8 +101,8 @@ def pixel_unshuffle_mlp(
     """
     factor = _check_options(eps, factor, activation, residual)
     _checks.check_tensor(x, "x")
-    sides = token_order.check_order(order_in, "order_in", factor)
-    layout = windows.layout_of(x, "x", grids, factor, ("C",))
+    sides = windows.check_order(order_in, "order_in", factor)
+    where = windows.locate(x, "x", grids, factor, ("C",))
     mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     form = _check_parameters(x, mlp, (norm_weight, norm_bias), factor, residual)
     if not _native.has_kernels(x.device):
@@ -119,11 +118,11 @@ def pixel_unshuffle_mlp(
             residual=residual,
             order_in=order_in,
         )
-    x, layout = token_order.arrange(layout.pack(x), layout, sides, factor)
-    z, mean = unshuffle_norm(x, layout, norm_weight, norm_bias, float(eps), factor, residual)
+    x, where = windows.arrange(where.pack(x), where, sides)
+    z, mean = unshuffle_norm(x, where, norm_weight, norm_bias, float(eps), factor, residual)
     y = _mlp(*_checks.autocast(z, *mlp), form, factor, activation)
     y = y.to(x.dtype) + mean if residual else y
-    return layout.unpack_windows(layout.zero_padding(y))
+    return where.unpack_windows(where.zero_padding(y))
 
 
 def mlp_form(fc1_weight: torch.Tensor, channels: int, factor: int) -> str | None:

@@ -7,9 +7,8 @@ import torch
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _token_order as token_order
-from uhd_ops.ops._token_order import TokenOrder
 from uhd_ops.padded_grids import PaddedGrids
+from uhd_ops.windows import TokenOrder
 
 
 def reorder_tokens(
@@ -66,15 +65,15 @@ def reorder_tokens(
         tensor([0., 1., 4., 5., 2., 3., 6., 7.])
     """
     _checks.check_tensor(x, "x")
-    sides = token_order.check_order(order, "order")
-    sides_in = token_order.check_order(order_in, "order_in")
+    sides = windows.check_order(order, "order")
+    sides_in = windows.check_order(order_in, "order_in")
     # Any table says where the views are; padded ones have those of their window sides alone.
     side = grids.windows[0] if isinstance(grids, PaddedGrids) else 1
-    layout = windows.layout_of(x, "x", grids, side, ("C",))
+    where = windows.locate(x, "x", grids, side, ("C",))
     if not _native.has_kernels(x.device):
         return reference.reorder_tokens(x, grids, order, order_in=order_in)
-    out = token_order.reordered_copy(layout.pack(x), layout, sides_in, sides)
-    if layout.padded:
-        beyond = torch.arange(len(out), device=out.device) >= layout.views[-1, 0]
+    out = windows.reorder(where.pack(x), where, sides_in, sides)
+    if where.grids is None:
+        beyond = torch.arange(len(out), device=out.device) >= where.views[-1, 0]
         out = out.masked_fill(beyond[:, None], 0)
-    return layout.unpack_tokens(out)
+    return where.unpack_tokens(out)

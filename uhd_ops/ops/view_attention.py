@@ -53,9 +53,9 @@ def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Gri
             "grids of view_attention must not be PaddedGrids: torch's kernels need the lengths as "
             "Python integers; pass grids.cu_seqlens to a variable-length attention instead"
         )
-    layout = windows.layout_of(q, "q", grids, 1, ("H", "D"))
+    where = windows.locate(q, "q", grids, 1, ("H", "D"))
     q, k, v = _checks.autocast(q, k, v)
-    if layout.batch is not None:
+    if where.batch is not None:
         return _attend(q, k, v)
     return attend_by_length(q, k, v, [height * width for height, width in pairs_of(grids)])
 

@@ -7,10 +7,9 @@ import torch
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _token_order as token_order
-from uhd_ops.ops import _window_major
 from uhd_ops.ops._derivatives import refuse_second_derivative
-from uhd_ops.ops._token_order import TokenOrder
+from uhd_ops.ops.view_attention import attend_by_length
+from uhd_ops.windows import Permute, TokenOrder, Windows
 
 
 def window_attention(
@@ -76,9 +75,9 @@ def window_attention(
         _checks.check_like(x, name, q, "q")
         _checks.check_same_shape(x, name, q, "q")
     window = _checks.check_positive_int(window, "window")
-    sides_in = token_order.check_order(order_in, "order_in", window)
-    sides = token_order.check_order(order, "order", window)
-    layout = windows.layout_of(q, "q", grids, window, ("H", "D"))
+    sides_in = windows.check_order(order_in, "order_in", window)
+    sides = windows.check_order(order, "order", window)
+    where = windows.locate(q, "q", grids, window, ("H", "D"))
     if scale is None:
         scale = (q.shape[-1] or 1) ** -0.5
     scale = _checks.check_finite(scale, "scale")
@@ -87,29 +86,54 @@ def window_attention(
         return reference.window_attention(
             q, k, v, grids, window, scale=scale, order=order, order_in=order_in
         )
-    q, k, v = layout.pack(q), layout.pack(k), layout.pack(v)
-    out, sides_out = _attend(q, k, v, layout, window, scale, sides_in, sides)
-    return layout.unpack_tokens(token_order.reorder(out, layout, sides_out, sides))
+    q, k, v = where.pack(q), where.pack(k), where.pack(v)
+    out, sides_out = _attend(q, k, v, where, scale, sides_in, sides)
+    if sides_out != sides:
+        out = windows.reorder(out, where, sides_out, sides)
+    return where.unpack_tokens(out)
 
 
-def _attend(q, k, v, layout, window, scale, sides_in, sides) -> tuple[torch.Tensor, tuple]:
+def _attend(q, k, v, where, scale, sides_in, sides) -> tuple[torch.Tensor, tuple]:
     """Return the result, and the order it is in: ``sides`` where it costs nothing."""
-
-    def on_kernels(views, window_order):
-        return torch.ops.uhd_ops.window_attention(
-            q, k, v, views, window, layout.num_windows, scale, window_order
-        )
-
-    on_torch = _window_major.suits(q, window) and layout.packed is not None
-    if sides_in[:1] == (window,) and not on_torch:  # the order inside a window does not matter
-        return on_kernels(token_order.by_window(layout, window).views, False), sides_in
-    q, k, v = (token_order.reorder(x, layout, sides_in, ()) for x in (q, k, v))
-    window_order = sides == (window,)
+    window, window_order = where.window, sides == (where.window,)
+    on_torch = suits_torch(q, window) and where.keeps
     sides_out = sides if window_order else ()
+    if sides_in[:1] == (window,) and not on_torch:  # the order inside a window does not matter
+        views, window_order, sides_out = where.window_major().views, False, sides_in
+    else:
+        views = where.views
+        if sides_in:
+            q, k, v = (windows.reorder(x, where, sides_in, ()) for x in (q, k, v))
     if on_torch:
-        order = "window" if window_order else "raster"
-        return _window_major.attend(q, k, v, layout.packed, window, scale, order), sides_out
-    return on_kernels(layout.views, window_order), sides_out
+        return _attend_on_torch(q, k, v, where, scale, window_order), sides_out
+    out = torch.ops.uhd_ops.window_attention(
+        q, k, v, views, window, where.all_windows, scale, window_order
+    )
+    return out, sides_out
+
+
+# The largest window that our kernels on tensor cores hold.
+_LARGEST_OWN = 16
+
+
+def suits_torch(q: torch.Tensor, window: int) -> bool:
+    """Whether torch's kernels for whole sequences are the ones to use.
+
+    The sides of the views have no say: what is computed for one must not depend on the others.
+    """
+    halves = (torch.bfloat16, torch.float16)
+    return q.device.type == "cuda" and q.dtype in halves and window > _LARGEST_OWN
+
+
+def _attend_on_torch(q, k, v, where: Windows, scale: float, window_order: bool) -> torch.Tensor:
+    """Attend inside windows of tokens that are gathered first, windows of equal size together.
+
+    torch's kernels take sequences of one length that lie in one piece.
+    """
+    lengths, grouped, raster, window_major = where.by_length()
+    q, k, v = (Permute.apply(x, *grouped) for x in (q, k, v))
+    out = attend_by_length(q, k, v, lengths, scale)
+    return Permute.apply(out, *(window_major if window_order else raster))
 
 
 def _fake(q, k, v, views, window, num_windows, scale, window_order):

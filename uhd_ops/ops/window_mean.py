@@ -7,8 +7,7 @@ import torch
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _token_order as token_order
-from uhd_ops.ops._token_order import TokenOrder
+from uhd_ops.windows import TokenOrder
 
 
 def window_mean(
@@ -52,13 +51,13 @@ def window_mean(
     """
     _checks.check_tensor(x, "x")
     window = _checks.check_positive_int(window, "window")
-    sides = token_order.check_order(order_in, "order_in", window)
-    layout = windows.layout_of(x, "x", grids, window, ("C",))
+    sides = windows.check_order(order_in, "order_in", window)
+    where = windows.locate(x, "x", grids, window, ("C",))
     if not _native.has_kernels(x.device):
         return reference.window_mean(x, grids, window, order_in=order_in)
-    x, layout = token_order.arrange(layout.pack(x), layout, sides, window)
-    out = torch.ops.uhd_ops.window_mean(x, layout.views, window, layout.num_windows)
-    return layout.unpack_windows(out)
+    x, where = windows.arrange(where.pack(x), where, sides)
+    out = torch.ops.uhd_ops.window_mean(x, where.views, window, where.all_windows)
+    return where.unpack_windows(out)
 
 
 def _fake(x, views, window, num_windows):

@@ -7,9 +7,8 @@ import torch
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops import _token_order as token_order
 from uhd_ops.ops._derivatives import refuse_second_derivative
-from uhd_ops.ops._token_order import TokenOrder
+from uhd_ops.windows import TokenOrder
 
 
 def window_pool(
@@ -69,16 +68,16 @@ def window_pool(
     _checks.check_tensor(x, "x")
     _checks.check_like(logits, "logits", x, "x")
     window = _checks.check_positive_int(window, "window")
-    sides = token_order.check_order(order_in, "order_in", window)
-    layout = windows.layout_of(x, "x", grids, window, ("C",))
+    sides = windows.check_order(order_in, "order_in", window)
+    where = windows.locate(x, "x", grids, window, ("C",))
     _checks.check_same_shape(logits, "logits", x, "x")
     logits = logits.to(x.dtype)
     if not _native.has_kernels(x.device):
         return reference.window_pool(x, logits, grids, window, order_in=order_in)
-    x, arranged = token_order.arrange(layout.pack(x), layout, sides, window)
-    logits, _ = token_order.arrange(layout.pack(logits), layout, sides, window)
-    out = torch.ops.uhd_ops.window_pool(x, logits, arranged.views, window, layout.num_windows)
-    return layout.unpack_windows(out)
+    x, arranged = windows.arrange(where.pack(x), where, sides)
+    logits, _ = windows.arrange(where.pack(logits), where, sides)
+    out = torch.ops.uhd_ops.window_pool(x, logits, arranged.views, window, where.all_windows)
+    return where.unpack_windows(out)
 
 
 def _fake(x, logits, views, window, num_windows):
