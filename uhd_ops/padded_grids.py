@@ -71,7 +71,9 @@ class PaddedGrids:
     def update(self, grids: Grids) -> None:
         """Make ``grids`` the current ones, without waiting for the device.
 
-        The copies are queued on the current stream, behind what already reads the old grids there.
+        On CUDA the copies are queued on the current stream, behind what already reads the old grids
+        there. On the CPU the tables are new ones, so that another thread's call goes on with those
+        that it started with.
 
         Args:
             grids: Grids of the next batch, in any form that PackedGrids takes.
@@ -107,7 +109,7 @@ class PaddedGrids:
         return self._merged[factor]
 
     def view_table(self, window: int, device: torch.device) -> torch.Tensor:
-        """Return the kernels' table for one window side; ``update`` changes it in place."""
+        """Return the kernels' table for one window side; on CUDA ``update`` changes it in place."""
         if device != self.device:
             raise ValueError(f"grids are on {self.device}, but the tokens are on {device}")
         return self._tables[self._known(window)]
@@ -141,19 +143,24 @@ class PaddedGrids:
                 raise ValueError(f"grids hold {count} {what} = {room}")
 
     def _put(self, grids: PackedGrids) -> None:
-        for side, table in self._tables.items():
-            self._copy(grids.view_table(side, torch.device("cpu")), table)
-        self._copy(grids.cu_seqlens(), self.cu_seqlens)
+        self._tables = {
+            side: self._updated(table, grids.view_table(side, torch.device("cpu")))
+            for side, table in self._tables.items()
+        }
+        self.cu_seqlens = self._updated(self.cu_seqlens, grids.cu_seqlens())
         self.current = grids
         for factor, child in self._merged.items():
             child._put(grids.merged(factor))
 
-    def _copy(self, rows: torch.Tensor, table: torch.Tensor) -> None:
+    def _updated(self, table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the table with these rows: itself, where a CUDA graph has its address."""
         # The last row holds the totals: repeated, it describes views without tokens.
-        padded = rows.new_empty(table.shape, pin_memory=self.device.type == "cuda")
-        padded[: len(rows)] = rows
-        padded[len(rows) :] = rows[-1]
-        if table.dim() == 2:
-            padded[len(rows) - 1 :, 1:3] = 0
         with torch.no_grad(), torch.inference_mode(False):
-            table.copy_(padded, non_blocking=True)
+            padded = rows.new_empty(table.shape, pin_memory=self.device.type == "cuda")
+            padded[: len(rows)] = rows
+            padded[len(rows) :] = rows[-1]
+            if table.dim() == 2:
+                padded[len(rows) - 1 :, 1:3] = 0
+            if self.device.type == "cpu":
+                return padded
+            return table.copy_(padded, non_blocking=True)
