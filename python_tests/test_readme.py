@@ -24,7 +24,7 @@ def test_python_examples_run_in_order(monkeypatch, capsys):
     printed = capsys.readouterr().out
     tokens_in, tokens_out = map(int, re.search(r"(\d+) tokens in, (\d+) out", printed).groups())
     assert tokens_in == namespace["plan"].num_tokens
-    assert tokens_out == namespace["grids"].merged(2).num_tokens or tokens_out * 4 == tokens_in
+    assert tokens_out * 4 == tokens_in
     assert namespace["qkv"].grad.isfinite().all()
     assert namespace["merged"].shape == (1024, 1152)  # of the last block
     assert namespace["merged"][:508].all(1).all()
