@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from timm.layers import HybridEmbed
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import FEATURES, tiny_distilled, tiny_vit
 from torch import nn
@@ -163,9 +163,12 @@ def patched_vit(**methods):
     return vit
 
 
-BACKBONE = nn.Conv2d(3, 8, 4, 4)
+class OtherStem(PatchEmbed):
+    pass
+
+
 REFUSED = {
-    "no ViT": (lambda: nn.Linear(2, 2), "vit must be timm's VisionTransformer, got Linear"),
+    "no ViT": (lambda: nn.Linear(2, 2), "vit must be one of timm's .*, got Linear"),
     "other positions": (
         lambda: tiny_vit(OtherEmbedding),
         "vit must leave VisionTransformer._pos_embed as it is, but OtherEmbedding replaces it",
@@ -174,11 +177,9 @@ REFUSED = {
         lambda: patched_vit(_pos_embed=lambda x: x),
         "vit must leave VisionTransformer._pos_embed as it is, but it has one of its own",
     ),
-    "convolutional stem": (
-        lambda: tiny_vit(
-            embed_layer=lambda **options: HybridEmbed(BACKBONE, **options), patch_size=1
-        ),
-        "vit.patch_embed must be timm's PatchEmbed, got HybridEmbed",
+    "other stem": (
+        lambda: tiny_vit(embed_layer=OtherStem),
+        "vit.patch_embed must be PatchEmbed or HybridEmbed, got OtherStem",
     ),
 }
 
@@ -224,6 +225,7 @@ BAD_CALLS = {
         TypeError,
         r"views\[0\] must be float32",
     ),
+    "empty view": ((PATCHES, [(4, 5), (0, 3)]), {}, ValueError, "a patch for each view"),
     "counts": (
         (PATCHES, [(4, 5)]),
         {"views_per_image": [2]},
@@ -248,6 +250,13 @@ BAD_CALLS = {
 def test_counts_may_be_any_integers():
     result = SliceEncoder(tiny_vit())(PATCHES, [(4, 5)], views_per_image=torch.tensor([0, 1]))
     assert result.views_per_image == (0, 1)
+
+
+def test_refuses_unknown_positions():
+    with pytest.raises(ValueError, match='positions must be "resample" or "nearest", got "cubic"'):
+        SliceEncoder(tiny_vit(), "cubic")
+    with pytest.raises(ValueError, match='positions must be "resample" for a model without'):
+        SliceEncoder(tiny_vit(pos_embed="none"), "nearest")
 
 
 @pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)

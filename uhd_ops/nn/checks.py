@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from uhd_ops._reclass import body_class
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
 from uhd_ops.nn.layers import LinearView, ScaleView, is_dense
 
 
 def require_exactly(module: nn.Module, name: str, classes: tuple[type, ...]) -> None:
-    """Refuse a class other than these; a subclass may compute something else."""
-    cls = type(module)
+    """Refuse a class other than these, or ours of them; a subclass may compute something else."""
+    cls = body_class(module)
     if cls in classes:
         return
     known = list(dict.fromkeys(known.__name__ for known in classes))

@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from uhd_ops import _checks
 from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.nn import timm_embedding
 from uhd_ops.nn.attention import ViewScope
-from uhd_ops.nn.block_spec import BlockSpec, read_block
+from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.early_compressor import EarlyCompressor
+from uhd_ops.nn.positions import Rotary
 from uhd_ops.nn.view_ratios import merge_by_ratio, times_of
+
+POSITIONS = ("resample", "nearest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,22 +58,29 @@ class SliceEncoder(nn.Module):
     """Run a vision transformer on views of different sizes, packed into one sequence.
 
     No view is padded and none sees another: attention stays inside a view, everything else works on
-    the packed tokens. Each view has its own class and register tokens, and position embeddings
-    resampled to its own grid as timm's ``resample_abs_pos_embed`` does, whether or not the model
-    was made with ``dynamic_img_size``. If :func:`uhd_ops.insert_early_compressor` was called on the
-    model, the blocks behind the compressor work on merged tokens. Each view's result is that of
-    ``vit.forward_features`` on the view alone, up to rounding. Blocks run by their parts, as
-    :meth:`uhd_ops.nn.BlockSpec.run` says: adapted and quantised linear layers take effect, and
+    the packed tokens. Each view's result is that of the model's own ``forward_features`` (the last
+    hidden state in transformers) on the view alone, up to rounding, for a view of another size than
+    the model's after ``set_input_size``, ``dynamic_img_size`` or ``interpolate_pos_encoding``,
+    whichever the model has. So each view has its own class and register tokens, and positions of
+    its own grid: learned ones resampled, rotary embeddings, tables of relative positions resized.
+    If a compressor was inserted into the model, the blocks behind it work on merged tokens. Forward
     hooks of linear layers and norms run, but those of the model, its blocks and their attention
     and MLP do not.
 
     Args:
-        vit: timm's ``VisionTransformer``, with or without a compressor. It becomes a submodule; its
-            parameters are shared, not copied.
+        vit: Any model that :func:`uhd_ops.insert_early_compressor` takes, with or without a
+            compressor: the vision transformers of timm in docs/models.md, and those of
+            transformers. It becomes a submodule; its parameters are shared, not copied.
+        positions: How a learned table of position embeddings is fitted to the grid of a view.
+            ``"resample"`` does what the model does; ``"nearest"`` takes no mixture but the nearest
+            position below: patch i of n that of row, or column, ``floor(i * S / n)`` of S, the rule
+            of the tower of MiniCPM-V 4.6.
 
     Raises:
-        ImportError: timm is not installed.
         NotImplementedError: The model, its patch embedding or one of its blocks is not understood.
+        TypeError: ``vit`` is no module.
+        ValueError: ``positions`` is neither of the two; or ``"nearest"`` for a model that has not
+            one learned position embedding for each patch.
 
     Source:
         LLaVA-UHD v4, section 3.1: slice encoding.
@@ -81,10 +95,16 @@ class SliceEncoder(nn.Module):
         (PackedGrids([(2, 3), (2, 1)]), torch.Size([8, 32]), torch.Size([2, 1, 32]))
     """
 
-    def __init__(self, vit: nn.Module) -> None:
+    def __init__(self, vit: nn.Module, positions: str = "resample") -> None:
         super().__init__()
-        timm_embedding.check_host(vit)
-        self.vit = vit
+        if positions not in POSITIONS:
+            raise ValueError(f'positions must be "resample" or "nearest", got "{positions}"')
+        registry = _registry()
+        registry.check_packed(vit)
+        if positions == "nearest":
+            transformer, packed = registry.packed_of(vit)
+            packed(transformer, PackedGrids([])).require_learned()
+        self.vit, self.positions = vit, positions
 
     def forward(
         self,
@@ -99,7 +119,7 @@ class SliceEncoder(nn.Module):
         Args:
             views: Normalised pixels in the dtype of the model: packed patches ``(N, 3, p, p)`` in
                 raster order, as ``pack_views`` makes them, with their ``grids``; or a sequence of
-                views ``(3, H, W)`` without ``grids``.
+                views ``(3, H, W)`` without ``grids``. Gemma 4 takes pixels from 0 to 1.
             grids: Patch grids of the packed patches.
             views_per_image: Number of views of each image, in order; None means that all views
                 belong to one image.
@@ -112,90 +132,232 @@ class SliceEncoder(nn.Module):
             TypeError: An argument has the wrong type.
             ValueError: Shapes, grids or numbers do not fit together.
         """
+        vit, packed = _registry().packed_of(self.vit)
+        patch = _Patch.of(vit, packed)
         if grids is None:
-            _check_views(views)
-            pixels, grids = timm_embedding.to_patches(self.vit, views)
+            pixels, grids = patch.cut(views)
         else:
-            pixels, grids = views, timm_embedding.check_patches(self.vit, views, grids)
+            pixels, grids = views, patch.check(views, grids)
         counts = _views_per_image(views_per_image, len(grids))
-        self._refuse_dropout()
-        self._check_ratios(ratios, len(grids))
-        prefix, patches = timm_embedding.embed(self.vit, pixels, grids)
-        tokens = _join(prefix, patches, grids)
-        for block in self.vit.blocks:
+        packed.refuse_dropout(vit)
+        self._check_ratios(vit, packed, ratios, len(grids))
+        if len(grids):
+            return SliceTokens(*self._encode(packed(vit, grids), pixels, ratios), counts)
+        # Data-parallel training waits for a gradient of every parameter, from a rank without views
+        # too: so one is encoded and left out.
+        blank = pixels.new_zeros((1, *pixels.shape[1:]))
+        one = packed(vit, PackedGrids([(1, 1)]))
+        tokens, _, prefix = self._encode(one, blank, None)
+        return SliceTokens(tokens[:0], grids, prefix[:0], counts)
+
+    def _encode(
+        self, model: Any, pixels: torch.Tensor, ratios: Sequence[int] | None
+    ) -> tuple[torch.Tensor, PackedGrids, torch.Tensor]:
+        """Return tokens, their grids, and prefix tokens.
+
+        Args:
+            model: A ``uhd_ops.retrofit.packed.PackedModel``.
+            pixels: Packed patches of at least one view.
+            ratios: As for :meth:`forward`.
+        """
+        prefix, patches = model.embed(pixels, self.positions)
+        x, sides = _join(prefix, patches, model.lengths()), (1,) * len(model.grids)
+        for index, block in enumerate(model.blocks):
             # Read anew in every call: adapters may have come, or a compressor.
-            spec = read_block(block)
-            if self.vit.grad_checkpointing and torch.is_grad_enabled():
-                run = checkpoint(self._run, spec, tokens, grids, ratios, use_reentrant=False)
+            spec, compressor = model.spec(index), getattr(block, "compressor", None)
+            merge = None if compressor is None else _Merge(model, index, sides, compressor, ratios)
+            # Out here, because a checkpointed block must not find made what it made the first time.
+            scope = model.scope(index, sides, prefix.shape[1])
+            positions = model.rotary(index, sides, prefix.shape[1])
+            arguments = spec, x, scope, positions, merge, prefix.shape[1]
+            if model.checkpoints(index) and torch.is_grad_enabled():
+                x = checkpoint(_run, *arguments, use_reentrant=False)
             else:
-                run = self._run(spec, tokens, grids, ratios)
-            tokens, grids = run
-        prefix, patches = self._split(self.vit.norm(tokens), grids)
-        return SliceTokens(patches, grids, prefix, counts)
+                x = _run(*arguments)
+            sides = sides if merge is None else merge.sides
+        lengths = model.lengths(sides)
+        prefix, patches = _split(x, lengths, prefix.shape[1])
+        prefix, patches = model.finish(prefix, patches, sides)
+        return patches, PackedGrids(model.merged_grids(sides)), prefix
 
-    def _run(
-        self,
-        spec: BlockSpec,
-        x: torch.Tensor,
-        grids: PackedGrids,
-        ratios: Sequence[int] | None,
-    ) -> tuple[torch.Tensor, PackedGrids]:
-        """Run one block on the packed sequence, and its compressor if it has one."""
-        x = spec.run(x, ViewScope(grids, self.vit.num_prefix_tokens))
-        compressor = getattr(spec.block, "compressor", None)
-        if compressor is None:
-            return x, grids
-        prefix, patches = self._split(x, grids)
-        if ratios is None:
-            patches, grids = compressor(patches, grids), grids.merged(compressor.window)
-        else:
-            window = compressor.window
-            patches, grids = merge_by_ratio(compressor, patches, grids, ratios, window=window)
-        return _join(prefix, patches, grids), grids
-
-    def _split(self, x: torch.Tensor, grids: PackedGrids) -> tuple[torch.Tensor, torch.Tensor]:
-        """Undo :func:`_join`: the prefix tokens ``(S, P, C)`` and the patch tokens ``(N, C)``."""
-        prefix = self.vit.num_prefix_tokens
-        if prefix == 0 or len(grids) == 0:
-            return x.new_empty((len(grids), prefix, x.shape[1])), x
-        views = x.split(_lengths(grids, prefix))
-        return torch.stack([v[:prefix] for v in views]), torch.cat([v[prefix:] for v in views])
-
-    def _check_ratios(self, ratios: Sequence[int] | None, views: int) -> None:
+    @staticmethod
+    def _check_ratios(
+        vit: nn.Module, packed: type, ratios: Sequence[int] | None, views: int
+    ) -> None:
         if ratios is None:
             return
-        found = [block.compressor for block in self.vit.blocks if hasattr(block, "compressor")]
+        blocks = vit.get_submodule(packed.blocks_name)
+        found = [block.compressor for block in blocks if hasattr(block, "compressor")]
         if len(found) != 1:
             raise ValueError(f"ratios need a vit with one compressor, got one with {len(found)}")
         times_of(ratios, views, found[0].window)
 
-    def _refuse_dropout(self) -> None:
-        if self.vit.training and getattr(self.vit.patch_drop, "prob", 0.0):
-            raise NotImplementedError(
-                "patch dropout leaves no grid: set vit.patch_drop to torch.nn.Identity()"
-            )
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"positions={self.positions!r}"
 
 
-def _join(prefix: torch.Tensor, patches: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
-    """Put each view's prefix tokens in front of its patches."""
+def _registry() -> Any:
+    # By name, because the families stand on this floor.
+    return importlib.import_module("uhd_ops.retrofit.registry")
+
+
+class _Merge:
+    """The compressor behind one block.
+
+    Args:
+        model: The model.
+        index: Index of the block.
+        sides: Side of the windows that became one token of each view before.
+        compressor: The compressor.
+        ratios: As for SliceEncoder.
+
+    Attributes:
+        sides: Those behind the compressor.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        index: int,
+        sides: tuple[int, ...],
+        compressor: nn.Module,
+        ratios: Sequence[int] | None,
+    ) -> None:
+        self.compressor, self.ratios, window = compressor, ratios, compressor.window
+        self.grids, self.lengths = PackedGrids(model.merged_grids(sides)), model.lengths(sides)
+        times = [1] * len(sides) if ratios is None else times_of(ratios, len(sides), window)
+        self.positions: list[tuple[Rotary, ...]] = []  # of the views that are merged in each step
+        for step in range(max(times)):
+            chosen = [view for view, count in enumerate(times) if count > step]
+            if isinstance(compressor, EarlyCompressor):  # pooling knows no positions
+                rotary = model.rotary(index, sides, 0, chosen)
+                self.positions.append(() if rotary is None else (rotary,))
+            else:
+                self.positions.append(())
+            sides = tuple(s * window if n > step else s for s, n in zip(sides, times, strict=True))
+        self.sides = sides
+
+    def __call__(self, patches: torch.Tensor) -> tuple[torch.Tensor, PackedGrids]:
+        """Merge packed tokens; return them with their grids."""
+        if self.ratios is None:
+            merged = self.compressor(patches, self.grids, *self.positions[0])
+            return merged, self.grids.merged(self.compressor.window)
+        positions, window = iter(self.positions), self.compressor.window
+
+        def compress(x: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
+            return self.compressor(x, grids, *next(positions))
+
+        return merge_by_ratio(compress, patches, self.grids, self.ratios, window=window)
+
+
+def _run(
+    spec: BlockSpec,
+    x: torch.Tensor,
+    scope: ViewScope,
+    positions: Rotary | None,
+    merge: _Merge | None,
+    prefix: int,
+) -> torch.Tensor:
+    """Run one block on the packed sequence, and its compressor if it has one."""
+    x = spec.run(x, scope, positions)
+    if merge is None:
+        return x
+    in_front, patches = _split(x, merge.lengths, prefix)
+    patches, grids = merge(patches)
+    return _join(in_front, patches, _lengths(grids))
+
+
+def _join(prefix: torch.Tensor, patches: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Put each view's prefix tokens ``(S, P, C)`` in front of its patches."""
     if prefix.shape[1] == 0:
         return patches
-    if prefix.shape[0] == 0:  # class and register tokens get their zero gradient all the same
-        return torch.cat([patches, prefix.flatten(0, 1)])
-    views = zip(prefix, patches.split(_lengths(grids)), strict=True)
+    views = zip(prefix, patches.split(lengths), strict=True)
     return torch.cat([tokens for view in views for tokens in view])
 
 
-def _lengths(grids: PackedGrids, prefix: int = 0) -> list[int]:
-    return [prefix + height * width for height, width in grids]
+def _split(x: torch.Tensor, lengths: list[int], prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo :func:`_join`: the prefix tokens ``(S, P, C)`` and the patch tokens ``(N, C)``."""
+    if prefix == 0:
+        return x.new_empty((len(lengths), 0, x.shape[1])), x
+    views = x.split([prefix + length for length in lengths])
+    return torch.stack([v[:prefix] for v in views]), torch.cat([v[prefix:] for v in views])
 
 
-def _check_views(views: Sequence[torch.Tensor]) -> None:
-    if isinstance(views, torch.Tensor) or not isinstance(views, Sequence):
-        raise TypeError(
-            "views must be a sequence of (3, H, W) tensors, or packed patches with their grids; "
-            f"got {type(views).__name__} without grids"
-        )
+def _lengths(grids: PackedGrids) -> list[int]:
+    return [height * width for height, width in grids]
+
+
+@dataclass(frozen=True, eq=False)
+class _Patch:
+    """The patches that a model takes.
+
+    Attributes:
+        shape: ``(channels, height, width)``, in px.
+        like: A parameter of the model.
+        pads: Whether the model pads images to whole patches.
+    """
+
+    shape: tuple[int, int, int]
+    like: torch.Tensor
+    pads: bool
+
+    @classmethod
+    def of(cls, vit: nn.Module, packed: type) -> _Patch:
+        """The patches of a model."""
+        shape = packed.channels(vit), *packed.patch_size(vit)
+        return cls(shape, packed.like(vit), packed.pads(vit))
+
+    def cut(self, views: Sequence[torch.Tensor]) -> tuple[torch.Tensor, PackedGrids]:
+        """Cut views ``(3, H, W)`` of any sizes into patches ``(N, 3, p, p)``, raster order."""
+        if isinstance(views, torch.Tensor) or not isinstance(views, Sequence):
+            raise TypeError(
+                "views must be a sequence of (3, H, W) tensors, or packed patches with their "
+                f"grids; got {type(views).__name__} without grids"
+            )
+        _, rows, cols = self.shape
+        patches, grids = [self.like.new_empty((0, *self.shape))], []
+        for index, view in enumerate(views):
+            self._check_view(view, f"views[{index}]")
+            view = functional.pad(view, (0, -view.shape[2] % cols, 0, -view.shape[1] % rows))
+            grid = view.shape[1] // rows, view.shape[2] // cols
+            tiles = view.unflatten(2, (grid[1], cols)).unflatten(1, (grid[0], rows))
+            patches.append(tiles.permute(1, 3, 0, 2, 4).flatten(0, 1))
+            grids.append(grid)
+        return torch.cat(patches[bool(grids) :]), PackedGrids(grids)
+
+    def check(self, pixels: torch.Tensor, grids: Grids) -> PackedGrids:
+        """Check packed patches against the model and their grids."""
+        self._check_pixels(pixels, "views")
+        grids = PackedGrids.of(grids)
+        if any(0 in grid for grid in grids):
+            raise ValueError(f"grids must hold a patch for each view, got {list(grids)}")
+        expected = (grids.num_tokens, *self.shape)
+        if pixels.shape != expected:
+            raise ValueError(
+                f"views must be (N, 3, p, p) = {expected} for these grids and this model, got "
+                f"shape {tuple(pixels.shape)}"
+            )
+        return grids
+
+    def _check_view(self, view: torch.Tensor, name: str) -> None:
+        self._check_pixels(view, name)
+        channels, rows, cols = self.shape
+        if view.dim() != 3 or view.shape[0] != channels or 0 in view.shape:
+            raise ValueError(f"{name} must be ({channels}, H, W), got shape {tuple(view.shape)}")
+        whole = view.shape[1] % rows == 0 and view.shape[2] % cols == 0
+        if not (whole or self.pads):
+            raise ValueError(
+                f"{name} must have sides that are multiples of the patch, {rows} x {cols} px, got "
+                f"{view.shape[1]} x {view.shape[2]} px (height x width)"
+            )
+
+    def _check_pixels(self, pixels: torch.Tensor, name: str) -> None:
+        _checks.check_tensor(pixels, name)
+        device = pixels.device.type
+        autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+        if not autocast:
+            _checks.check_like(pixels, name, self.like, "the model's parameters")
 
 
 def _count(number: int) -> int:

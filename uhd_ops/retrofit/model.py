@@ -23,6 +23,7 @@ from uhd_ops.retrofit.blocks import (
 )
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout, run_with
+from uhd_ops.retrofit.packed import PackedModel
 from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
 
 
@@ -205,6 +206,7 @@ class Family:
         transformer: Finds the transformer in the model that the user has, which may wrap it.
         wrapper: Mixin for a model that does.
         heads: Mixins for submodules of the transformer, by name; it may lack any of them.
+        packed: How a model runs on views of different sizes in one packed sequence.
     """
 
     model: type[CompressedModel]
@@ -216,6 +218,7 @@ class Family:
     transformer: Callable[[nn.Module], nn.Module] = lambda vit: vit
     wrapper: type[CompressedWrapper] = CompressedWrapper
     heads: Mapping[str, type[CoarseBlock]] = field(default_factory=dict)
+    packed: type[PackedModel] = PackedModel
 
 
 def require_methods(vit: nn.Module, cls: type, methods: tuple[str, ...]) -> None:

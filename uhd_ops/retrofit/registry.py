@@ -9,9 +9,11 @@ from typing import NamedTuple
 from torch import nn
 
 from uhd_ops._reclass import body_class
+from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.config import Config, EarlyCompressorConfig
 from uhd_ops.retrofit.model import Family
+from uhd_ops.retrofit.packed import PackedModel
 
 
 class Row(NamedTuple):
@@ -145,6 +147,40 @@ def family_of(vit: nn.Module, library: str = "") -> Family:
     raise NotImplementedError(
         f"vit must be one of {_supported(library)}, got {type(vit).__name__}{hint}"
     )
+
+
+def packed_of(vit: nn.Module) -> tuple[nn.Module, type[PackedModel]]:
+    """The transformer in ``vit``, and the class that runs it on packed views."""
+    family = family_of(vit)
+    return family.transformer(vit), family.packed
+
+
+def check_packed(vit: nn.Module) -> None:
+    """Refuse a model that :class:`uhd_ops.nn.SliceEncoder` does not understand."""
+    family = family_of(vit)
+    transformer = family.transformer(vit)
+    if not hasattr(transformer, "early_compressor"):  # else the insertion has checked it
+        family.check(vit, EarlyCompressorConfig(0, True, "reuse", "dense", 2))
+    for cls in body_class(transformer).__mro__:
+        if cls.__module__.startswith(("timm.", "transformers.")):
+            break
+        _refuse_replaced(transformer, family.packed, vars(cls), f"{cls.__name__} replaces it")
+    _refuse_replaced(transformer, family.packed, vars(transformer), "it has one of its own")
+    family.packed.check(transformer)
+    one = family.packed(transformer, PackedGrids([(1, 1)]))
+    for index in range(len(one.blocks)):
+        one.spec(index)
+
+
+def _refuse_replaced(vit: nn.Module, packed: type[PackedModel], own: object, but: str) -> None:
+    for method in packed.methods:
+        if method in own:
+            known = next(
+                cls.__name__
+                for cls in body_class(vit).__mro__
+                if cls.__module__.startswith(("timm.", "transformers."))
+            )
+            raise NotImplementedError(f"vit must leave {known}.{method} as it is, but {but}")
 
 
 def takes_compressor(module: nn.Module) -> bool:

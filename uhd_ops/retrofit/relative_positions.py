@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from uhd_ops.nn import checks
 from uhd_ops.retrofit.blocks import CoarseBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedModel, image_layout
+from uhd_ops.retrofit.packed import Grid, PackedModel
 
 
 class StandIn:
@@ -75,6 +77,34 @@ def merge_bias(
     return bias[..., tokens[:, None], tokens]
 
 
+def relative_index(
+    grid: Grid, window: int, positions: str, prefix: int, device: torch.device
+) -> torch.Tensor:
+    """Index of the offset between each two tokens in a host's table, as timm numbers them.
+
+    Args:
+        grid: Patches ``(h, w)`` of the view.
+        window: Side of the windows that became one token, in patches; 1 for patches.
+        positions: ``"center"`` or ``"reindex"``.
+        prefix: 1 with a class token, whose three entries follow those of the offsets; or 0.
+        device: Where the index is needed.
+
+    Returns:
+        ``(P + m, P + m)``, queries by keys.
+    """
+    stride = stride_of(window, positions)
+    places = [torch.arange(0, -(-side // window), device=device) * stride for side in grid]
+    rows, cols = (axis.flatten() for axis in torch.meshgrid(*places, indexing="ij"))
+    spans = [2 * side - 1 for side in grid]
+    down, right = rows[:, None] - rows + grid[0] - 1, cols[:, None] - cols + grid[1] - 1
+    index = down * spans[1] + right
+    if prefix:
+        index = functional.pad(index, (1, 0, 1, 0))
+        offsets = spans[0] * spans[1]
+        index[0], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    return index
+
+
 class CoarseBiasBlock(CoarseBlock):
     """A block behind the compressor that is given a bias which its model shares between blocks."""
 
@@ -105,3 +135,28 @@ class RelativePositionsModel(CompressedModel):
 
     def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
         return image_layout(self, x, self.num_prefix_tokens)
+
+
+class PackedRelativePositions(PackedModel):
+    """A model on packed views whose blocks add relative positions to their scores."""
+
+    def biases(self, index: int, sides: tuple[int, ...]) -> list[Any] | None:
+        """What a block adds to the scores of each view; a function where it makes that itself."""
+        attn = self.blocks[index].attn
+        made = {key: self.bias(attn, *key) for key in zip(self.grids, sides, strict=True)}
+        biases = [made[key] for key in zip(self.grids, sides, strict=True)]
+        return None if any(bias is None for bias in biases) else biases
+
+    def bias(self, attn: nn.Module, grid: Grid, window: int) -> Any:
+        """What the attention of a block adds to the scores of views of one grid.
+
+        Args:
+            attn: The attention.
+            grid: Patches ``(h, w)`` of the views.
+            window: Side of the windows that became one token, in patches.
+
+        Returns:
+            ``(heads, P + m, P + m)``; a function of the queries that returns it, so that it is made
+            again where a block is checkpointed; or None.
+        """
+        raise NotImplementedError

@@ -9,6 +9,7 @@ one grid whatever it is asked for, or own the frequencies as parameters.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 from uhd_ops.nn.positions import Frequencies, Rotary
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
 from uhd_ops.retrofit.layout import TokenLayout
+from uhd_ops.retrofit.packed import Grid, PackedModel, Tables
 
 # Those that return the tensor described above.
 ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
@@ -69,6 +71,48 @@ def require_rope(vit: nn.Module) -> None:
         raise NotImplementedError(
             f"vit.rope must be None or one of {known}, got {type(vit.rope).__name__}"
         )
+
+
+def rope_tables(rope: nn.Module | None, grid: Grid, *, any_size: bool) -> Tables | None:
+    """Sine and cosine that a model hands to its blocks for a view of one grid.
+
+    Args:
+        rope: One of ``ROPES``, or None.
+        grid: Patches of the view.
+        any_size: Whether the model takes images of any size. Otherwise ``set_input_size`` makes a
+            table for that grid; so does a copy of the module, which shares its parameters.
+    """
+    if rope is None:
+        return None
+    if any_size or not hasattr(rope, "feat_shape"):
+        table = rope.get_embed(shape=grid)
+    else:
+        if tuple(rope.feat_shape) != grid:
+            rope = copy.deepcopy(rope, {id(p): p for p in rope.parameters()})
+            rope.update_feat_shape(grid)
+        table = rope.get_embed()
+    return tuple(table.chunk(2, -1))
+
+
+class RotaryTables(PackedModel):
+    """A model of timm with rotary embeddings on packed views."""
+
+    @property
+    def per_block(self) -> bool:
+        """Whether every block has frequencies of its own."""
+        return type(self.vit.rope) is RotaryEmbeddingMixed
+
+    def draws_positions(self) -> bool:
+        """In training, where the model scales or shifts the coordinates at random."""
+        return self.vit.rope is not None and self.vit.rope.training and self.vit.rope.aug_active
+
+    def frequencies(self) -> Frequencies | None:
+        """As for images of one size."""
+        return frequencies_of(self.vit.rope)
+
+    def rope(self, grid: Grid) -> Tables | None:
+        """Those of a model that takes any size."""
+        return rope_tables(self.vit.rope, grid, any_size=True)
 
 
 class CompressedRopeBlock(CompressedBlock):

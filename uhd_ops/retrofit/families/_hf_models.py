@@ -31,6 +31,7 @@ from uhd_ops.retrofit.model import (
     CompressedWrapper,
     require_methods,
 )
+from uhd_ops.retrofit.packed import Grid, PackedModel
 from uhd_ops.retrofit.relative_positions import StandIn
 
 
@@ -120,6 +121,35 @@ class CoarseLayer(CoarseBlock):
     """A module behind the compressor."""
 
     prefix = ""
+
+
+class PackedHfModel(PackedModel):
+    """A model of transformers on packed views."""
+
+    methods = ("forward",)
+
+    @classmethod
+    def patch_size(cls, vit: nn.Module) -> tuple[int, int]:
+        """Height and width of a patch, in px."""
+        size = vit.config.patch_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @classmethod
+    def channels(cls, vit: nn.Module) -> int:
+        """Channels of a pixel."""
+        return vit.config.num_channels
+
+    def checkpoints(self, index: int) -> bool:
+        """Whether the model runs a layer again in the backward pass."""
+        layer = self.blocks[index]
+        return layer.training and layer.gradient_checkpointing
+
+    def _interpolated(self, prefix: int, grid: Grid, dim: int) -> torch.Tensor:
+        """What ``interpolate_pos_encoding`` adds, which reads nothing but the sizes."""
+        rows, cols = self.patch_size(self.vit)
+        tokens = torch.empty((), device="meta").expand(1, prefix + grid[0] * grid[1], dim)
+        embeddings = self.vit.embeddings
+        return embeddings.interpolate_pos_encoding(tokens, grid[0] * rows, grid[1] * cols)[0]
 
 
 def insert_configured(model: nn.Module) -> list[str]:

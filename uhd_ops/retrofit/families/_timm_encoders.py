@@ -15,10 +15,10 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedModel, encoder_or_self, image_layout, require_methods
-from uhd_ops.retrofit.rope import frequencies_of, require_rope
+from uhd_ops.retrofit.rope import RotaryTables, frequencies_of, require_rope
 
 
 class CompressedEncoder(CompressedModel):
@@ -63,6 +63,18 @@ class CompressedEncoder(CompressedModel):
 
     def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
         return image_layout(self, x, 0, frequencies_of(self.rope))
+
+
+class PackedEncoder(RotaryTables, PackedTimm):
+    """An encoder on packed views."""
+
+    methods = ("forward_features", "_pos_embed")
+
+    def finish(
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm behind the last block, which Qwen3's encoder does not have."""
+        return prefix, getattr(self.vit, "norm", nn.Identity())(patches)
 
 
 def require_encoder(vit: nn.Module, encoder: type[nn.Module], classifier: type[nn.Module]) -> None:

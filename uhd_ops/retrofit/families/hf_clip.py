@@ -7,6 +7,9 @@ So are models that put a head on one of them: ``CLIPVisionModelWithProjection``,
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import nn
 
 from uhd_ops._reclass import body_class
@@ -18,9 +21,11 @@ from uhd_ops.retrofit.families._hf_models import (
     CompressedHfModel,
     CompressedLayer,
     HfWrapper,
+    PackedHfModel,
     require_understood,
 )
 from uhd_ops.retrofit.model import Family
+from uhd_ops.retrofit.packed import Grid
 
 
 def read(block: nn.Module) -> BlockSpec:
@@ -66,6 +71,49 @@ def check(vit: nn.Module, config: Config) -> None:
     require_understood(transformer(vit), config, "encoder.layers", "EncoderLayer")
 
 
+class PackedClip(PackedHfModel):
+    """A vision model of CLIP or SigLIP on packed views."""
+
+    blocks_name = "encoder.layers"
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Patch embedding by a convolution."""
+        conv = self.vit.embeddings.patch_embedding
+        return self.convolve(conv, pixels.to(conv.weight.dtype))
+
+    def prefix(self) -> torch.Tensor | None:
+        """The class token of CLIP."""
+        embeddings = self.vit.embeddings
+        if not hasattr(embeddings, "class_embedding"):
+            return None
+        return (embeddings.class_embedding + embeddings.position_embedding.weight[0])[None, None]
+
+    def absolute(self, grid: Grid) -> torch.Tensor:
+        """As ``interpolate_pos_encoding=True`` resamples them."""
+        return self._interpolated(self._prefix, grid, self.vit.embeddings.embed_dim)[self._prefix :]
+
+    def learned(self) -> torch.Tensor:
+        """Without that of the class token."""
+        table = self.vit.embeddings.position_embedding.weight[self._prefix :]
+        return table.unflatten(0, (math.isqrt(len(table)), -1))
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm in front of CLIP's first layer."""
+        return getattr(self.vit, "pre_layrnorm", nn.Identity())(x)
+
+    def finish(
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """SigLIP's norm; CLIP's is for the class token that it pools."""
+        if self._prefix:
+            return prefix, patches
+        return prefix, self.vit.post_layernorm(patches)
+
+    @property
+    def _prefix(self) -> int:
+        return self.vit.embeddings.num_positions - self.vit.embeddings.num_patches
+
+
 FAMILY = Family(
     CompressedClipVisionModel,
     CompressedLayer,
@@ -73,4 +121,5 @@ FAMILY = Family(
     check,
     transformer=transformer,
     wrapper=HfWrapper,
+    packed=PackedClip,
 )

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import nn
 
 from uhd_ops._reclass import body_class
@@ -18,9 +21,11 @@ from uhd_ops.retrofit.families._hf_models import (
     CompressedHfModel,
     CompressedLayer,
     HfWrapper,
+    PackedHfModel,
     require_understood,
 )
 from uhd_ops.retrofit.model import Family
+from uhd_ops.retrofit.packed import Grid
 
 # Layer -> (what the names of its parts begin with, its DropPath, its gated MLP).
 _NAMES = {
@@ -84,6 +89,46 @@ class CompressedDinov2Backbone(CompressedBackbone):
     blocks_name = "encoder.layer"
 
 
+class PackedDinov2(PackedHfModel):
+    """A DINOv2 on packed views."""
+
+    blocks_name = "encoder.layer"
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Patch embedding by a convolution."""
+        conv = self.vit.embeddings.patch_embeddings.projection
+        return self.convolve(conv, pixels.to(conv.weight.dtype))
+
+    def prefix(self) -> torch.Tensor:
+        """The class token with its position, then registers without any."""
+        embeddings = self.vit.embeddings
+        cls = embeddings.cls_token + embeddings.position_embeddings[:, :1]
+        registers = getattr(embeddings, "register_tokens", None)
+        return cls if registers is None else torch.cat([cls, registers], 1)
+
+    def absolute(self, grid: Grid) -> torch.Tensor:
+        """As the model resamples them."""
+        table = self.vit.embeddings.position_embeddings
+        return self._interpolated(1, grid, table.shape[-1])[1:]
+
+    def learned(self) -> torch.Tensor:
+        """Without that of the class token."""
+        table = self.vit.embeddings.position_embeddings[0, 1:]
+        return table.unflatten(0, (math.isqrt(len(table)), -1))
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout."""
+        return self.vit.embeddings.dropout(x)
+
+    def finish(
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm, unless a backbone is told to return its maps without."""
+        if not getattr(self.vit.config, "apply_layernorm", True):
+            return prefix, patches
+        return self.vit.layernorm(prefix), self.vit.layernorm(patches)
+
+
 FAMILY = Family(
     CompressedDinov2Model,
     CompressedLayer,
@@ -91,5 +136,6 @@ FAMILY = Family(
     check,
     transformer=transformer,
     wrapper=HfWrapper,
+    packed=PackedDinov2,
 )
-BACKBONE = Family(CompressedDinov2Backbone, CompressedLayer, None, check)
+BACKBONE = Family(CompressedDinov2Backbone, CompressedLayer, None, check, packed=PackedDinov2)

@@ -19,10 +19,12 @@ from uhd_ops.retrofit.families._hf_models import (
     CompressedBackbone,
     CompressedHfModel,
     CompressedLayer,
+    PackedHfModel,
     require_understood,
 )
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import Family
+from uhd_ops.retrofit.packed import Grid, Tables
 
 Table = tuple[torch.Tensor, torch.Tensor]  # cosines, then sines
 
@@ -96,5 +98,50 @@ class CompressedDinov3Backbone(CompressedDinov3, CompressedBackbone):
     maps_have_prefix = False
 
 
-FAMILY = Family(CompressedDinov3, CompressedDinov3Layer, CoarseDinov3Layer, check)
-BACKBONE = Family(CompressedDinov3Backbone, CompressedDinov3Layer, CoarseDinov3Layer, check)
+class PackedDinov3(PackedHfModel):
+    """A DINOv3 on packed views."""
+
+    blocks_name = "model.layer"
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Patch embedding by a convolution."""
+        conv = self.vit.embeddings.patch_embeddings
+        return self.convolve(conv, pixels.to(conv.weight.dtype))
+
+    def prefix(self) -> torch.Tensor:
+        """Class and register tokens."""
+        return torch.cat([self.vit.embeddings.cls_token, self.vit.embeddings.register_tokens], 1)
+
+    def rope(self, grid: Grid) -> Tables:
+        """Made for images of that size, whose values it does not read."""
+        rows, cols = self.patch_size(self.vit)
+        weight = self.vit.embeddings.patch_embeddings.weight
+        image = weight.new_empty(()).expand(1, 1, grid[0] * rows, grid[1] * cols)
+        cos, sin = self.vit.rope_embeddings(image)
+        return sin, cos
+
+    def draws_positions(self) -> bool:
+        """In training, if the config says so."""
+        config = self.vit.config
+        options = (config.pos_embed_shift, config.pos_embed_jitter, config.pos_embed_rescale)
+        return self.vit.training and any(option is not None for option in options)
+
+    def frequencies(self) -> Frequencies:
+        """As for images of one size."""
+        return frequencies_of(self.vit.rope_embeddings.inv_freq)
+
+
+FAMILY = Family(
+    CompressedDinov3,
+    CompressedDinov3Layer,
+    CoarseDinov3Layer,
+    check,
+    packed=PackedDinov3,
+)
+BACKBONE = Family(
+    CompressedDinov3Backbone,
+    CompressedDinov3Layer,
+    CoarseDinov3Layer,
+    check,
+    packed=PackedDinov3,
+)

@@ -20,9 +20,11 @@ from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,
     CompressedHfModel,
     CompressedLayer,
+    PackedHfModel,
     require_understood,
 )
 from uhd_ops.retrofit.model import Family
+from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 
@@ -110,10 +112,38 @@ def check(vit: nn.Module, config: Config) -> None:
     require_understood(vit, config, "encoder.layers", "EncoderLayer")
 
 
+class PackedSiglip2(PackedHfModel):
+    """A SigLIP 2 on packed views, without padding."""
+
+    blocks_name = "encoder.layers"
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Patch embedding by a linear layer; the channels of a pixel lie side by side."""
+        linear = self.vit.embeddings.patch_embedding
+        return linear(pixels.permute(0, 2, 3, 1).flatten(1).to(linear.weight.dtype))
+
+    def absolute(self, grid: Grid) -> torch.Tensor:
+        """Resampled as the model does: bilinear, smoothed where it shrinks."""
+        shape, length = torch.tensor([grid], device="cpu"), grid[0] * grid[1]
+        return self.vit.embeddings.resize_positional_embeddings(self.learned(), shape, length)[0]
+
+    def learned(self) -> torch.Tensor:
+        """The whole table."""
+        table = self.vit.embeddings.position_embedding.weight
+        return table.unflatten(0, (self.vit.embeddings.position_embedding_size, -1))
+
+    def finish(
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm behind the last layer."""
+        return prefix, self.vit.post_layernorm(patches)
+
+
 FAMILY = Family(
     CompressedSiglip2VisionModel,
     CompressedLayer,
     CoarseSiglip2Layer,
     check,
     heads={"head": CoarseSiglip2Head},
+    packed=PackedSiglip2,
 )

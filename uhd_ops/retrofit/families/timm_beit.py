@@ -18,14 +18,20 @@ from uhd_ops.nn.score_bias import RelativePositionBias
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.families.timm_vision_transformer import (
+    PackedVisionTransformer,
+    require_patch_embedding,
+)
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import Family, require_methods
+from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.relative_positions import (
     CoarseBiasBlock,
+    PackedRelativePositions,
     RelativePositionsModel,
     StandIn,
     merge_bias,
+    relative_index,
     require_blocks,
 )
 
@@ -130,6 +136,47 @@ def check(vit: beit.Beit, config: Config) -> None:
     require_blocks(vit, config, (beit.Block,), beit.Attention)
 
 
+def score_bias(module: nn.Module, grid: Grid, window: int, positions: str) -> torch.Tensor:
+    """Bias of an ``Attention`` or a ``RelativePositionBias`` for the merged tokens of a view.
+
+    Args:
+        module: Has a table of offsets, which is resized as ``set_input_size`` does.
+        grid: Patches ``(h, w)`` of the view.
+        window: Side of the windows that became one token, in patches.
+        positions: ``"center"`` or ``"reindex"``.
+
+    Returns:
+        ``(heads, 1 + m, 1 + m)``
+    """
+    table = module.relative_position_bias_table
+    index = relative_index(grid, window, positions, 1, table.device)
+    return parts.resize_table(table, module.window_size, grid, 3)[index].permute(2, 0, 1)
+
+
+class PackedBeit(PackedRelativePositions, PackedVisionTransformer):
+    """A Beit on packed views."""
+
+    methods = ("forward_features",)
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout."""
+        return self.vit.pos_drop(x)
+
+    def bias(self, attn: nn.Module, grid: Grid, window: int) -> Callable | torch.Tensor | None:
+        """Its own, what the model shares, or their sum."""
+        shared, source = None, self.vit.rel_pos_bias
+        if source is not None:
+            shared = self.once(score_bias, source, grid, window, self.merged_positions)
+        if attn.relative_position_bias_table is None:
+            return shared
+
+        def own(q: torch.Tensor) -> torch.Tensor:
+            bias = score_bias(attn, grid, window, self.merged_positions)
+            return bias if shared is None else bias + shared
+
+        return own
+
+
 def read_in_model(vit: beit.Beit, block: nn.Module) -> BlockSpec:
     """Read a block together with the bias that the model shares."""
     return read(block, vit.rel_pos_bias)
@@ -142,4 +189,5 @@ FAMILY = Family(
     check,
     parts={"attn": CoarseBeitAttention},
     read=read_in_model,
+    packed=PackedBeit,
 )

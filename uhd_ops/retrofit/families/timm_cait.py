@@ -14,9 +14,14 @@ from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
 from uhd_ops.retrofit.blocks import CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.families.timm_vision_transformer import (
+    PackedTimm,
+    PackedVisionTransformer,
+    require_patch_embedding,
+)
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedModel, Family, image_layout, require_methods
+from uhd_ops.retrofit.packed import Grid, by_group
 
 
 def read(block: nn.Module) -> BlockSpec:
@@ -66,4 +71,34 @@ def check(vit: Cait, config: Config) -> None:
     require_patch_embedding(vit)
 
 
-FAMILY = Family(CompressedCait, CompressedBlock, None, check)
+class PackedCait(PackedVisionTransformer):
+    """A Cait on packed views."""
+
+    methods = ("forward_features", "forward_cls")
+    _positioned = 0
+
+    @classmethod
+    def check(cls, vit: Cait) -> None:
+        """Refuse a patch embedding that is not understood."""
+        PackedTimm.check(vit)
+
+    def prefix(self) -> None:
+        """The class token joins behind the blocks."""
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout."""
+        return self.vit.pos_drop(x)
+
+    def finish(
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The class tokens attend to the patches of their views, and join them."""
+
+        def class_token(views: torch.Tensor, grid: Grid) -> torch.Tensor:
+            return self.vit.forward_cls(views)[:, :1]
+
+        cls = by_group(class_token, patches, self.lengths(sides), self.merged_grids(sides))
+        return self.vit.norm(cls)[:, None], self.vit.norm(patches)
+
+
+FAMILY = Family(CompressedCait, CompressedBlock, None, check, packed=PackedCait)

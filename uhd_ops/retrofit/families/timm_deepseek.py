@@ -14,7 +14,11 @@ from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families import timm_eva
-from uhd_ops.retrofit.families._timm_encoders import CompressedEncoder, require_encoder
+from uhd_ops.retrofit.families._timm_encoders import (
+    CompressedEncoder,
+    PackedEncoder,
+    require_encoder,
+)
 from uhd_ops.retrofit.model import Family, encoder_or_self
 from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
 
@@ -48,4 +52,5 @@ FAMILY = Family(
     CoarseRopeBlock,
     check,
     transformer=encoder_or_self,
+    packed=PackedEncoder,
 )

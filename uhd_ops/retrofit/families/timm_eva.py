@@ -15,7 +15,10 @@ from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.families.timm_vision_transformer import (
+    PackedVisionTransformer,
+    require_patch_embedding,
+)
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     CompressedModel,
@@ -23,11 +26,14 @@ from uhd_ops.retrofit.model import (
     image_layout,
     require_methods,
 )
+from uhd_ops.retrofit.packed import Grid, Tables
 from uhd_ops.retrofit.rope import (
     CoarseRopeBlock,
     CompressedRopeBlock,
+    RotaryTables,
     frequencies_of,
     require_rope,
+    rope_tables,
 )
 
 
@@ -98,4 +104,16 @@ def check(vit: Eva, config: Config) -> None:
     require_rope(vit)
 
 
-FAMILY = Family(CompressedEva, CompressedRopeBlock, CoarseRopeBlock, check)
+class PackedEva(RotaryTables, PackedVisionTransformer):
+    """An Eva on packed views."""
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout and the norm in front of the first block."""
+        return self.vit.norm_pre(self.vit.pos_drop(x))
+
+    def rope(self, grid: Grid) -> Tables | None:
+        """As ``dynamic_img_size`` and ``set_input_size`` make them."""
+        return rope_tables(self.vit.rope, grid, any_size=self.vit.dynamic_img_size)
+
+
+FAMILY = Family(CompressedEva, CompressedRopeBlock, CoarseRopeBlock, check, packed=PackedEva)

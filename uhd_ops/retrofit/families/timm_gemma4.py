@@ -9,6 +9,7 @@ the encoder and once more in one of the classifier. torch.compile leaves such a 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from uhd_ops.retrofit.model import (
     encoder_or_self,
     require_methods,
 )
+from uhd_ops.retrofit.packed import Grid, PackedModel, Tables
 from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 _LIMITS = ("input_min", "input_max", "output_min", "output_max")
@@ -266,6 +268,44 @@ def check(vit: nn.Module, config: Config) -> None:
     require_methods(encoder_or_self(vit), Gemma4VitEncoder, (*_METHODS, "_encode"))
 
 
+class PackedGemma4(PackedModel):
+    """A Gemma4VitEncoder on packed views."""
+
+    methods = ("forward_features", "_encode")
+
+    @classmethod
+    def patch_size(cls, vit: Gemma4VitEncoder) -> tuple[int, int]:
+        """Height and width of a patch, in px."""
+        return tuple(vit.patch_embed.patch_size)
+
+    @classmethod
+    def channels(cls, vit: Gemma4VitEncoder) -> int:
+        """Channels of a pixel."""
+        return vit.patch_embed.input_proj.in_features // math.prod(vit.patch_embed.patch_size)
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """A linear layer on pixels that it scales from 0..1 to -1..1."""
+        return self.vit.patch_embed.input_proj((2 * (pixels - 0.5)).flatten(1))
+
+    def absolute(self, grid: Grid) -> torch.Tensor:
+        """The sum of one row of each table: the first is for columns."""
+        cols, rows = self.vit.patch_embed.position_embedding_table
+        return (rows[: grid[0], None] + cols[: grid[1]]).flatten(0, 1)
+
+    def rope(self, grid: Grid) -> Tables:
+        """Made from the coordinates, (column, row)."""
+        weight, embed = self.vit.patch_embed.input_proj.weight, self.vit.patch_embed
+        coordinates, _ = embed._default_patch_coord(1, *grid, weight.device)
+        cos, sin = self.vit.rotary_emb(weight, coordinates.flip(-1))
+        return sin[0], cos[0]
+
+    def finish(
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nothing follows the last block."""
+        return prefix, patches
+
+
 FAMILY = Family(
     CompressedGemma4VitEncoder,
     CompressedGemma4Block,
@@ -273,4 +313,5 @@ FAMILY = Family(
     check,
     transformer=encoder_or_self,
     wrapper=CompressedGemma4VitClassifier,
+    packed=PackedGemma4,
 )

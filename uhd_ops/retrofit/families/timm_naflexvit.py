@@ -18,11 +18,14 @@ from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.blocks import CoarseBlock
 from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.families.timm_vision_transformer import prefix_tokens
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedPaddedModel, Family, refuse_masks, require_methods
+from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.padded_layout import PaddedLayout
 from uhd_ops.retrofit.rope import (
     CompressedRopeBlock,
+    RotaryTables,
     frequencies_of,
     merge_rope,
     require_rope,
@@ -138,4 +141,70 @@ def check(vit: NaFlexVit, config: Config) -> None:
         )
 
 
-FAMILY = Family(CompressedNaFlexVit, CompressedNaFlexVitBlock, CoarseNaFlexVitBlock, check)
+class PackedNaFlexVit(RotaryTables):
+    """A NaFlexVit on packed views, as it takes images: not as a padded batch of patches."""
+
+    methods = ("forward_features", "_forward_embeds")
+
+    @classmethod
+    def patch_size(cls, vit: NaFlexVit) -> tuple[int, int]:
+        """Height and width of a patch, in px."""
+        return tuple(vit.embeds.patch_size)
+
+    @classmethod
+    def channels(cls, vit: NaFlexVit) -> int:
+        """Channels of a pixel."""
+        return vit.embeds.in_chans
+
+    @classmethod
+    def pads(cls, vit: NaFlexVit) -> bool:
+        """Whether ``dynamic_img_pad`` pads images."""
+        return vit.embeds.dynamic_img_pad
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Patch embedding by a convolution or a linear layer."""
+        embeds = self.vit.embeds
+        if not embeds.is_linear:
+            return embeds.norm(self.convolve(embeds.proj, pixels))
+        x = (pixels.permute(0, 2, 3, 1) if embeds.channels_last else pixels).flatten(1)
+        x = x if embeds.norm_input is None else embeds.norm_input(x)
+        return embeds.norm(embeds.proj(x))
+
+    def prefix(self) -> torch.Tensor | None:
+        """Class and register tokens; they have no positions."""
+        tokens = prefix_tokens(self.vit.embeds)
+        return torch.cat(tokens, 1) if tokens else None
+
+    def absolute(self, grid: Grid) -> torch.Tensor | None:
+        """Learned or factorised, as the embedding resamples them for an image."""
+        embeds = self.vit.embeds
+        if embeds.pos_embed_type == "none":
+            return None
+        add = {
+            "learned": embeds._apply_learned_pos_embed,
+            "factorized": embeds._apply_factorized_pos_embed,
+        }[embeds.pos_embed_type]
+        weight = embeds.proj.weight
+        table = weight.new_zeros((1, grid[0] * grid[1], weight.shape[0]))
+        add(table, list(grid))  # in place
+        return table[0]
+
+    def learned(self) -> torch.Tensor | None:
+        """The table of all places, or the sum of those of rows and columns."""
+        embeds = self.vit.embeds
+        if embeds.pos_embed_type == "factorized":
+            return embeds.pos_embed_y[0][:, None] + embeds.pos_embed_x[0]
+        return None if embeds.pos_embed is None else embeds.pos_embed[0]
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout and the norm in front of the first block."""
+        return self.vit.norm_pre(self.vit.embeds.pos_drop(x))
+
+
+FAMILY = Family(
+    CompressedNaFlexVit,
+    CompressedNaFlexVitBlock,
+    CoarseNaFlexVitBlock,
+    check,
+    packed=PackedNaFlexVit,
+)

@@ -6,13 +6,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
+import torch
+from timm.models.qwen3_vit import (
+    Qwen3VitClassifier,
+    Qwen3VitEncoder,
+    resample_pos_embed_grid,
+)
 from torch import nn
 
 from uhd_ops.retrofit.config import Config
-from uhd_ops.retrofit.families._timm_encoders import CompressedEncoder, require_encoder
+from uhd_ops.retrofit.families._timm_encoders import (
+    CompressedEncoder,
+    PackedEncoder,
+    require_encoder,
+)
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedWrapper, Family, encoder_or_self
+from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
 
 
@@ -57,6 +67,19 @@ def check(vit: nn.Module, config: Config) -> None:
     require_encoder(vit, Qwen3VitEncoder, Qwen3VitClassifier)
 
 
+class PackedQwen3Encoder(PackedEncoder):
+    """An encoder on packed views."""
+
+    def absolute(self, grid: Grid) -> torch.Tensor:
+        """Resampled as the encoder does: bilinear, with corners aligned."""
+        vit = self.vit
+        return resample_pos_embed_grid(vit.pos_embed, vit.pos_embed_grid_size, grid)[0]
+
+    def learned(self) -> torch.Tensor:
+        """The whole table."""
+        return self.vit.pos_embed[0].unflatten(0, (self.vit.pos_embed_grid_size, -1))
+
+
 FAMILY = Family(
     CompressedQwen3Encoder,
     CompressedRopeBlock,
@@ -64,4 +87,5 @@ FAMILY = Family(
     check,
     transformer=encoder_or_self,
     wrapper=CompressedQwen3Classifier,
+    packed=PackedQwen3Encoder,
 )

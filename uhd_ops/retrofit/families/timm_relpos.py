@@ -8,6 +8,7 @@ its own ignores the shared one, as it did before.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from timm import layers
@@ -15,6 +16,7 @@ from timm.models import vision_transformer_relpos
 from timm.models import vision_transformer_relpos as relpos
 from torch import nn
 
+from uhd_ops._reclass import body_class
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.layers import clone_module
@@ -22,14 +24,17 @@ from uhd_ops.nn.score_bias import RelativePositionBias
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import Family, require_methods
+from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.relative_positions import (
     CoarseBiasBlock,
+    PackedRelativePositions,
     RelativePositionsModel,
     StandIn,
     merge_bias,
+    relative_index,
     require_blocks,
 )
 
@@ -95,6 +100,56 @@ class CoarseRelPos(CoarsePart):
         return self.body_class.get_bias(merged)
 
 
+def score_bias(module: nn.Module, grid: Grid, window: int, positions: str) -> torch.Tensor:
+    """Bias of a ``RelPosBias`` or ``RelPosMlp`` for the merged tokens of a view.
+
+    Args:
+        module: Has a table of offsets, which is resized as ``set_input_size`` does, or an MLP.
+        grid: Patches ``(h, w)`` of the view.
+        window: Side of the windows that became one token, in patches.
+        positions: ``"center"`` or ``"reindex"``.
+
+    Returns:
+        ``(heads, P + m, P + m)``
+    """
+    device = module.relative_position_index.device
+    heads, own = module.bias_shape[-1], {}
+    if isinstance(module, layers.RelPosBias):
+        prefix, table = module.prefix_tokens, module.relative_position_bias_table
+        own["relative_position_bias_table"] = parts.resize_table(
+            table, module.window_size, grid, 3 * prefix
+        )
+    else:
+        prefix = 0  # the model adds 0 for prefix tokens
+        own["rel_coords_log"] = layers.gen_relative_log_coords(
+            grid,
+            module.pretrained_window_size,
+            mode=module.mode,
+            device=device,
+            dtype=module.rel_coords_log.dtype,
+        )
+    index = relative_index(grid, window, positions, prefix, device)
+    own["relative_position_index"] = index.flatten()
+    return body_class(module).get_bias(StandIn(module, bias_shape=(*index.shape, heads), **own))[0]
+
+
+class PackedRelPos(PackedRelativePositions, PackedTimm):
+    """A VisionTransformerRelPos on packed views."""
+
+    methods = ("forward_features",)
+
+    def prefix(self) -> torch.Tensor | None:
+        """The class token."""
+        return self.vit.cls_token
+
+    def bias(self, attn: nn.Module, grid: Grid, window: int) -> Callable | torch.Tensor | None:
+        """Its own or else, what the model shares."""
+        own, source, positions = attn.rel_pos, self.vit.shared_rel_pos, self.merged_positions
+        if own is not None:
+            return lambda q: score_bias(own, grid, window, positions)
+        return None if source is None else self.once(score_bias, source, grid, window, positions)
+
+
 def check(vit: relpos.VisionTransformerRelPos, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, relpos.VisionTransformerRelPos, _METHODS)
@@ -121,4 +176,5 @@ FAMILY = Family(
     check,
     parts={"attn.rel_pos": CoarseRelPos},
     read=read_in_model,
+    packed=PackedRelPos,
 )

@@ -10,29 +10,38 @@ own do: 14 x 14 merged tokens, ``window`` times the extent, at distances of thei
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import torch
+from timm import layers
 from timm.models import vision_transformer_sam
 from timm.models import vision_transformer_sam as sam
 from torch import nn
 
 from uhd_ops._reclass import body_class
+from uhd_ops.grids import PackedGrids
 from uhd_ops.nn import checks
-from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.attention import ViewScope
+from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
 from uhd_ops.nn.score_bias import DecomposedPositionBias
 from uhd_ops.retrofit.blocks import CoarseBlock, CoarsePart, CompressedBlock
 from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import require_patch_embedding
+from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
 from uhd_ops.retrofit.model import (
     CompressedModel,
     Family,
     refuse_patch_dropout,
     require_methods,
 )
-from uhd_ops.retrofit.relative_positions import StandIn, require_blocks, stride_of
+from uhd_ops.retrofit.packed import Grid, by_group
+from uhd_ops.retrofit.relative_positions import (
+    StandIn,
+    require_blocks,
+    stride_of,
+)
 
 
 def read(block: nn.Module) -> BlockSpec:
@@ -138,12 +147,25 @@ class CoarseSamAttention(CoarsePart):
 
     def forward(self, x: torch.Tensor, fine: tuple[int, int]) -> torch.Tensor:
         """Attend in maps ``(B, h, w, C)`` that cover ``fine`` rows and columns of the host's."""
-        if not self.use_rel_pos:
-            return super().forward(x)
-        stride = stride_of(self.window, self.positions)
-        rows = _strided(self.rel_pos_h, fine[0], x.shape[1], stride)
-        cols = _strided(self.rel_pos_w, fine[1], x.shape[2], stride)
-        return self.body_class.forward(StandIn(self, rel_pos_h=rows, rel_pos_w=cols), x)
+        return strided_attention(self, x, fine, stride_of(self.window, self.positions))
+
+
+def strided_attention(
+    attn: sam.Attention, x: torch.Tensor, fine: tuple[int, int], stride: int
+) -> torch.Tensor:
+    """Attend in maps of merged tokens.
+
+    Args:
+        attn: The attention.
+        x: Maps ``(B, h, w, C)``.
+        fine: Rows and columns of the host's map that they cover.
+        stride: Distance of merged neighbours in the host's tokens.
+    """
+    if not attn.use_rel_pos:
+        return sam.Attention.forward(attn, x)
+    rows = _strided(attn.rel_pos_h, fine[0], x.shape[1], stride)
+    cols = _strided(attn.rel_pos_w, fine[1], x.shape[2], stride)
+    return sam.Attention.forward(StandIn(attn, rel_pos_h=rows, rel_pos_w=cols), x)
 
 
 def _strided(table: torch.Tensor, fine: int, merged: int, stride: int) -> torch.Tensor:
@@ -163,6 +185,93 @@ def _strided(table: torch.Tensor, fine: int, merged: int, stride: int) -> torch.
     return torch.cat([vectors[0].flip(0), vectors[1:, 0]])
 
 
+class SamScope(ViewScope):
+    """Views of one grid, which attend as maps by the attention module of a block.
+
+    Args:
+        model: The model.
+        index: Index of the block.
+        sides: As for :meth:`PackedModel.scope`.
+    """
+
+    def __init__(self, model: PackedSam, index: int, sides: tuple[int, ...]) -> None:
+        super().__init__(PackedGrids(model.merged_grids(sides)))
+        self.model, self.index, self.sides = model, index, sides
+
+    def run_module(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Attend in the block's own windows, or in whole maps."""
+        block = self.model.blocks[self.index]
+
+        def run(views: torch.Tensor, key: tuple[Grid, int]) -> torch.Tensor:
+            return self.model.attend(block, views, *key)
+
+        return by_group(run, x, self.lengths, list(zip(self.model.grids, self.sides, strict=True)))
+
+
+class PackedSam(PackedTimm):
+    """A VisionTransformerSAM on packed views.
+
+    The attention of a block, whose windows may stick out of a map, is computed by its own module.
+    """
+
+    methods = ("forward_features",)
+
+    def absolute(self, grid: Grid) -> torch.Tensor | None:
+        """Resampled as the model does."""
+        if self.vit.pos_embed is None:
+            return None
+        return layers.resample_abs_pos_embed_nhwc(self.vit.pos_embed, list(grid)).flatten(0, -2)
+
+    def learned(self) -> torch.Tensor | None:
+        """The whole table."""
+        return None if self.vit.pos_embed is None else self.vit.pos_embed[0]
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout and the norm in front of the first block."""
+        return self.vit.norm_pre(self.vit.pos_drop(x))
+
+    def spec(self, index: int) -> BlockSpec:
+        """As it is read, but for the attention."""
+        spec = super().spec(index)
+        (part,) = spec.attentions
+        own = OwnAttentionSpec(
+            self.blocks[index].attn, norm=part.norm, post=part.post, drop_path=part.drop_path
+        )
+        return dataclasses.replace(spec, attentions=(own,))
+
+    def scope(self, index: int, sides: tuple[int, ...], prefix: int) -> SamScope:
+        """Maps of the views."""
+        return SamScope(self, index, sides)
+
+    def attend(self, block: nn.Module, x: torch.Tensor, grid: Grid, window: int) -> torch.Tensor:
+        """Attend in views ``(n, m, C)`` of one grid, whose windows became one token."""
+        height, width = (-(-side // window) for side in grid)
+        stride = stride_of(window, self.merged_positions)
+        x, side = x.unflatten(1, (height, width)), -(-block.window_size // stride)
+        if side:
+            x, padded = sam.window_partition(x, side)
+        if window > 1:
+            fine = (block.window_size,) * 2 if side else grid
+            x = strided_attention(block.attn, x, fine, stride)
+        else:
+            x = sam.Attention.forward(block.attn, x)
+        if side:
+            x = sam.window_unpartition(x, side, (height, width), padded)
+        return x.flatten(1, 2)
+
+    def finish(
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The neck, which convolves the map of each view."""
+
+        def neck(views: torch.Tensor, grid: Grid) -> torch.Tensor:
+            maps = self.vit.neck(views.unflatten(1, grid).permute(0, 3, 1, 2))
+            return maps.flatten(2).transpose(1, 2)
+
+        out = by_group(neck, patches, self.lengths(sides), self.merged_grids(sides))
+        return out.new_empty((len(self.grids), 0, out.shape[-1])), out
+
+
 def check(vit: sam.VisionTransformerSAM, config: Config) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, sam.VisionTransformerSAM, _METHODS)
@@ -171,5 +280,10 @@ def check(vit: sam.VisionTransformerSAM, config: Config) -> None:
 
 
 FAMILY = Family(
-    CompressedSam, CompressedBlock, CoarseSamBlock, check, parts={"attn": CoarseSamAttention}
+    CompressedSam,
+    CompressedBlock,
+    CoarseSamBlock,
+    check,
+    parts={"attn": CoarseSamAttention},
+    packed=PackedSam,
 )

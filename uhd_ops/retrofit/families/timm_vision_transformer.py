@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm import layers
 from timm.models import vision_transformer as timm
 from torch import nn
 
@@ -24,6 +25,7 @@ from uhd_ops.retrofit.model import (
     refuse_masks,
     require_methods,
 )
+from uhd_ops.retrofit.packed import Grid, PackedModel
 
 
 def read(block: nn.Module) -> BlockSpec:
@@ -204,6 +206,7 @@ class DiffAttentionView(PartView):
         return clone_module(self.build())
 
 
+_STEMS = (layers.PatchEmbed, layers.HybridEmbed)
 # What the compressor relies on; a subclass that changes one of these is not understood.
 _METHODS = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers")
 
@@ -243,4 +246,112 @@ def require_patch_embedding(vit: nn.Module) -> None:
         )
 
 
-FAMILY = Family(CompressedVisionTransformer, CompressedVitBlock, None, check)
+class PackedTimm(PackedModel):
+    """A model of timm on packed views."""
+
+    @classmethod
+    def check(cls, vit: nn.Module) -> None:
+        """Refuse a patch embedding that is not understood."""
+        checks.require_exactly(vit.patch_embed, "vit.patch_embed", _STEMS)
+        checks.require_own_forward(vit.patch_embed, "vit.patch_embed")
+
+    @classmethod
+    def patch_size(cls, vit: nn.Module) -> tuple[int, int]:
+        """Height and width of a patch, in px."""
+        return tuple(vit.patch_embed.feat_ratio(as_scalar=False))
+
+    @classmethod
+    def channels(cls, vit: nn.Module) -> int:
+        """Channels of a pixel."""
+        stem = vit.patch_embed
+        return stem.in_chans if hasattr(stem, "in_chans") else stem.proj.in_channels
+
+    @classmethod
+    def like(cls, vit: nn.Module) -> torch.Tensor:
+        """The first parameter of the patch embedding."""
+        return next(vit.patch_embed.parameters())
+
+    @classmethod
+    def pads(cls, vit: nn.Module) -> bool:
+        """Whether ``dynamic_img_pad`` pads images; behind a backbone it pads something else."""
+        return type(vit.patch_embed) is layers.PatchEmbed and vit.patch_embed.dynamic_img_pad
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """A convolution, or a backbone on whole views."""
+        stem = self.vit.patch_embed
+        if type(stem) is layers.PatchEmbed:
+            return stem.norm(self.convolve(stem.proj, pixels))
+
+        def run(images: torch.Tensor) -> torch.Tensor:
+            tokens = stem(images)
+            if stem.output_fmt == layers.Format.NHWC:
+                return tokens.permute(0, 3, 1, 2)
+            return tokens.transpose(1, 2) if tokens.dim() == 3 else tokens
+
+        return self.view_by_view(run, pixels)
+
+
+class PackedVisionTransformer(PackedTimm):
+    """A VisionTransformer on packed views."""
+
+    methods = ("forward_features", "_pos_embed")
+
+    @classmethod
+    def check(cls, vit: nn.Module) -> None:
+        """Refuse a patch embedding or prefix tokens that are not understood."""
+        super().check(vit)
+        prefix = sum(token.shape[1] for token in prefix_tokens(vit))
+        if prefix != vit.num_prefix_tokens:
+            raise NotImplementedError(
+                "vit must have as many class, distillation and register tokens as "
+                f"num_prefix_tokens = {vit.num_prefix_tokens}, got {prefix}"
+            )
+
+    @property
+    def _positioned(self) -> int:
+        """How many prefix tokens have a position."""
+        return 0 if getattr(self.vit, "no_embed_class", False) else self.vit.num_prefix_tokens
+
+    def prefix(self) -> torch.Tensor | None:
+        """Class, distillation and register tokens."""
+        tokens = prefix_tokens(self.vit)
+        if not tokens:
+            return None
+        if self.vit.pos_embed is None or not self._positioned:
+            return torch.cat(tokens, 1)
+        return torch.cat(tokens, 1) + self.vit.pos_embed[:, : self._positioned]
+
+    def absolute(self, grid: Grid) -> torch.Tensor | None:
+        """As ``dynamic_img_size`` and ``set_input_size`` resample them."""
+        if self.vit.pos_embed is None:
+            return None
+        return layers.resample_abs_pos_embed(
+            self.vit.pos_embed,
+            new_size=list(grid),
+            old_size=list(self.vit.patch_embed.grid_size),
+            num_prefix_tokens=self._positioned,
+        )[0, self._positioned :]
+
+    def learned(self) -> torch.Tensor | None:
+        """Without those of prefix tokens."""
+        if self.vit.pos_embed is None:
+            return None
+        return self.vit.pos_embed[0, self._positioned :].unflatten(
+            0, self.vit.patch_embed.grid_size
+        )
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout and the norm in front of the first block."""
+        return self.vit.norm_pre(x if self.vit.pos_embed is None else self.vit.pos_drop(x))
+
+
+def prefix_tokens(vit: nn.Module) -> list[torch.Tensor]:
+    """Return the class, distillation and register tokens that stand in front of the patches."""
+    names = ("cls_token", "dist_token", "reg_token")
+    tokens = (getattr(vit, name, None) for name in names)
+    return [token for token in tokens if token is not None]
+
+
+FAMILY = Family(
+    CompressedVisionTransformer, CompressedVitBlock, None, check, packed=PackedVisionTransformer
+)
