@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Run tests on the CUDA kernels without a GPU: the CUDA sources compiled by a C++ compiler against csrc/emulator, as a
 # libuhd_cpu.so whose operators run them on CPU tensors. Usage: .ci/emulate.sh PYTHON [--sanitize] [PYTEST ARGUMENTS]
-# Without pytest arguments, the driver's quick checks and the operators' battery.
+# Without pytest arguments, the driver in three thread orders and the operators' battery.
 set -euo pipefail
 python=$1
 shift
@@ -18,7 +18,9 @@ build=build/emulate
 bash .ci/package.sh "$python" "$build" -DUHD_EMULATE=ON -DUHD_DRIVER=$driver -DUHD_SANITIZE=$sanitize
 
 if [[ $# == 0 ]]; then
-    [[ $driver == OFF ]] || "$build/uhd_cuda_driver" --quick
+    if [[ $driver == ON ]]; then
+        for order in ascending descending 1; do UHD_EMULATOR_ORDER=$order "$build/uhd_cuda_driver"; done
+    fi
     # Every test that runs kernels on their own; under the sanitizers, which take ten times as long, the thorough ones.
     set -- python_tests/test_battery_{values,gradients}.py \
         python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation,linear_activation_fused}.py

@@ -78,7 +78,7 @@ def steps(out: Path, capability: int) -> dict[str, tuple[float, list[list]]]:
     bench = [python, "benchmarks/bench_gpu.py", "--out", out / "rows.jsonl", "--seconds", SECONDS]
 
     def sanitize(tool: str) -> list[list]:
-        return [["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", driver, "--quick"]]
+        return [["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", driver, "--bare"]]
 
     return {
         "build": (0.34, [["nvcc", "--version"], configure, ["cmake", "--build", BUILD], install]),

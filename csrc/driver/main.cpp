@@ -1,96 +1,105 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks the CUDA kernels without torch or Python: small enough for compute-sanitizer.
+// Runs every code path of the CUDA kernels without torch or Python: small enough for
+// compute-sanitizer, and for the emulator's thread orders.
+//
+// This is no second test suite: how exact a result must be is the question of the battery
+// (docs/adr/0005-tolerances.md). Here one bound tells a right result from one with a wrong token,
+// a missing term or a race. With u the unit roundoff, a result is reached by at most four roundings
+// to its element type (probabilities, gradients of scores, an approximate function, the store), and
+// by a sum of `terms` in the wide type with at most 64 operations around it. Each rounds a number
+// that is no larger than about the largest result of its tensor, so an element may be off by
+//   (4 u(element type) + (terms + 64) u(wide type)) * largest result.
+// Every case runs twice, and must give the same bits.
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <exception>
-#include <string>
 
-#include "driver/checks.h"
+#include "driver/side.h"
 
 namespace {
 
-using uhd::driver::Report;
-
-struct Operator {
-  const char* name;
-  void (*check)(Report& report, bool quick);
-};
-
-constexpr Operator kOperators[] = {
-    {"linear_activation", uhd::driver::check_linear_activation},
-    {"pixel_unshuffle", uhd::driver::check_pixel_unshuffle},
-    {"tile_average", uhd::driver::check_tile_average},
-    {"tile_block_diagonal", uhd::driver::check_tile_block_diagonal},
-    {"tile_vector", uhd::driver::check_tile_vector},
-    {"unshuffle_norm", uhd::driver::check_unshuffle_norm},
-    {"window_attention", uhd::driver::check_window_attention},
-    {"window_mean", uhd::driver::check_window_mean},
-    {"window_pool", uhd::driver::check_window_pool},
-};
+using namespace uhd;          // NOLINT: a program
+using namespace uhd::driver;  // NOLINT
 
 constexpr const char* kUsage =
-    "usage: uhd_cuda_driver [--quick] [--op NAME] [--repeat N] [--unguarded] [--list]\n"
-    "  --quick      a small part of the cases, for compute-sanitizer\n"
-    "  --op NAME    one operator only\n"
-    "  --repeat N   run every case N times; all runs must give the same bits\n"
-    "  --unguarded  no guard bands: compute-sanitizer then sees every access outside of a buffer\n"
-    "  --list       the names of the operators\n";
+    "usage: uhd_cuda_driver [--bare] [NAME]\n"
+    "  --bare  do not fill new memory with NaN: compute-sanitizer's initcheck then sees reads of "
+    "it\n"
+    "  NAME    only cases whose name contains it\n";
 
-struct Options {
-  bool quick = false;
-  const char* op = nullptr;
-  int repeats = 1;
-};
+// Half the distance from 1 to the next number.
+double unit_roundoff(DType dtype) {
+  return dtype == DType::kFloat64    ? 0x1p-53
+         : dtype == DType::kFloat32  ? 0x1p-24
+         : dtype == DType::kBFloat16 ? 0x1p-8
+                                     : 0x1p-11;
+}
 
-// Whether the checks should run; else the exit status is in `status`.
-bool parse(int count, char** words, Options& options, int& status) {
-  status = 2;
-  for (int i = 1; i < count; ++i) {
-    const std::string word = words[i];
-    if (word == "--quick") {
-      options.quick = true;
-    } else if (word == "--unguarded") {
-      uhd::driver::Buffer::guard_bytes = 0;
-    } else if (word == "--op" && i + 1 < count) {
-      options.op = words[++i];
-    } else if (word == "--repeat" && i + 1 < count) {
-      options.repeats = std::atoi(words[++i]);
-    } else if (word == "--list") {
-      for (const Operator& op : kOperators) std::printf("%s\n", op.name);
-      status = 0;
-      return false;
-    } else {
-      std::fputs(kUsage, stderr);
-      return false;
+std::vector<double> values_of(const Side::Output& output) {
+  const std::vector<char> bytes = output.buffer.download();
+  const size_t size = static_cast<size_t>(element_size(output.dtype));
+  std::vector<double> values;
+  for (size_t i = 0; i < bytes.size(); i += size) values.push_back(decode(output.dtype, &bytes[i]));
+  return values;
+}
+
+// What is wrong with the results of the device, or nothing; `worst` is their error in bounds.
+std::string check(const Case& one, double& worst) {
+  Side host, first(one.dtype), second(one.dtype);
+  for (Side* side : {&host, &first, &second}) one.run(*side);
+  const double relative = 4 * unit_roundoff(one.dtype) +
+                          static_cast<double>(one.terms + 64) * unit_roundoff(wide(one.dtype));
+  for (size_t k = 0; k < host.outputs().size(); ++k) {
+    const Side::Output& output = first.outputs()[k];
+    const std::vector<double> expected = values_of(host.outputs()[k]), found = values_of(output);
+    double bound = 0;
+    for (const double value : expected) bound = std::max(bound, relative * std::fabs(value));
+    for (size_t i = 0; i < found.size(); ++i) {
+      const double error = std::fabs(found[i] - expected[i]);
+      if (!(error <= bound)) {
+        return output.name + "[" + std::to_string(i) + "] is " + std::to_string(found[i]) +
+               ", expected " + std::to_string(expected[i]) + " up to " + std::to_string(bound);
+      }
+      if (error > 0) worst = std::max(worst, error / bound);
+    }
+    if (output.buffer.download() != second.outputs()[k].buffer.download()) {
+      return output.name + " has other bits in another run";
     }
   }
-  bool known = options.op == nullptr;
-  for (const Operator& op : kOperators) known = known || !std::strcmp(options.op, op.name);
-  if (known && options.repeats >= 1) return true;
-  std::fputs(known ? "--repeat must be a number from 1\n" : "no such operator: see --list\n",
-             stderr);
-  return false;
+  return "";
 }
 
 }  // namespace
 
 int main(int count, char** words) {
-  Options options;
-  int status = 0;
-  if (!parse(count, words, options, status)) return status;
-  Report report(options.repeats);
-  try {
-    std::printf("on %s\n", uhd::driver::device_name().c_str());
-    for (const Operator& op : kOperators) {
-      if (options.op == nullptr || !std::strcmp(options.op, op.name)) {
-        op.check(report, options.quick);
-        report.end_group();
-      }
+  std::string filter;
+  for (int i = 1; i < count; ++i) {
+    if (!std::strcmp(words[i], "--bare")) {
+      poison = false;
+    } else if (words[i][0] != '-' && filter.empty()) {
+      filter = words[i];
+    } else {
+      std::fputs(kUsage, stderr);
+      return 2;
     }
-  } catch (const std::exception& error) {
-    // After an illegal access a GPU refuses everything, so there is nothing to go on with.
-    report.fail("stopped", error.what());
   }
-  return report.finish();
+  constexpr const char* kDTypes[] = {"float32", "float64", "bfloat16", "float16"};
+  int done = 0, failed = 0;
+  double worst = 0;
+  for (const Case& one : all_cases()) {
+    if (one.name.find(filter) == std::string::npos) continue;
+    ++done;
+    const char* dtype = kDTypes[static_cast<int>(one.dtype)];
+    try {
+      const std::string wrong = check(one, worst);
+      if (wrong.empty()) continue;
+      ++failed;
+      std::printf("FAILED %s, %s: %s\n", one.name.c_str(), dtype, wrong.c_str());
+    } catch (const std::exception& error) {
+      // After an illegal access a GPU refuses everything, so there is nothing to go on with.
+      std::printf("STOPPED at %s, %s: %s\n", one.name.c_str(), dtype, error.what());
+      return 1;
+    }
+  }
+  std::printf("%d of %d cases failed, the largest error is %.2f of its bound\n", failed, done,
+              worst);
+  return failed == 0 && done > 0 ? 0 : 1;
 }
