@@ -8,11 +8,13 @@ oldest=2.10.0
 venv=.venv-compat
 
 rm -rf build/dist
+echo "Making the source archive, and the wheel from it, for torch $oldest (log: build/dist.log)."
 # Source archive first, then the wheel from that archive: a file missing from the archive fails here.
 # Whether the CUDA library loads does not depend on its architectures: PTX alone is quick to make.
 UHD_OPS_BUILD_DIR=$PWD/build/wheel UHD_OPS_CUDA_ARCHS=90-virtual "$python" -m build --no-isolation --outdir build/dist . > build/dist.log 2>&1 \
     || { tail -50 build/dist.log; exit 1; }
 if ! "$venv/bin/python" -c "import torch; assert torch.__version__.startswith('$oldest')" 2> /dev/null; then
+    echo "Installing torch $oldest in $venv, once."
     rm -rf "$venv"
     python3 -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$oldest" \

@@ -17,7 +17,7 @@ machine() { # NAME=VALUE... -- PYTEST ARGUMENTS
     env "${settings[@]}" "$python" -m pytest -q -p no:cacheprovider -n "${UHD_TEST_PROCESSES:-2}" --timeout 600 "${@:2}"
 }
 
-isas=$(cd python_tests && "$python" -c "from battery import ISAS; print(*ISAS)")
+isas=$(PYTHONPATH=python_tests${PYTHONPATH:+:$PYTHONPATH} "$python" -c "from battery import ISAS; print(*ISAS)")
 echo "Instruction sets of this processor: $isas"
 isa() { # The one asked for, or the best that there is below it.
     [[ " $isas " == *" $1 "* ]] && echo "$1" || echo "${isas##* }"
