@@ -11,6 +11,7 @@ import torch
 from battery.marks import native_only
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from uhd_ops import PackedGrids, window_attention
 from uhd_ops.reference import _windows
@@ -176,3 +177,13 @@ def test_rows_of_tensors_and_arrays_are_pairs():
     wanted = PackedGrids([(4, 6), (3, 5)])
     assert PackedGrids(list(np.array([[4, 6], [3, 5]]))) == wanted
     assert PackedGrids(list(torch.tensor([[4, 6], [3, 5]]))) == wanted
+
+
+def test_a_pytree_of_one_tensor():
+    grids = PackedGrids([(4, 6), (3, 5)])
+    leaves, spec = pytree.tree_flatten({"grids": grids, "x": 1})
+    assert [leaf.tolist() for leaf in leaves[:1]] == [[[4, 6], [3, 5], [0, 0]]]
+    assert pytree.tree_unflatten(leaves, spec)["grids"] is grids
+    assert pytree.tree_structure(PackedGrids([(1, 1)])) == pytree.tree_structure(grids)
+    assert pytree.tree_map(lambda leaf: leaf.clone(), grids) is grids
+    assert pytree.tree_map(lambda leaf: None, [grids, 3])[1] is None  # as torch's checkpoint does

@@ -3,6 +3,9 @@
 
 import pytest
 import torch
+from battery.marks import native_only
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -121,3 +124,140 @@ def test_nothing_to_attend(heads, dim):
     out = uhd_ops.view_attention(q, k, v, grids)
     assert out.shape == q.shape
     out.sum().backward()
+
+
+# No two sets have the same number of tokens, of views and of distinct lengths all at once.
+TWELVE = (
+    *([(4, 6)], [(5, 5)], [(8, 8)], [(4, 6), (3, 5)], [(2, 2), (9, 7)], [(1, 1), (6, 6), (3, 8)]),
+    *([(7, 7)] * 4, [(16, 12)], [(3, 3)] * 9, [(10, 2), (2, 10)], [(5, 4)] * 2, [(12, 12), (6, 6)]),
+)
+
+
+def assert_gradients(actual, wanted, length):
+    """Two ways to add up ``length`` products, each off by an epsilon of them, four in a row."""
+    for grad, expected in zip(actual, wanted, strict=True):
+        bound = 4 * length * torch.finfo(grad.dtype).eps * max(1, expected.abs().max())
+        assert (grad - expected).abs().max() <= bound
+
+
+def test_three_graphs_serve_all_grids():
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(uhd_ops.view_attention, fullgraph=True, backend=backend)
+    for pairs in TWELVE:
+        grids = PackedGrids(pairs)
+        leaves = [x.contiguous().requires_grad_() for x in qkv(grids.num_tokens)]
+        out, wanted = compiled(*leaves, grids), uhd_ops.view_attention(*leaves, grids)
+        assert torch.equal(out, wanted)
+        grad_out = torch.randn_like(out)
+        grads = (torch.autograd.grad(y, leaves, grad_out) for y in (out, wanted))
+        assert_gradients(*grads, grids.max_seqlen)
+    assert backend.frame_count <= 3
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("block", [2**22, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_the_traced_operator(block, dtype, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", block)  # 7: a query at a time
+    grids = PackedGrids([(4, 6), (0, 3), (3, 5), (1, 1)])
+    leaves = [x.requires_grad_() for x in qkv(grids.num_tokens, dtype=dtype)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    grad_out = torch.randn_like(leaves[0])
+    for scale in (None, 0.3):
+        out = torch.ops.uhd_ops._view_attention(*leaves, grids.rows, scale)
+        wanted = module.attend_views(*exact, grids, scale)
+        grads = torch.autograd.grad(out, leaves, grad_out)
+        assert all(grad.dtype == dtype for grad in grads)
+        wanted_grads = torch.autograd.grad(wanted, exact, grad_out.double())
+        # Computed in float32 for bfloat16, and rounded once to it.
+        for grad, expected in zip(grads, wanted_grads, strict=True):
+            bound = 4 * 24 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+            bound = max(bound, torch.finfo(dtype).eps) * max(1, expected.abs().max())
+            assert (grad.double() - expected).abs().max() <= bound
+
+
+# opcheck itself reads .grad of its own intermediate tensors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_traced_operators_do_what_they_declare():
+    grids = PackedGrids([(2, 3), (0, 2), (1, 5)])
+    leaves = [x.contiguous().requires_grad_() for x in qkv(grids.num_tokens)]
+    torch.library.opcheck(torch.ops.uhd_ops._view_attention.default, (*leaves, grids.rows, None))
+    inputs = (torch.randn_like(leaves[0]), *(x.detach() for x in leaves), grids.rows, 0.3)
+    torch.library.opcheck(torch.ops.uhd_ops._view_attention_backward.default, inputs)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, x, grids):
+        q, k, v = x.unflatten(-1, (3, 2, -1)).unbind(1)
+        y = uhd_ops.view_attention(q, k, v, grids).flatten(1)
+        return uhd_ops.window_mean(y, grids, 2), grids.merged(2)
+
+
+@native_only("the definitions need the sides as integers")
+def test_one_exported_program_takes_all_grids():
+    dynamic = {0: torch.export.Dim.DYNAMIC}
+    example = PackedGrids([(4, 6), (3, 5)])
+    program = torch.export.export(
+        Attention(), (torch.randn(39, 48), example), dynamic_shapes=(dynamic, [dynamic])
+    ).module()
+    for pairs in TWELVE:
+        grids = PackedGrids(pairs)
+        x = torch.randn(grids.num_tokens, 48)
+        (out, merged), (wanted, wanted_grids) = program(x, grids), Attention()(x, grids)
+        assert torch.equal(out, wanted)
+        assert merged is wanted_grids
+    with pytest.raises(RuntimeError, match="Eq"):  # another number of tokens than the grids have
+        program(torch.randn(40, 48), example)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Send what CUDA would take to a stand-in for torch's variable-length attention."""
+    calls = []
+
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, scale=None):
+        assert cu_q is cu_k
+        assert cu_q.dtype == torch.int32
+        assert max_q == max_k == cu_q.diff().max()
+        calls.append(scale)
+        return module.attend_by_length(q, k, v, cu_q.diff().tolist(), scale)
+
+    monkeypatch.setattr(module, "varlen_attn", attend)
+    return calls
+
+
+def test_variable_length_attention_gets_the_views(varlen, monkeypatch):
+    monkeypatch.setattr(module, "_suits_varlen", lambda q, grids: True)
+    q, k, v = qkv(17)
+    grids = [(2, 3), (1, 5), (2, 3)]
+    out = uhd_ops.view_attention(q, k, v, grids)
+    scaled = module.attend_views(q, k, v, PackedGrids(grids), 0.5)
+    assert varlen == [None, 0.5]
+    monkeypatch.undo()
+    assert torch.equal(out, uhd_ops.view_attention(q, k, v, grids))
+    assert torch.equal(scaled, module.attend_views(q, k, v, PackedGrids(grids), 0.5))
+
+
+def test_who_goes_to_variable_length_attention(varlen, monkeypatch):
+    monkeypatch.setattr(module._native, "has_kernels", lambda device: True)
+
+    def suits(device="cuda", dtype=torch.bfloat16, shape=(6, 2, 64), grids=((2, 3),)):
+        return module._suits_varlen(
+            torch.empty(shape, dtype=dtype, device=device), PackedGrids(grids)
+        )
+
+    with FakeTensorMode():
+        assert suits()
+        assert suits(dtype=torch.float16, shape=(6, 2, 256))
+        assert not suits("cpu")
+        assert not suits(dtype=torch.float32)
+        assert not suits(shape=(6, 2, 7))
+        assert not suits(shape=(6, 2, 264))
+        assert not suits(shape=(6, 0, 64))
+        assert not suits(shape=(0, 2, 64), grids=())
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert not suits()
+        monkeypatch.undo()
+        monkeypatch.setattr(module, "varlen_attn", None)
+        assert not suits()

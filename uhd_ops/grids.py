@@ -61,6 +61,7 @@ class PackedGrids:
     max_seqlen: int
     """Tokens of the largest view; 0 if there is none."""
     is_known = True  # whether the counts can be told without reading a tensor
+    is_kept = True  # whether this is the one object for its grids, which keeps their tables
 
     def __new__(cls, grids: Sequence[Sequence[int]] | torch.Tensor) -> PackedGrids:
         """Return the one object for these grids."""
@@ -69,10 +70,11 @@ class PackedGrids:
     @classmethod
     def of(cls, grids: Grids, batch: int = 1) -> PackedGrids:
         """Return ``grids`` in any accepted form as one object; all views stand ``batch`` times."""
-        if type(grids) is cls and batch == 1:
-            return grids
-        if isinstance(grids, PackedGrids) and batch == 1 and torch.compiler.is_compiling():
-            return grids
+        if isinstance(grids, PackedGrids) and batch == 1:
+            if grids.is_kept:
+                return grids
+            if torch.compiler.is_compiling() or not grids.is_known:
+                return TracedGrids.of(grids)
         pairs = pairs_of(grids)
         return _of_pairs(pairs if batch == 1 else pairs * check_int(batch, "batch", 0))
 
@@ -97,6 +99,14 @@ class PackedGrids:
             return TracedGrids.derived(self, "sequences", prefix)
         key = ("sequences", prefix)
         return kept(self, key, _CPU, lambda: _of_pairs(_sequence_pairs(self._pairs, prefix)))
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The sides as a tensor ``(S + 1, 2)`` on the CPU, with a last row that does not matter.
+
+        It is there while torch.compile traces too, where sides are not known as integers.
+        """
+        return self._rows
 
     def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return where each view starts, ``(S + 1,)`` int32, for variable-length attention."""
@@ -129,6 +139,12 @@ class PackedGrids:
         if device.type == "cuda":
             table = table.pin_memory()
         return table.to(device, non_blocking=True)
+
+    def __getattr__(self, name: str) -> Any:
+        # Counts of what torch.export traces are not there before somebody asks.
+        if name in ("num_views", "num_tokens", "max_seqlen", "_pairs") and not self.is_kept:
+            return getattr(self._traced, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._pairs)
@@ -166,6 +182,8 @@ class TracedGrids(PackedGrids):
     They hold either ``sides``, or ``rows`` with the counts that are known of them; nothing is kept.
     """
 
+    is_kept = False
+
     def __new__(cls, *args: object, **kwargs: object) -> TracedGrids:
         """Make a new object each time."""
         return object.__new__(cls)
@@ -187,6 +205,8 @@ class TracedGrids(PackedGrids):
         """Return grids in a form that takes symbols; ``batch`` must be 1."""
         if isinstance(grids, TracedGrids):
             return grids
+        if isinstance(grids, PackedGrids) and not grids.is_kept:
+            return grids._traced
         if isinstance(grids, PackedGrids) and torch.compiler.is_compiling():
             return cls.derived(grids, "merged", 1)
         return cls(None, pairs_of(grids))
@@ -440,7 +460,12 @@ def _unflatten(leaves: Iterable[Any], context: None) -> PackedGrids:
     known = isinstance(rows, torch.Tensor) and not isinstance(rows, FakeTensor)
     if known and rows.device.type == "cpu" and not torch.compiler.is_compiling():
         return _of_pairs(pairs_of(rows[:-1]))
-    return TracedGrids(rows)  # or whatever a tree_map made of the rows
+    # torch.export wants the type back that it flattened. The rows may be whatever a tree_map made.
+    grids, traced = object.__new__(PackedGrids), TracedGrids(rows)
+    methods = ("num_windows", "merged", "sequences", "view_table", "cu_seqlens", "coordinates")
+    instead = {name: getattr(traced, name) for name in methods}
+    vars(grids).update(instead, _rows=rows, _traced=traced, is_known=False, is_kept=False)
+    return grids
 
 
 for _cls in (PackedGrids, TracedGrids):
@@ -451,4 +476,5 @@ for _cls in (PackedGrids, TracedGrids):
         serialized_type_name=f"uhd_ops.{_cls.__name__}",
         to_dumpable_context=lambda context: context,
         from_dumpable_context=lambda context: context,
+        flatten_with_keys_fn=lambda grids: ([(pytree.GetAttrKey("rows"), grids._rows)], None),
     )

@@ -61,7 +61,7 @@ class Windows:
         cls, grids: PackedGrids, window: int, device: torch.device, batch: int | None = None
     ) -> Windows:
         """Return the windows of grids; with ``batch``, of one grid that stands so many times."""
-        if type(grids) is not PackedGrids or torch.compiler.is_compiling():
+        if not grids.is_kept or torch.compiler.is_compiling():
             return cls._made(grids, window, device, batch)
         key = ("windows", window, device, batch)
         return kept(grids, key, device, lambda: cls._made(grids, window, device, batch))
@@ -87,7 +87,8 @@ class Windows:
     @property
     def keeps(self) -> bool:
         """Whether tables are kept: not for padded grids, which change, and not while tracing."""
-        return type(self.grids) is PackedGrids and not torch.compiler.is_compiling()
+        kept = self.grids is not None and self.grids.is_kept
+        return kept and not torch.compiler.is_compiling()
 
     @property
     def all_tokens(self) -> int:
@@ -411,7 +412,7 @@ def locate(
         return _padded_windows(x, name, grids, window, trailing)
     if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
         grids = TracedGrids.of(grids)
-    elif type(grids) is not PackedGrids:
+    elif type(grids) is not PackedGrids or not grids.is_kept:
         grids = PackedGrids.of(grids)
     if batch is not None and grids.num_views != 1:
         raise _several_grids(x, name, trailing)

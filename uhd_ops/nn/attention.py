@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.positions import Rotary, rotate
-from uhd_ops.ops.view_attention import attend_by_length
+from uhd_ops.ops.view_attention import attend_views
 from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import Windows, locate
@@ -280,7 +280,7 @@ class ViewScope(Scope):
     ) -> torch.Tensor:
         """Attend in views, those of one length and one bias at a time; no mask, no padding."""
         if self.bias is None and not dropout:
-            return attend_by_length(q, k, v, self.lengths, scale)
+            return attend_views(q, k, v, self.grids, scale)
 
         def attend(views: list[torch.Tensor], first: int) -> torch.Tensor:
             q, k, v = (y.transpose(-3, -2) for y in views)

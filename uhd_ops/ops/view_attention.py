@@ -6,9 +6,15 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from uhd_ops import _checks, windows
-from uhd_ops.grids import Grids, pairs_of
+from uhd_ops import _checks, _native, windows
+from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.ops._derivatives import refuse_second_derivative
 from uhd_ops.padded_grids import PaddedGrids
+
+try:  # torch has it since 2.10, and a scale since later
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
 
 
 def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Grids) -> torch.Tensor:
@@ -16,7 +22,10 @@ def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Gri
 
     Views with the same number of tokens share one call of torch's ``scaled_dot_product_attention``,
     whichever backend torch chooses for it; no mask is built and no token is padded. Views of equal
-    length that follow each other, such as the slices of one image, are passed without a copy.
+    length that follow each other, such as the slices of one image, are passed without a copy. On
+    CUDA, half types go to torch's variable-length attention, ``varlen_attn``, where that takes
+    them and no deterministic algorithms are asked for. While torch.compile traces, all of it is one
+    operator, whose backward pass computes the scores again.
 
     Args:
         q: Queries ``(N, H, D)`` for packed tokens, or ``(B, h*w, H, D)`` with one ``(h, w)`` grid.
@@ -57,7 +66,45 @@ def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Gri
     q, k, v = _checks.autocast(q, k, v)
     if where.batch is not None:
         return _attend(q, k, v)
-    return attend_by_length(q, k, v, [height * width for height, width in pairs_of(grids)])
+    return attend_views(q, k, v, PackedGrids.of(grids))
+
+
+def attend_views(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grids: PackedGrids,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """:func:`view_attention` of packed tokens that are checked already, with any scale.
+
+    Half types on CUDA go to torch's variable-length attention, where it can take them. While
+    torch.compile or torch.export traces, the rest is one operator that reads the grids when it
+    runs, so that a graph does not depend on them.
+    """
+    if _suits_varlen(q, grids):
+        cu_seqlens, longest = grids.cu_seqlens(q.device), grids.max_seqlen
+        options = {} if scale is None else {"scale": scale}
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    if torch.compiler.is_compiling():
+        return torch.ops.uhd_ops._view_attention(q, k, v, grids.rows, scale)
+    return attend_by_length(q, k, v, [height * width for height, width in grids], scale)
+
+
+def _suits_varlen(q: torch.Tensor, grids: PackedGrids) -> bool:
+    """Whether torch's variable-length attention takes the call."""
+    return (
+        q.device.type == "cuda"
+        and varlen_attn is not None
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and 0 < q.shape[-1] <= 256
+        and q.shape[-2] > 0
+        and _native.has_kernels(q.device)  # the same GPUs as for our kernels
+        and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds up atomically
+        and grids.is_known
+        and grids.num_tokens > 0
+    )
 
 
 def _attend(
@@ -110,3 +157,87 @@ def _runs(lengths: list[int]) -> list[tuple[int, int]]:
 def _stack(runs: list[torch.Tensor]) -> torch.Tensor:
     """``(V, L, H, D)`` tensors of equally long views in one; no copy of a single run."""
     return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+torch.library.define(
+    "uhd_ops::_view_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor rows, float? scale) -> Tensor",
+)
+torch.library.define(
+    "uhd_ops::_view_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor rows, float? scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _lengths(rows: torch.Tensor) -> list[int]:
+    return rows[:-1].prod(1).tolist()
+
+
+@torch.library.impl("uhd_ops::_view_attention", "default")
+def _forward(q, k, v, rows, scale):
+    return attend_by_length(q, k, v, _lengths(rows), scale).contiguous()
+
+
+# Scores of one block of queries, so that memory grows with the tokens and not with their square.
+_BLOCK = 2**22
+
+
+@torch.library.impl("uhd_ops::_view_attention_backward", "default")
+def _backward_kernel(grad_out, q, k, v, rows, scale):
+    # What torch's kernels keep for their backward pass differs from backend to backend, so the
+    # scores are computed again, view by view.
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lengths = _lengths(rows)
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    views = zip(*(x.split(lengths) for x in (grad_out, q, k, v, *grads)), strict=True)
+    for *tensors, grad_q, grad_k, grad_v in views:
+        heads_first = (x.transpose(0, 1).to(wide) for x in tensors)  # (H, L, D)
+        for grad, out in zip(
+            _gradients(*heads_first, scale), (grad_q, grad_k, grad_v), strict=True
+        ):
+            out.copy_(grad.transpose(0, 1))
+    return grads
+
+
+def _gradients(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of one view, ``(H, L, D)`` each."""
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    heads, length, _ = q.shape
+    count = max(1, _BLOCK // max(heads * length, 1))
+    for some in (slice(first, first + count) for first in range(0, length, count)):
+        weights = (scale * q[:, some] @ k.mT).softmax(-1)
+        grad_v += weights.mT @ grad_out[:, some]
+        grad_scores = grad_out[:, some] @ v.mT
+        grad_scores -= (grad_scores * weights).sum(-1, keepdim=True)
+        grad_scores *= weights * scale
+        grad_q[:, some] = grad_scores @ k
+        grad_k += grad_scores.mT @ q[:, some]
+    return grad_q, grad_k, grad_v
+
+
+@torch.library.register_fake("uhd_ops::_view_attention")
+def _fake(q, k, v, rows, scale):
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("uhd_ops::_view_attention_backward")
+def _backward_fake(grad_out, q, k, v, rows, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_out):
+    grads = torch.ops.uhd_ops._view_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    return *grads, None, None
+
+
+torch.library.register_autograd("uhd_ops::_view_attention", _backward, setup_context=_setup_context)
+refuse_second_derivative("view_attention")
