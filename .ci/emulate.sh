@@ -36,4 +36,4 @@ if [[ $sanitize == ON ]]; then
 fi
 export PYTHONPATH=$build/package
 "$python" -P -c "from uhd_ops import _native; assert _native.cpu_isa() == 'emulated', _native.status"
-"$python" -P -m pytest -q -p no:cacheprovider -n "${UHD_TEST_PROCESSES:-2}" --timeout 900 "$@"
+"$python" -P -m pytest -q -p no:cacheprovider -n "${UHD_TEST_PROCESSES:-2}" --timeout 900 -m "not cuda" "$@"

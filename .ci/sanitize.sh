@@ -12,5 +12,5 @@ bash .ci/package.sh "$python" "$build" -DUHD_SANITIZE=ON
 runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
 LD_PRELOAD=$runtime ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
     PYTHONPATH=$build/package UHD_OPS_SANITIZED=1 \
-    "$python" -P -m pytest -q -p no:cacheprovider -n 2 --timeout 900 \
+    "$python" -P -m pytest -q -p no:cacheprovider -n 2 --timeout 900 -m "not cuda" \
     python_tests/test_battery_values.py python_tests/test_battery_gradients.py "${@:2}"

@@ -19,6 +19,9 @@ from planted_products import plant
 _COMPILE_CACHE = tempfile.TemporaryDirectory(prefix="uhd_ops-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILE_CACHE.name
 
+# Without it torch refuses matrix products on a GPU while deterministic algorithms are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)  # pytest_configure says it better
     from uhd_ops import _native
@@ -38,10 +41,22 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
 
-def pytest_configure() -> None:
-    """Refuse to test the reference implementation by mistake; be the machine that is asked for."""
+HAS_GPU = torch.cuda.is_available()
+_UNCOLLECTED = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--op``, which keeps the tests of one operator."""
+    parser.addoption("--op", metavar="NAME", help="run the tests of this operator only")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to test the definitions, or no GPU, by mistake; be the machine that is asked for."""
+    config.stash[_UNCOLLECTED] = 0
     if _is_set("UHD_OPS_TEST_PLANTED_PRODUCT"):
         plant()
+    if _is_set("UHD_OPS_REQUIRE_CUDA") and not HAS_GPU:
+        raise pytest.UsageError(f"UHD_OPS_REQUIRE_CUDA is set, but {_no_gpu()}")
     if _native.status["cpu"] != "loaded" and not _is_set("UHD_OPS_DISABLE_NATIVE"):
         raise pytest.UsageError(
             f"the native CPU library is not loaded ({_native.status['cpu']}): run `make build`, or "
@@ -58,16 +73,58 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_report_header() -> str:
     """Name what is tested."""
     isa = _native.cpu_isa() if _native.status["cpu"] == "loaded" else "no kernels"
-    return f"uhd_ops: {_native.status}, {isa}; torch {torch.__version__}"
+    gpu = torch.cuda.get_device_name() if HAS_GPU else f"no GPU cases, {_no_gpu()}"
+    return f"uhd_ops: {_native.status}, {isa}; torch {torch.__version__}; {gpu}"
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a CUDA test where there is no GPU, or fail it where one is required."""
-    if item.get_closest_marker("cuda") is None or torch.cuda.is_available():
-        return
-    if _is_set("UHD_OPS_REQUIRE_CUDA"):
-        pytest.fail("UHD_OPS_REQUIRE_CUDA is set, but torch finds no CUDA device", pytrace=False)
-    pytest.skip("needs a CUDA device")
+def _no_gpu() -> str:
+    return "this torch has no CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the GPU cases where there is no GPU, and what --op does not name."""
+    chosen, op = items[:], config.getoption("--op")
+    if op is not None:
+        chosen = [item for item in chosen if _is_about(item, op)]
+        if items and not chosen:
+            raise pytest.UsageError(f"--op {op}: no test of such an operator")
+    if not HAS_GPU:
+        on_gpu = [item for item in chosen if item.get_closest_marker("cuda")]
+        config.stash[_UNCOLLECTED] = len(on_gpu)
+        chosen = [item for item in chosen if not item.get_closest_marker("cuda")]
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
+def _is_about(item: pytest.Item, op: str) -> bool:
+    parameters = getattr(item, "callspec", None)
+    name = parameters and parameters.params.get("name")
+    return name == op or item.path.stem in (f"test_{op}", f"test_{op}_kernels")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the number of GPU cases to the process that reports it."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["uncollected"] = session.config.stash[_UNCOLLECTED]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """Take that number from a worker; every worker collects the same tests."""
+    node.config.stash[_UNCOLLECTED] = getattr(node, "workeroutput", {}).get("uncollected", 0)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
+    """Say once what a skip for each GPU case would say, and how to make it an error."""
+    count = config.stash[_UNCOLLECTED]
+    if count:
+        terminalreporter.line(
+            f"{count} GPU cases were not collected: {_no_gpu()} "
+            "(with UHD_OPS_REQUIRE_CUDA=1 this is an error)"
+        )
 
 
 @pytest.fixture(autouse=True)

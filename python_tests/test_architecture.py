@@ -43,7 +43,7 @@ ASIDE = {
 COMPOSITE = {name for name, spec in SPECS.items() if "native" in spec.exempt}
 NATIVE = sorted(set(SPECS) - COMPOSITE)
 # What OpSpec documents.
-CHECKS = {"batch_invariance", "threads", "memory", "strides", "one_token", "non_finite"}
+CHECKS = {"batch_invariance", "threads", "memory", "strides", "non_finite"}
 CHECKS |= {"second_derivative", "native"}
 
 

@@ -16,7 +16,9 @@ from battery import (
     gradients,
     make_call,
     option_cases,
+    parametrize,
     per_case,
+    per_op,
     public,
     run,
 )
@@ -33,6 +35,7 @@ HELPERS = {  # operators behind no SPEC, with arguments to check them on
     "_view_table": ([4, 6, 3, 5], 2, 2),
     "_view_table_from_rows": (torch.tensor([(4, 6), (3, 5), (0, 0)]), 2),
 }
+BOTH = ("cpu", "cuda")
 # No tensors: tested in test_native.py and test_build_info.py. The CUDA library alone has the last.
 SETTINGS = {"_best_cpu_isa", "_cpu_isa", "_set_cpu_isa"}
 if _native.status["cuda"] == "loaded":
@@ -52,10 +55,11 @@ class _Record(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def recorded(name, **options):
+def recorded(name, device="cpu", **options):
     """Return the dispatcher calls of one forward and backward pass, one per operator."""
+    call = make_call(name, device=device, **options)
     with _Record() as record:
-        gradients(public(name), make_call(name, **options))
+        gradients(public(name), call)
     return {
         function._schema.name.removeprefix("uhd_ops::"): (function, args, kwargs)
         for function, args, kwargs in record.calls
@@ -73,8 +77,8 @@ def fresh(value, requires_grad):
 # opcheck itself reads .grad of its own intermediate tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @per_case(NATIVE)
-def test_opcheck(name, options):
-    calls = recorded(name, **options)
+def test_opcheck(name, options, device):
+    calls = recorded(name, device, **options)
     assert calls
     for op, (function, args, kwargs) in calls.items():
         # A backward operator refuses to be differentiated, so it is not asked to.
@@ -125,16 +129,12 @@ def assert_refused(name, call, error, message):
     assert re.fullmatch(pattern, str(caught.value), re.DOTALL), f"fake: {caught.value}"
 
 
-@pytest.mark.parametrize(
-    ("name", "bad"),
-    [
-        pytest.param(name, bad, id=f"{name}-{bad.label}")
-        for name in OPS
-        for bad in SPECS[name].bad_inputs
-    ],
+@parametrize(
+    ("name", "bad", "device"),
+    [(name, bad, device) for name in OPS for bad in SPECS[name].bad_inputs for device in BOTH],
 )
-def test_bad_input(name, bad):
-    assert_refused(name, bad.spoil(make_call(name)), bad.error, bad.message)
+def test_bad_input(name, bad, device):
+    assert_refused(name, bad.spoil(make_call(name, device=device)), bad.error, bad.message)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -175,10 +175,10 @@ BAD_GRIDS = {
 
 
 @pytest.mark.parametrize("case", BAD_GRIDS)
-@pytest.mark.parametrize("name", GRIDDED)
-def test_bad_grids(name, case):
+@per_op(GRIDDED, cuda=GRIDDED)
+def test_bad_grids(name, device, case):
     grids, error, message = BAD_GRIDS[case]
-    call = make_call(name)
+    call = make_call(name, device=device)
     assert_refused(name, call.put(call.grids, grids), error, message)
 
 
@@ -206,19 +206,19 @@ BAD_GRID_TENSORS = {
 
 
 @pytest.mark.parametrize("case", BAD_GRID_TENSORS)
-@pytest.mark.parametrize("name", GRIDDED)
-def test_bad_grid_tensors(name, case):
+@per_op(GRIDDED, cuda=GRIDDED)
+def test_bad_grid_tensors(name, device, case):
     make, error, message = BAD_GRID_TENSORS[case]
-    call = make_call(name)
+    call = make_call(name, device=device)
     pattern = re.escape(message).replace(re.escape("..."), ".*")
     with pytest.raises(error) as caught:
         run(public(name), call.put(call.grids, make(GRIDS)))
     assert re.fullmatch(pattern, str(caught.value)), str(caught.value)
 
 
-@pytest.mark.parametrize("name", GRIDDED)
-def test_tokens_must_fit_the_grids(name):
-    call = make_call(name)
+@per_op(GRIDDED, cuda=GRIDDED)
+def test_tokens_must_fit_the_grids(name, device):
+    call = make_call(name, device=device)
     first = call.per_token[0]
     for grids in ([], [(4, 6)], [(4, 6), (3, 6)], (39, 2)):
         tokens = sum(h * w for h, w in (grids if isinstance(grids, list) else [grids]))
@@ -229,9 +229,9 @@ def test_tokens_must_fit_the_grids(name):
         assert_refused(name, call.put(call.grids, grids), ValueError, message)
 
 
-@pytest.mark.parametrize("name", GRIDDED)
-def test_batched_tokens_take_one_pair(name):
-    call = batched(make_call(name, grids=[(3, 5)] * 2), 2)
+@per_op(GRIDDED, cuda=GRIDDED)
+def test_batched_tokens_take_one_pair(name, device):
+    call = batched(make_call(name, grids=[(3, 5)] * 2, device=device), 2)
     several = "... is batched, so grids must be one (h, w) pair; ..."
     for grids in ([(3, 5), (3, 5)], [(3, 5)], torch.tensor([(3, 5)])):
         assert_refused(name, call.put(call.grids, grids), ValueError, several)
@@ -240,26 +240,26 @@ def test_batched_tokens_take_one_pair(name):
 
 
 @per_case()
-def test_fake_and_meta_results_have_the_real_shape(name, options):
-    call = make_call(name, **options)
+def test_fake_and_meta_results_have_the_real_shape(name, options, device):
+    call = make_call(name, device=device, **options)
     wanted = run(public(name), call)
     on_meta = run(public(name), converted(name, call, lambda x: x.to("meta")))
     with FakeTensorMode() as mode:
         fake = run(public(name), converted(name, call, mode.from_tensor))
-    for result, device in ((on_meta, "meta"), (fake, "cpu")):
+    for result, where in ((on_meta, "meta"), (fake, device)):
         assert result.shape == wanted.shape
         assert result.dtype == wanted.dtype
         assert result.stride() == wanted.stride()
-        assert result.device.type == device
+        assert result.device.type == where
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @per_case()
-def test_autocast(name, options, dtype):
+def test_autocast(name, options, device, dtype):
     spec = SPECS[name]
-    call = make_call(name, **options)
+    call = make_call(name, device=device, **options)
     plain = run(public(name), call)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         out, grads = gradients(public(name), call)
         wide = run(public(name), call.map_tensors(torch.Tensor.double))
     assert wide.dtype == torch.float64  # autocast leaves float64 alone
@@ -272,17 +272,19 @@ def test_autocast(name, options, dtype):
     else:
         assert spec.autocast == "mixed"
         assert out.dtype in (dtype, torch.float32)
-        exact = run(expected(name), call.map_tensors(torch.Tensor.double))
+        with torch.autocast("cpu", dtype=dtype):
+            assert out.dtype == run(public(name), call.to("cpu")).dtype
+        exact = run(expected(name), call.exact())
         # At worst every operation rounds to the autocast dtype, instead of to float32.
-        error = (out.double() - exact).abs().max()
+        error = (out.cpu().double() - exact).abs().max()
         assert error <= spec.roundings(call) * torch.finfo(dtype).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_autocast_off_by_default_and_restored(name):
-    call = make_call(name)
-    with torch.autocast("cpu", enabled=False):
+@per_op()
+def test_autocast_off_by_default_and_restored(name, device):
+    call = make_call(name, device=device)
+    with torch.autocast(device, enabled=False):
         off = run(public(name), call)
     assert off.dtype == torch.float32
     assert_same_bits(run(public(name), call), off)
-    assert_close(SPECS[name], call, off, run(expected(name), call.map_tensors(torch.Tensor.double)))
+    assert_close(SPECS[name], call, off, run(expected(name), call.exact()))

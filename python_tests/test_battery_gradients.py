@@ -7,8 +7,7 @@ import pytest
 import torch
 from battery import (
     GRIDS,
-    OPS,
-    assert_close,
+    assert_gradients_close,
     assert_same,
     assert_same_bits,
     expected,
@@ -16,6 +15,7 @@ from battery import (
     make_call,
     not_exempt,
     per_case,
+    per_op,
     public,
     run,
 )
@@ -42,18 +42,18 @@ def as_function(name, call):
 
 
 @per_case()
-def test_gradcheck(name, options):
+def test_gradcheck(name, options, device):
     # Small grids: one full and one ragged window. The fast mode compares random projections of the
     # Jacobian; the defaults are compared entry by entry.
-    call = make_call(name, torch.float64, [(2, 3), (1, 1)], **options)
+    call = make_call(name, torch.float64, [(2, 3), (1, 1)], device=device, **options)
     function, tensors = as_function(name, call)
     tensors = [tensor.requires_grad_() for tensor in tensors]
     assert torch.autograd.gradcheck(function, tensors, fast_mode=bool(options))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_only_the_wanted_gradients(name):
-    call = make_call(name)
+@per_op()
+def test_only_the_wanted_gradients(name, device):
+    call = make_call(name, device=device)
     _, wanted = gradients(public(name), call)
     for key in call.differentiable:
         tensors = {k: call.get(k).detach().requires_grad_(k == key) for k in call.differentiable}
@@ -68,9 +68,9 @@ def test_only_the_wanted_gradients(name):
         assert all(tensor.grad is None for k, tensor in tensors.items() if k != key)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_requires_grad_only_where_wanted(name):
-    call = make_call(name)
+@per_op()
+def test_requires_grad_only_where_wanted(name, device):
+    call = make_call(name, device=device)
     assert not run(public(name), call).requires_grad
     watched = call.put(call.differentiable[0], call.get(call.differentiable[0]).requires_grad_())
     assert run(public(name), watched).requires_grad
@@ -81,23 +81,22 @@ def test_requires_grad_only_where_wanted(name):
 
 
 @per_case()
-def test_expanded_gradient(name, options):
+def test_expanded_gradient(name, options, device):
     # What out.sum().backward() hands down: one number with strides of zero.
-    call = make_call(name, **options)
-    exact_call = call.map_tensors(torch.Tensor.double)
+    call = make_call(name, device=device, **options)
+    exact_call = call.exact()
     exact_out = run(expected(name), exact_call)
     _, exact = gradients(expected(name), exact_call, torch.ones_like(exact_out))
-    _, grads = gradients(public(name), call, torch.ones(()).expand(exact_out.shape))
+    _, grads = gradients(public(name), call, torch.ones((), device=device).expand(exact_out.shape))
     _, wanted = gradients(public(name), call, torch.ones(exact_out.shape))
     assert_same(name, "strides", call, grads, wanted, "gradient")
-    for key, grad in grads.items():
-        assert_close(SPECS[name], call, grad, exact[key], f"gradient of argument {key!r}")
+    assert_gradients_close(SPECS[name], call, grads, exact)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_expanded_inputs(name):
+@per_op()
+def test_expanded_inputs(name, device):
     # Every row the same memory. The gradient of the one row is the sum over all of them.
-    call = make_call(name)
+    call = make_call(name, device=device)
     expanded = call.map_tensors(lambda x: x[:1].expand(x.shape))
     out, grads = gradients(public(name), expanded)
     wanted_out, wanted_grads = gradients(public(name), expanded.map_tensors(torch.clone))
@@ -109,24 +108,26 @@ NOT_TWICE = ("pixel_unshuffle_mlp", "window_attention", "window_pool")
 
 
 @kernels_only
-@pytest.mark.parametrize("name", sorted({*not_exempt("second_derivative")} - {*NOT_TWICE}))
-def test_second_derivatives(name):
-    function, tensors = as_function(name, make_call(name, torch.float64, [(2, 3), (1, 1)]))
+@per_op(sorted({*not_exempt("second_derivative")} - {*NOT_TWICE}))
+def test_second_derivatives(name, device):
+    call = make_call(name, torch.float64, [(2, 3), (1, 1)], device=device)
+    function, tensors = as_function(name, call)
     assert torch.autograd.gradgradcheck(function, [tensor.requires_grad_() for tensor in tensors])
 
 
 @kernels_only
-@pytest.mark.parametrize("name", NOT_TWICE)
-def test_second_derivatives_are_refused(name):
-    function, tensors = as_function(name, make_call(name, torch.float64, [(2, 3), (1, 1)]))
+@per_op(NOT_TWICE)
+def test_second_derivatives_are_refused(name, device):
+    call = make_call(name, torch.float64, [(2, 3), (1, 1)], device=device)
+    function, tensors = as_function(name, call)
     text = f"uhd_ops.{name} has no second derivative; uhd_ops.reference.{name} has one"
     with pytest.raises(NotImplementedError, match=f"^{re.escape(text)}$"):
         torch.autograd.gradgradcheck(function, [tensor.requires_grad_() for tensor in tensors])
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_create_graph_without_a_second_backward(name):
-    call = make_call(name)
+@per_op()
+def test_create_graph_without_a_second_backward(name, device):
+    call = make_call(name, device=device)
     _, wanted = gradients(public(name), call)
     function, tensors = as_function(name, call)
     tensors = [tensor.requires_grad_() for tensor in tensors]
@@ -159,17 +160,17 @@ TRANSFORMS = {
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # torch's own, under torch.func.jvp
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name", OPS)
-def test_function_transforms_are_refused(name, transform):
-    function, tensors = as_function(name, make_call(name))
+@per_op()
+def test_function_transforms_are_refused(name, device, transform):
+    function, tensors = as_function(name, make_call(name, device=device))
     with pytest.raises(NotImplementedError, match=r"^\w+ takes part in torch\.func\.grad, vjp"):
         TRANSFORMS[transform](function, tensors)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("name", OPS)
-def test_vmap(name):
-    calls = [make_call(name, seed=seed) for seed in range(3)]
+@per_op()
+def test_vmap(name, device):
+    calls = [make_call(name, seed=seed, device=device) for seed in range(3)]
     function, _ = as_function(name, calls[0])
     stacked = [
         torch.stack([call.get(key) for call in calls]).requires_grad_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator gives the numbers of its float64 definition, forward and backward."""
+"""Every operator gives the numbers of its float64 definition, forward and backward, everywhere."""
 
 import itertools
 from dataclasses import replace
@@ -11,16 +11,18 @@ import torch
 from battery import (
     GRIDDED,
     GRIDS,
-    ISAS,
     OPS,
     assert_close,
+    assert_gradients_close,
     assert_same,
     assert_same_bits,
     expected,
     gradients,
+    isas,
     make_call,
     not_exempt,
     per_case,
+    per_op,
     public,
     run,
     using_isa,
@@ -37,26 +39,27 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def check_against_definition(name, call, dtype, layouts=(torch.clone,), isas=ISAS[-1:]):
+def check_against_definition(name, call, dtype, device, layouts=(torch.clone,), variants=None):
     spec = SPECS[name]
-    exact_call = call.map_tensors(torch.Tensor.double)
+    exact_call = call.exact()
     grad_out = random_like(run(expected(name), exact_call)).to(dtype)
     exact_out, exact_grads = gradients(expected(name), exact_call, grad_out.double())
-    for isa, layout in itertools.product(isas, layouts):
+    there, grad_there = call.to(device), grad_out.to(device)
+    for isa, layout in itertools.product(variants or isas(device)[-1:], layouts):
         where = f"{isa}, {layout.__name__}"
         with using_isa(isa):
-            out, grads = gradients(public(name), call.map_tensors(layout), layout(grad_out))
+            out, grads = gradients(public(name), there.map_tensors(layout), layout(grad_there))
+        assert out.device.type == device, where
         assert out.dtype == dtype, where
         assert_close(spec, call, out, exact_out, f"{where}: result")
-        for key, grad in grads.items():
-            assert grad.dtype == dtype, where
-            assert_close(spec, call, grad, exact_grads[key], f"{where}: gradient of {key!r}")
+        assert_gradients_close(spec, call, grads, exact_grads, f"{where}: ")
 
 
 @DTYPES
-@per_case()
-def test_equals_the_float64_definition(name, options, dtype):
-    check_against_definition(name, make_call(name, dtype, **options), dtype, LAYOUTS, ISAS)
+@per_case(cuda=OPS)
+def test_equals_the_float64_definition(name, options, device, dtype):
+    call = make_call(name, dtype, **options)
+    check_against_definition(name, call, dtype, device, LAYOUTS, isas(device))
 
 
 SIDES = st.integers(0, 7)
@@ -75,20 +78,20 @@ MANY_GRIDS = st.lists(
 @example(grids=[(1, 1)], index=1, dtype=torch.float32)
 @example(grids=[(0, 3), (2, 2), (4, 0), (0, 0), (1, 5), (0, 1)], index=2, dtype=torch.float64)
 @given(grids=MANY_GRIDS, index=st.integers(0, 1000), dtype=st.sampled_from(FLOAT_DTYPES))
-@pytest.mark.parametrize("name", GRIDDED)
-def test_any_grids(name, grids, index, dtype):
+@per_op(GRIDDED)
+def test_any_grids(name, device, grids, index, dtype):
     # One value of every option, counted out of the index like the digits of a number.
     options = {}
     for option, values in SPECS[name].options.items():
         index, choice = divmod(index * 7 + 1, len(values))
         options[option] = values[choice]
-    check_against_definition(name, make_call(name, dtype, grids, **options), dtype)
+    check_against_definition(name, make_call(name, dtype, grids, **options), dtype, device)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @per_case(GRIDDED)
-def test_batched_form_equals_packed(name, options, batch):
-    packed_call = make_call(name, grids=[GRIDS[1]] * batch, **options)
+def test_batched_form_equals_packed(name, options, device, batch):
+    packed_call = make_call(name, grids=[GRIDS[1]] * batch, device=device, **options)
     batched_call = batched(packed_call, batch)
     out = run(public(name), packed_call)
     grad_out = random_like(out)
@@ -118,9 +121,9 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", GRIDDED)
-def test_every_form_of_grids(name, form):
-    call = make_call(name)
+@per_op(GRIDDED)
+def test_every_form_of_grids(name, device, form):
+    call = make_call(name, device=device)
     other = call.put(call.grids, FORMS[form](GRIDS))
     wanted_out, wanted_grads = gradients(public(name), call)
     out, grads = gradients(public(name), other)
@@ -129,9 +132,9 @@ def test_every_form_of_grids(name, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", GRIDDED)
-def test_one_grid_in_every_form(name, form):
-    call = make_call(name, grids=GRIDS[1:])
+@per_op(GRIDDED)
+def test_one_grid_in_every_form(name, device, form):
+    call = make_call(name, grids=GRIDS[1:], device=device)
     wanted = run(public(name), call)
     assert_same_bits(run(public(name), call.put(call.grids, FORMS[form](GRIDS[1:]))), wanted)
     assert_same_bits(run(public(name), call.put(call.grids, GRIDS[1])), wanted, "bare pair")
@@ -139,33 +142,33 @@ def test_one_grid_in_every_form(name, form):
 
 @DTYPES
 @per_case()
-def test_large_values(name, options, dtype):
+def test_large_values(name, options, device, dtype):
     # Thirty times larger tensors: scores that exp overflows on unless the largest is taken off. A
     # product of two tensors grows by 900, and so does the absolute error of an exponent.
     call = make_call(name, dtype, **options).map_tensors(lambda x: 30 * x)
     spec = replace(SPECS[name], roundings=lambda call: 900 * SPECS[name].roundings(call))
-    exact = run(expected(name), call.map_tensors(torch.Tensor.double))
-    for isa in ISAS:
+    exact = run(expected(name), call.exact())
+    for isa in isas(device):
         with using_isa(isa):
-            assert_close(spec, call, run(public(name), call), exact, isa)
+            assert_close(spec, call, run(public(name), call.to(device)), exact, isa)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @per_case(not_exempt("non_finite", GRIDDED))
-def test_non_finite_values_propagate_like_the_definition(name, options, value):
+def test_non_finite_values_propagate_like_the_definition(name, options, device, value):
     call = make_call(name, **options)
-    untouched = run(expected(name), call.map_tensors(torch.Tensor.double))
+    untouched = run(expected(name), call.exact())
     # A token of a full window, and the one in the corner of a ragged view.
     for position, token in itertools.product(call.per_token, (7, 38)):
         spoilt = call.get(position).clone()
         spoilt[token].view(-1)[-1] = value
         bad = call.put(position, spoilt)
-        exact = run(expected(name), bad.map_tensors(torch.Tensor.double))
+        exact = run(expected(name), bad.exact())
         assert not torch.equal(exact, untouched)  # a logit of -inf leaves finite numbers
-        for isa in ISAS:
+        for isa in isas(device):
             where = f"{isa}: {value} in token {token} of argument {position}"
             with using_isa(isa):
-                out = run(public(name), bad).double()
+                out = run(public(name), bad.to(device)).cpu().double()
             for kind in (torch.isnan, torch.isposinf, torch.isneginf):
                 assert torch.equal(kind(out), kind(exact)), f"{where}: {kind.__name__}"
 

@@ -34,10 +34,10 @@ def captured(function, warm_up=3):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", GRIDDED_KERNELS)
 def test_one_graph_serves_other_tokens(name, dtype):
-    call = make_call(name, dtype).map_tensors(torch.Tensor.cuda)
+    call = make_call(name, dtype).to("cuda")
     graph, out = captured(lambda: run(public(name), call))
     for seed in range(3):
-        fresh = make_call(name, dtype, seed=seed).map_tensors(torch.Tensor.cuda)
+        fresh = make_call(name, dtype, seed=seed).to("cuda")
         for position in call.per_token:
             call.get(position).copy_(fresh.get(position))
         graph.replay()
@@ -49,7 +49,7 @@ def test_one_graph_serves_other_tokens(name, dtype):
 def test_one_graph_serves_other_grids(name, dtype):
     """Forward and backward are captured once; then the grids change between replays."""
     grids = PaddedGrids(MAX_TOKENS, MAX_VIEWS, device="cuda")
-    call = make_call(name, dtype, [(MAX_TOKENS, 1)]).map_tensors(torch.Tensor.cuda)
+    call = make_call(name, dtype, [(MAX_TOKENS, 1)]).to("cuda")
     call = call.put(call.grids, grids)
     leaves = [call.get(key).requires_grad_() for key in call.differentiable]
     grids.update(BATCHES[0])
@@ -84,9 +84,9 @@ def test_200_000_windows():
     call = SPECS["window_attention"].make(
         list(grids), torch.bfloat16, heads=1, head_dim=64, generator=generator
     )
-    on_device = call.map_tensors(torch.Tensor.cuda).put(3, grids)
+    on_device = call.to("cuda").put(3, grids)
     out = run(uhd_ops.window_attention, on_device).cpu()
-    exact = run(SPECS["window_attention"].reference, call.map_tensors(torch.Tensor.double))
+    exact = run(SPECS["window_attention"].reference, call.exact())
     assert_close(SPECS["window_attention"], call, out, exact)
 
 
@@ -146,8 +146,8 @@ def test_windows_of_more_than_256_tokens(dtype, order):
         order=order,
         generator=torch.Generator().manual_seed(0),
     )
-    out = run(uhd_ops.window_attention, call.map_tensors(torch.Tensor.cuda)).cpu().double()
-    exact = run(spec.reference, call.map_tensors(torch.Tensor.double))
+    out = run(uhd_ops.window_attention, call.to("cuda")).cpu().double()
+    exact = run(spec.reference, call.exact())
     # torch's kernels round the probabilities, which add up to one, and the result: half an epsilon
     # of the largest value each.
     assert out.shape == exact.shape

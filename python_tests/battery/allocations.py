@@ -1,7 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs allocate, counted by torch's own allocator, the C++ included."""
+"""What runs allocate, counted by torch's own allocators, the C++ included."""
 
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+def peak_of(body, device):
+    """Return what ``body()`` returns, and the most bytes that it held at a time on the device."""
+    if device == "cpu":
+        with Allocations() as allocations:
+            result = body()
+        return result, allocations.peak
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = body()
+    return result, torch.cuda.max_memory_allocated() - before
 
 
 class Allocations:

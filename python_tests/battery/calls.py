@@ -12,10 +12,12 @@ from specs import SPECS, Call
 from battery.operators import GRIDS
 
 
-def make_call(name: str, dtype=torch.float32, grids=GRIDS, *, seed: int = 0, **options) -> Call:
-    """Return a call of the operator on random numbers."""
+def make_call(
+    name: str, dtype=torch.float32, grids=GRIDS, *, seed: int = 0, device: str = "cpu", **options
+) -> Call:
+    """Return a call of the operator on random numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return SPECS[name].make(list(grids), dtype, generator=generator, **options)
+    return SPECS[name].make(list(grids), dtype, generator=generator, **options).to(device)
 
 
 def run(function: Callable[..., torch.Tensor], call: Call) -> torch.Tensor:
@@ -42,14 +44,14 @@ def gradients(
     if grad_out is None:
         grad_out = random_like(out)
     leaves = [call.get(key) for key in call.differentiable]
-    grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
+    grads = torch.autograd.grad(out, leaves, grad_out.to(out))
     return out.detach(), dict(zip(call.differentiable, grads, strict=True))
 
 
 def random_like(x: torch.Tensor, seed: int = 1) -> torch.Tensor:
-    """Return standard normal numbers of the shape and dtype of ``x``, contiguous."""
+    """Return standard normal numbers of the shape, dtype and device of ``x``, contiguous."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
 
 
 def output_rows(name: str, call: Call, function: Callable[..., torch.Tensor]) -> list[slice]:

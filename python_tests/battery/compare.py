@@ -11,23 +11,20 @@ from uhd_ops import _native
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
-def tolerance(spec: OpSpec, call: Call, dtype: torch.dtype, exact: torch.Tensor) -> torch.Tensor:
-    """Return the largest allowed error of every element."""
-    allowed = spec.tolerance(call, dtype, exact)
-    if "one_token" in spec.exempt:
-        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        allowed = allowed + spec.roundings(call) * torch.finfo(accumulate).eps
-    return allowed
-
-
 def assert_close(
-    spec: OpSpec, call: Call, actual: torch.Tensor, exact: torch.Tensor, what: str = "result"
+    spec: OpSpec,
+    call: Call,
+    actual: torch.Tensor,
+    exact: torch.Tensor,
+    what: str = "result",
+    gradient: bool = False,
 ) -> None:
     """``actual`` has the shape of ``exact``, float64, and lies within the operator's tolerance."""
+    actual = actual.cpu()
     assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, expected {exact.shape}"
     assert exact.dtype == torch.float64
     error = (actual.double() - exact).abs()
-    allowed = tolerance(spec, call, actual.dtype, exact)
+    allowed = spec.tolerance(call, actual.dtype, exact, gradient)
     wrong = ~(error <= allowed)  # a NaN is wrong
     if wrong.any():
         worst = int(torch.where(wrong, error / allowed, 0).nan_to_num(float("inf")).argmax())
@@ -36,6 +33,13 @@ def assert_close(
             f"{actual.flatten()[worst]} instead of {exact.flatten()[worst]}, "
             f"allowed error {allowed.flatten()[worst]}"
         )
+
+
+def assert_gradients_close(spec: OpSpec, call: Call, grads, exact, where: str = "") -> None:
+    """Every gradient has the dtype of its argument and lies within the operator's tolerance."""
+    for key, grad in grads.items():
+        assert grad.dtype == call.get(key).dtype
+        assert_close(spec, call, grad, exact[key], f"{where}gradient of argument {key!r}", True)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -64,18 +68,22 @@ def assert_same_bits(actual, wanted, what: str = "result") -> None:
         assert_same_bits(actual[key], wanted[key], f"{what} of argument {key!r}")
 
 
-def assert_same(name: str, check: str, call: Call, actual, wanted, what: str = "result") -> None:
+def assert_same(
+    name: str, check: str, call: Call, actual, wanted, what="result", gradient: bool = False
+) -> None:
     """Agree bit for bit, or within twice the tolerance where torch computes the values.
 
-    That is where the SPEC exempts the operator, and in a run on the definitions.
+    That is where the SPEC exempts the operator, and in a run on the definitions. Dictionaries are
+    those of gradients.
     """
     if check not in SPECS[name].exempt and _native.status["cpu"] != "disabled":
         assert_same_bits(actual, wanted, what)
     elif isinstance(wanted, torch.Tensor):
-        allowed = 2 * tolerance(SPECS[name], call, wanted.dtype, wanted.double())
+        allowed = 2 * SPECS[name].tolerance(call, wanted.dtype, wanted.double(), gradient)
         assert actual.dtype == wanted.dtype, what
         assert bool(((actual.double() - wanted.double()).abs() <= allowed).all()), what
     else:
         assert actual.keys() == wanted.keys()
         for key in wanted:
-            assert_same(name, check, call, actual[key], wanted[key], f"{what} of argument {key!r}")
+            of = f"{what} of argument {key!r}"
+            assert_same(name, check, call, actual[key], wanted[key], of, gradient=True)

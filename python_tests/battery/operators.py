@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the battery runs over: every operator with a SPEC, its options, and the CPU variants."""
+"""What the battery runs over: operators, their options, devices, and variants of the kernels."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pytest
 import torch
@@ -49,10 +49,20 @@ def _available_isas() -> tuple[str, ...]:
 ISAS = _available_isas()
 
 
+def isas(device: str) -> tuple[str, ...]:
+    """Return the variants of the kernels on a device; those of a GPU count as one."""
+    return ISAS if device == "cpu" else (device,)
+
+
+def device_of(isa: str) -> str:
+    """Return the device of a variant."""
+    return "cuda" if isa == "cuda" else "cpu"
+
+
 @contextlib.contextmanager
 def using_isa(isa: str) -> Iterator[None]:
-    """Run the body on one variant of the CPU kernels, an entry of ISAS."""
-    if isa == "reference":
+    """Run the body on one variant of the kernels."""
+    if isa in ("reference", "cuda"):
         yield
         return
     active = _native.cpu_isa()
@@ -80,13 +90,61 @@ def option_cases(name: str) -> Iterator[dict[str, object]]:
         yield from ({option: value} for value in values[1:])
 
 
-def per_case(names: list[str] = OPS) -> pytest.MarkDecorator:
-    """Parametrize a test by ``name`` and ``options``."""
-    return pytest.mark.parametrize(
-        ("name", "options"),
-        [
-            pytest.param(name, case, id="-".join([name, *(f"{k}={v}" for k, v in case.items())]))
-            for name in names
-            for case in option_cases(name)
-        ],
-    )
+def per_op(names: list[str] = OPS, cuda: Collection[str] = NATIVE) -> pytest.MarkDecorator:
+    """Parametrize a test by ``name`` and ``device``.
+
+    Args:
+        names: Operators.
+        cuda: Those among them that are also tested on a GPU; what torch's own kernels do there
+            beyond the right numbers is not known.
+    """
+    cases = [(name, device) for name in names for device in _devices(name, cuda)]
+    return parametrize(("name", "device"), cases)
+
+
+def per_case(names: list[str] = OPS, cuda: Collection[str] = NATIVE) -> pytest.MarkDecorator:
+    """Parametrize a test by ``name``, ``options`` and ``device``; arguments as :func:`per_op`."""
+    cases = [
+        (name, options, device)
+        for name in names
+        for options in option_cases(name)
+        for device in _devices(name, cuda)
+    ]
+    return parametrize(("name", "options", "device"), cases)
+
+
+def per_variant(names: list[str] = OPS, cuda: Collection[str] = NATIVE) -> pytest.MarkDecorator:
+    """Parametrize a test by ``name``, ``options``, ``isa`` and ``dtype``, so that all kernels run.
+
+    One dtype is enough for those of a CPU, which convert what they load. On a GPU half types have
+    kernels of their own.
+    """
+    halves = (torch.bfloat16, torch.float16)
+    cases = [
+        (name, options, isa, dtype)
+        for name in names
+        for options in option_cases(name)
+        for device in _devices(name, cuda)
+        for isa in isas(device)
+        for dtype in (torch.float32, *(halves if device == "cuda" else ()))
+    ]
+    return parametrize(("name", "options", "isa", "dtype"), cases)
+
+
+def _devices(name: str, cuda: Collection[str] = NATIVE) -> tuple[str, ...]:
+    """Return the devices that an operator is tested on, given those with tests on a GPU."""
+    return ("cpu", "cuda") if name in cuda else ("cpu",)
+
+
+def parametrize(arguments: tuple[str, ...], cases: list[tuple]) -> pytest.MarkDecorator:
+    """Parametrize a test by cases that say where they run; a GPU's are marked ``cuda``."""
+
+    def param(*case):
+        words = []
+        for value in case:
+            options = isinstance(value, dict)
+            words += [f"{k}={v}" for k, v in value.items()] if options else [str(value)]
+        marks = [pytest.mark.cuda] if "cuda" in case else []
+        return pytest.param(*case, id="-".join(words).replace("torch.", ""), marks=marks)
+
+    return pytest.mark.parametrize(arguments, [param(*case) for case in cases])

@@ -49,6 +49,14 @@ class Call:
                 call = call.put(key, function(value))
         return call
 
+    def to(self, device: str) -> Call:
+        """Return this call with its floating-point tensors on ``device``."""
+        return self.map_tensors(lambda x: x.to(device))
+
+    def exact(self) -> Call:
+        """Return this call in float64 on the CPU, where the definition runs."""
+        return self.map_tensors(lambda x: x.cpu().double())
+
     def only_view(self, index: int) -> Call:
         """Return the call on one view of the packed sequence."""
         grids = list(self.get(self.grids))
@@ -69,6 +77,9 @@ class BadInput:
     error: type[Exception]
     message: str  # the whole text, exactly; "..." stands for any text
 
+    def __str__(self) -> str:
+        return self.label
+
 
 @dataclass(frozen=True)
 class OpSpec:
@@ -83,6 +94,8 @@ class OpSpec:
         roundings: Bound on the relative error of an element in units of the accumulation type's
             epsilon, forward or backward, relative to the largest element of the result. Derived in
             the function's docstring.
+        scale: Size of what a gradient adds up, where all of its elements may cancel to less; 0
+            where its largest element tells that.
         stored_roundings: How many times a value is rounded to the tensors' own dtype on its way to
             the result.
         bytes_moved: Bytes that the forward pass must read and write at least.
@@ -95,7 +108,6 @@ class OpSpec:
             "batch_invariance", "threads" and "strides": the same up to the tolerance instead of bit
             for bit in another batch, by another number of threads, in another memory layout.
             "memory": temporaries may be larger than the input.
-            "one_token": gradients that cancel are compared on the scale of the inputs, about 1.
             "non_finite": NaN and infinities are not where the definition has them.
             "second_derivative": refused with another error than ours.
             "native": it has no kernels of its own, so there is nothing for opcheck to check, and
@@ -111,20 +123,25 @@ class OpSpec:
     bytes_moved: Callable[[Call], int]
     flops: Callable[[Call], int]
     output: str | None
+    scale: Callable[[Call], float] = lambda call: 0.0
     stored_roundings: int = 1
     autocast: str = "ignore"
     exempt: Mapping[str, str] = field(default_factory=dict)
 
-    def tolerance(self, call: Call, dtype: torch.dtype, expected: torch.Tensor) -> torch.Tensor:
-        """Largest allowed difference from the float64 result, element by element.
+    def tolerance(
+        self, call: Call, dtype: torch.dtype, expected: torch.Tensor, gradient: bool = False
+    ) -> torch.Tensor:
+        """Largest allowed difference from the float64 result or gradient, element by element.
 
         Two parts: ``stored_roundings`` roundings to ``dtype`` (each half an epsilon of the element,
         or half the smallest subnormal), and ``roundings`` roundings in the accumulation type,
-        relative to the largest element, because sums over a window or over channels may cancel.
+        relative to the largest element, because sums over a window or over channels may cancel; of
+        a gradient at least to ``scale``.
         """
         info = torch.finfo(dtype)
         accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-        largest = expected.abs().max() if expected.numel() else 0.0
+        largest = expected.abs().max().item() if expected.numel() else 0.0
+        largest = max(largest, self.scale(call)) if gradient else largest
         stored = (expected.abs() * info.eps + info.smallest_normal * info.eps) * 0.5
         slack = self.roundings(call) * accumulate.eps * largest
         return self.stored_roundings * stored * (1 + info.eps) + slack

@@ -79,6 +79,20 @@ def _roundings(call: Call) -> float:
     return count
 
 
+def _scale(call: Call) -> float:
+    """Bound what the sums over the rows add up, where there are so few that all may cancel.
+
+    With few hidden units or channels, gradients are multiples of few such sums. The gradient of a
+    hidden unit is standard normal numbers times a column of fc2, and slopes of about one; a sum of
+    n of them is about sqrt(n) times larger than one.
+    """
+    x, grids, fc1_weight, _, fc2_weight, _ = call.args
+    if min(fc1_weight.shape[:-1].numel(), call.kwargs["factor"] ** 2 * x.shape[-1]) >= 8:
+        return 0.0
+    rows = window_tokens(grids, call.kwargs["factor"])[0].numel()
+    return rows**0.5 * fc2_weight.double().norm(dim=-2).max().item()
+
+
 def _bytes_moved(call: Call) -> int:
     tensors = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor)]
     windows = window_tokens(call.args[1], call.kwargs["factor"])[0].shape[0]
@@ -197,6 +211,7 @@ SPEC = OpSpec(
     },
     bad_inputs=_BAD_INPUTS,
     roundings=_roundings,
+    scale=_scale,
     bytes_moved=_bytes_moved,
     flops=_flops,
     output="windows",
