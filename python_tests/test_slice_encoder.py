@@ -146,6 +146,44 @@ def test_half_types():
     assert result.tokens.isfinite().all()
 
 
+class Adapted(nn.Linear):
+    """A linear layer with a second one beside it."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("features", [{}, {"attn_layer": "diff"}], ids=str)
+@torch.no_grad()
+def test_compile_in_one_graph(features):
+    vit = insert_early_compressor(tiny_vit(**features), 1)
+    encoder, views = SliceEncoder(vit), random_views()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: encoder(x).tokens, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(views), encoder(views).tokens)
+    before = encoder(views).tokens
+    vit.blocks[2].attn.qkv.__class__ = Adapted
+    assert torch.equal(compiled(views), encoder(views).tokens)
+    assert not torch.equal(before, encoder(views).tokens)
+
+
+def test_parameters_are_those_of_the_moment():
+    vit = insert_early_compressor(tiny_vit(init_values=0.3), 1)
+    encoder, views = SliceEncoder(vit), random_views()
+    for assign in (False, True):
+        other = {k: torch.randn_like(v) * 0.2 for k, v in vit.state_dict().items()}
+        vit.load_state_dict(other, assign=assign)
+        assert_equals_each_view_alone(vit, views)
+        assert_close(encoder(views).tokens, SliceEncoder(vit)(views).tokens)
+    optimiser = torch.optim.SGD(vit.parameters(), lr=1e-2)
+    encoder(views).tokens.square().mean().backward()
+    before = encoder(views).tokens.detach()
+    optimiser.step()
+    assert not torch.equal(encoder(views).tokens, before)
+    for view, tokens in zip(views, encoder(views).per_view(), strict=True):
+        assert_close(tokens, alone(vit, view)[vit.num_prefix_tokens :])
+
+
 def test_shares_the_model_and_its_keys():
     vit = insert_early_compressor(tiny_vit(), 1)
     encoder = SliceEncoder(vit)

@@ -183,6 +183,7 @@ class TracedGrids(PackedGrids):
     """
 
     is_kept = False
+    _is_made = False
 
     def __new__(cls, *args: object, **kwargs: object) -> TracedGrids:
         """Make a new object each time."""
@@ -196,6 +197,9 @@ class TracedGrids(PackedGrids):
         longest: dict[int, int] | None = None,
         source: tuple[PackedGrids, str, int] | None = None,
     ) -> None:
+        if self._is_made:  # PackedGrids(pairs) returns one, and Python calls this once more
+            return
+        self._is_made = True
         self._given_rows, self._sides, self._source = rows, sides, source
         self._counts, self._longest = counts or {}, longest or {}
         self.is_known = sides is not None or (source is not None and source[0].is_known)

@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -307,9 +309,14 @@ def read_block(block: nn.Module, **context: object) -> BlockSpec:
     Raises:
         NotImplementedError: Another class, or a part that is not understood.
     """
-    # By name, because the families stand on this floor: they fill in its classes.
-    registry = importlib.import_module("uhd_ops.retrofit.registry")
-    return registry.read_block(block, **context)
+    return families().read_block(block, **context)
+
+
+def families() -> Any:
+    """Return ``uhd_ops.retrofit.registry``, by name because it stands on this floor."""
+    name = "uhd_ops.retrofit.registry"
+    # torch.compile traces a look-up of what is there, but no import.
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def _check_sizes(

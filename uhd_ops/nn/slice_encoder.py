@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from uhd_ops import _checks
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.attention import ViewScope
-from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.block_spec import BlockSpec, families
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.nn.view_ratios import merge_by_ratio, times_of
@@ -99,7 +98,7 @@ class SliceEncoder(nn.Module):
         super().__init__()
         if positions not in POSITIONS:
             raise ValueError(f'positions must be "resample" or "nearest", got "{positions}"')
-        registry = _registry()
+        registry = families()
         registry.check_packed(vit)
         if positions == "nearest":
             transformer, packed = registry.packed_of(vit)
@@ -132,7 +131,7 @@ class SliceEncoder(nn.Module):
             TypeError: An argument has the wrong type.
             ValueError: Shapes, grids or numbers do not fit together.
         """
-        vit, packed = _registry().packed_of(self.vit)
+        vit, packed = families().packed_of(self.vit)
         patch = _Patch.of(vit, packed)
         if grids is None:
             pixels, grids = patch.cut(views)
@@ -195,11 +194,6 @@ class SliceEncoder(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"positions={self.positions!r}"
-
-
-def _registry() -> Any:
-    # By name, because the families stand on this floor.
-    return importlib.import_module("uhd_ops.retrofit.registry")
 
 
 class _Merge:

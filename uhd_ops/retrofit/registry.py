@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import NamedTuple
 
 from torch import nn
@@ -210,7 +211,9 @@ def refuse_other(present: Config | None, config: Config) -> None:
 
 
 def _import(file: str) -> object:
-    return importlib.import_module(f"uhd_ops.retrofit.families.{file}")
+    name = f"uhd_ops.retrofit.families.{file}"
+    # torch.compile traces a look-up of what is there, but no import.
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def _look_up(module: nn.Module, library: str = "") -> tuple[str, str] | None:
