@@ -4,8 +4,8 @@
     python docs/models.py            # write the table
     python docs/models.py --check    # fail where it is out of date
 
-Every entry point is made on the meta device, without weights, and a compressor is inserted in its
-middle.
+Every entry point is made on the meta device, without weights. A slice encoder is made of it, a
+compressor is inserted in its middle, and a slice encoder is made of the two.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import timm
 import torch
 
 from uhd_ops import insert_early_compressor
+from uhd_ops.nn import SliceEncoder
 
 TABLE = Path(__file__).with_name("models.md")
 # The files of timm with models of one resolution throughout. All other classes are refused.
@@ -38,23 +39,35 @@ class Row(NamedTuple):
         name: As ``timm.create_model`` takes it.
         kind: Class of the model.
         reason: Why it is refused; empty where it is supported.
+        packed: Whether ``nn.SliceEncoder`` takes it, with and without a compressor.
     """
 
     name: str
     kind: str
     reason: str
+    packed: bool
 
 
 def try_model(name: str) -> Row:
-    """Make one model without weights and insert a compressor in its middle."""
+    """Make one model without weights, encode packed views, and insert a compressor."""
     with torch.device("meta"):
         model = timm.create_model(name)
     kind = type(model).__name__
+    packed = takes_packed_views(model)
     try:
         insert_early_compressor(model, layer=middle(model))
     except NotImplementedError as error:
-        return Row(name, kind, str(error).rpartition(f"got {kind}: ")[2])
-    return Row(name, kind, "")
+        return Row(name, kind, str(error).rpartition(f"got {kind}: ")[2], packed)
+    return Row(name, kind, "", packed and takes_packed_views(model))
+
+
+def takes_packed_views(model: torch.nn.Module) -> bool:
+    """Whether a slice encoder can be made of a model."""
+    try:
+        SliceEncoder(model)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def middle(model: torch.nn.Module) -> int:
@@ -74,21 +87,24 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         classes[row.kind].append(row)
     supported = sum(not row.reason for row in rows)
+    packed = sum(row.packed for row in rows)
     lines = [
         "# Vision transformers of timm that take a compressor",
         "",
         f"Written by `python docs/models.py` with timm {timm.__version__}: {supported} of "
-        f"{len(rows)} entry points are supported.",
+        f"{len(rows)} entry points are supported,",
+        f"and `nn.SliceEncoder` runs {packed} of them on packed views of different sizes.",
         "All other classes of timm reduce the resolution in stages or are no transformers, and are",
         "refused by name.",
         "",
-        "| class | entry points | supported | refused, and why |",
-        "|---|---:|---:|---|",
+        "| class | entry points | supported | packed | refused, and why |",
+        "|---|---:|---:|---:|---|",
     ]
     for kind, found in classes.items():
         refused = [row for row in found if row.reason]
         reasons = "; ".join(sorted({row.reason for row in refused})).replace("|", "\\|")
-        lines.append(f"| `{kind}` | {len(found)} | {len(found) - len(refused)} | {reasons} |")
+        counts = len(found), len(found) - len(refused), sum(row.packed for row in found)
+        lines.append(f"| `{kind}` | {' | '.join(map(str, counts))} | {reasons} |")
     for kind, found in classes.items():
         listed = [f"`{row.name}`" for row in found if not row.reason]
         if listed:
