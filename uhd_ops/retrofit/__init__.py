@@ -2,13 +2,14 @@
 """Insert compressors into an existing vision transformer, and take them out again."""
 
 from uhd_ops.retrofit.config import EarlyCompressorConfig, ProgressiveCompressionConfig
-from uhd_ops.retrofit.early import insert_early_compressor, remove_early_compressor
 from uhd_ops.retrofit.freezing import freeze_for_stage
-from uhd_ops.retrofit.patch_embedding import PatchRefinement, refine_patch_embedding
-from uhd_ops.retrofit.progressive import (
+from uhd_ops.retrofit.insertion import (
+    insert_early_compressor,
     insert_progressive_compression,
+    remove_early_compressor,
     remove_progressive_compression,
 )
+from uhd_ops.retrofit.patch_embedding import PatchRefinement, refine_patch_embedding
 from uhd_ops.retrofit.registry import takes_compressor
 
 __all__ = [

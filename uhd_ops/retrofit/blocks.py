@@ -16,30 +16,36 @@ from torch import nn
 from uhd_ops._reclass import Mixed
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.retrofit.layout import TokenLayout, running_forward
+from uhd_ops.retrofit.layout import TokenLayout, layout_of_every_image, running_forward
 
 
 class LayoutAware(Mixed):
     """A block that knows the layout of the tokens in the running forward pass.
 
     Attributes:
+        window: Side of the windows, in fine tokens, that became one token in front of the block.
         layout_while_tracing: Stands in for the context variable under torch.compile, which cannot
             trace one; None otherwise.
     """
 
+    window: int = 1
     layout_while_tracing: TokenLayout | None = None
 
     def _layout_of(self, x: torch.Tensor) -> TokenLayout:
+        """The layout in front of all compressors."""
         if self.layout_while_tracing is not None:
             return self.layout_while_tracing
-        running = None if torch.compiler.is_compiling() else running_forward(x)
-        if running is None:
+        running = layout = None
+        if not torch.compiler.is_compiling():
+            running = running_forward(self, x)
+            layout = layout_of_every_image(self) if running is None else running.layout
+        if layout is None:
             raise RuntimeError(
                 "the patch grid of these tokens is not known: a block with a compressor, or behind "
-                "it, runs in the forward pass of its model; if it is checkpointed, then alone or "
-                "with the whole model, with use_reentrant=False and no save_on_cpu around it"
+                "it, runs in the forward pass of its model, or by itself where the model takes "
+                "images of one size only"
             )
-        return running.layout
+        return layout
 
 
 class CompressedBlock(LayoutAware):
@@ -47,18 +53,16 @@ class CompressedBlock(LayoutAware):
 
     Attributes:
         compressor: The module that merges them.
-        merged_before: Side, in fine tokens, of the windows that other compressors merged before.
     """
 
     prefix = "Compressed"
     compressor: nn.Module
-    merged_before: int = 1
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``(B, P + h*w, C)`` to ``(B, P + ceil(h / window) * ceil(w / window), C)``."""
         layout = self._layout_of(x)
-        if self.merged_before > 1:
-            layout = layout.merged(self.merged_before)
+        if self.window > 1:
+            layout = layout.merged(self.window)
         layout.check(x)
         positions = None
         if isinstance(self.compressor, EarlyCompressor):  # pooling knows no positions
@@ -90,6 +94,7 @@ class CoarseBlock(LayoutAware, CoarsePart):
         self, x: torch.Tensor, source: torch.Tensor, derive: Callable[[torch.Tensor], Any]
     ) -> Any:
         """Return ``derive(source)``, computed once in a forward pass where that is possible."""
-        if self.layout_while_tracing is not None:
-            return derive(source)
-        return running_forward(x).derived(source, self.window, derive)
+        running = None
+        if self.layout_while_tracing is None:
+            running = running_forward(self, x)
+        return derive(source) if running is None else running.derived(source, self.window, derive)

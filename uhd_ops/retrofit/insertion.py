@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How compressors are inserted into a model and removed, for any family.
+"""Insert compressors into a vision transformer of any family, and take them out again.
 
 The classes of the model and of its blocks change in place; no module is added to the list of
 blocks, so every index and every parameter name stays. Why, and what else was considered:
@@ -8,17 +8,221 @@ docs/adr/0003.
 
 from __future__ import annotations
 
-from torch import nn
+import gc
+from collections.abc import Sequence
+
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from uhd_ops._reclass import Mixed, is_mixed, mixed
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
-from uhd_ops.retrofit.config import Config
+from uhd_ops.retrofit.config import (
+    Config,
+    EarlyCompressorConfig,
+    ProgressiveCompressionConfig,
+)
 from uhd_ops.retrofit.model import CompressedWrapper, Family
+from uhd_ops.retrofit.registry import family_of, refuse_other
 
 
-def insert(vit: nn.Module, config: Config, family: Family) -> nn.Module:
+def insert_early_compressor(
+    vit: nn.Module,
+    layer: int = 6,
+    *,
+    attention: bool | str = True,
+    mlp: str = "reuse",
+    form: str = "dense",
+    window: int = 2,
+    positions: str = "center",
+) -> nn.Module:
+    """Merge each window of patch tokens into one token after block ``layer``, in place.
+
+    The blocks behind ``layer`` then work on ``ceil(h / window) * ceil(w / window)`` tokens instead
+    of ``h * w``. Class and register tokens pass the compressor unchanged and never enter a window.
+    Every parameter keeps its name; the compressor's own are ``blocks.<layer>.compressor.*``, or
+    ``encoder.layers.<layer>.compressor.*`` and the like in transformers, initialised from block
+    ``layer`` as :meth:`uhd_ops.nn.EarlyCompressor.from_block` says.
+
+    The model stays what it was for its users: ``forward``, ``forward_features``,
+    ``forward_intermediates`` (whose maps from block ``layer`` on are coarse; ``feature_info`` says
+    so), gradient checkpointing of either kind, FSDP2, ``copy.deepcopy``, pickling and
+    ``torch.compile`` work as before. In transformers, ``hidden_states``, ``attentions`` and feature
+    maps behind ``layer`` are those of merged tokens; the options are kept in ``config``, and
+    :func:`uhd_ops.integrations.transformers.from_pretrained` loads what ``save_pretrained`` wrote.
+    Padded batches (NaFlex, SigLIP 2) are merged sample by sample; masks and ``patch_valid`` behind
+    the compressor are those of the merged tokens, and the grids are read from the device once for
+    each forward pass. Refused at run time are attention masks made for the full sequence, causal
+    attention, and patch dropout in training.
+
+    Args:
+        vit: A plain vision transformer of timm: ``VisionTransformer`` (SigLIP, CLIP, DeiT, DINOv2,
+            AIMv2, ViTamin and others built on it), ``Eva`` (EVA-02, DINOv3, Perception Encoder),
+            ``Beit``, ``VisionTransformerRelPos``, ``VisionTransformerSAM``, ``NaFlexVit``,
+            ``Cait``, and the encoders of Qwen 3, DeepSeek and Gemma 4. Or one of transformers: the
+            vision models of SigLIP, SigLIP 2, CLIP, DINOv2 and DINOv3. docs/models.md has the list.
+        layer: 0-based index of the block after whose body the compressor runs; the last block is
+            allowed.
+        attention: Whether tokens attend inside their window before they are merged, or which query
+            attends to its window; as for :class:`uhd_ops.nn.EarlyCompressor`.
+        mlp: ``"reuse"`` for the block's own MLP, ``"plain"`` or ``"none"``; likewise.
+        form: Weight form of the reused MLP: ``"dense"`` as in the released checkpoints,
+            ``"block"``, or ``"tied"``. They start as the same function. Other MLPs have one form.
+        window: Side of a window, in tokens.
+        positions: What position a merged token has in the blocks behind the compressor, where they
+            have rotary embeddings or relative positions: ``"center"``, the centre of its window,
+            which keeps all distances, or ``"reindex"``, its index on the merged grid, which divides
+            them by ``window``. Models with absolute positions only take either.
+
+    Returns:
+        ``vit`` itself. Where it holds a compressor with the same options already, nothing is done.
+        An optimiser made before does not know the compressor's parameters, which are new.
+
+    Raises:
+        NotImplementedError: The class of the model, a part of block ``layer``, or ``mlp`` is not
+            supported.
+        TypeError: An argument has the wrong type.
+        ValueError: ``layer``, ``form`` or ``window`` is out of range, ``vit`` holds a compressor
+            with other options, or DistributedDataParallel wraps it already. In every case of an
+            error, the model is as it was.
+
+    Source:
+        LLaVA-UHD v4, section 3.2.
+
+    Example:
+        >>> import torch
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> vit = insert_early_compressor(vit, layer=0)
+        >>> vit.forward_features(torch.randn(1, 3, 32, 32)).shape  # class token and 2 x 2 patches
+        torch.Size([1, 5, 32])
+    """
+    options = layer, attention, mlp, form, window, positions
+    return _insert(vit, "", EarlyCompressorConfig, options)
+
+
+def remove_early_compressor(vit: nn.Module) -> nn.Module:
+    """Take the compressor out again, in place; its weights are lost.
+
+    Args:
+        vit: A model that :func:`insert_early_compressor` returned.
+
+    Returns:
+        ``vit`` itself: class, attributes and parameters are those it had before the insertion,
+        updated by whatever training happened since.
+
+    Raises:
+        NotImplementedError: The class of the model is not supported.
+        TypeError: ``vit`` is no module.
+        ValueError: The model holds no compressor.
+
+    Example:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> type(remove_early_compressor(insert_early_compressor(vit, layer=0))).__name__
+        'VisionTransformer'
+    """
+    family = family_of(vit)
+    present = getattr(family.transformer(vit), "early_compressor", None)
+    if present is None:
+        raise ValueError("vit holds no compressor, so there is nothing to remove")
+    if not isinstance(present, EarlyCompressorConfig):
+        raise ValueError(f"vit holds {present}; call {present.removed_by}(vit) to remove it")
+    return _remove(vit, family)
+
+
+def insert_progressive_compression(
+    vit: nn.Module,
+    layers: Sequence[int] = (4, 18),
+    *,
+    pool: str = "adaptive",
+    hidden_dim: int | None = None,
+    window: int = 2,
+    positions: str = "center",
+) -> nn.Module:
+    """Merge each window of patch tokens into one token after several blocks, in place.
+
+    After each of the ``layers`` a :class:`uhd_ops.nn.WindowTokenCompressor` divides the tokens by
+    ``window²``: N, N/4, N/16, ... Grids are carried through all merges, with ragged windows at odd
+    sides; so are positions, and a merged token of the second merge has the position of all the
+    tokens that it came from. Class and register tokens never enter a window. The pooling starts as
+    the mean of a window, and trains.
+
+    In all other respects the model is what :func:`uhd_ops.insert_early_compressor` leaves: every
+    parameter keeps its name, and the compressors' own are ``blocks.<index>.compressor.*``.
+
+    Args:
+        vit: A model of timm that :func:`uhd_ops.insert_early_compressor` takes.
+        layers: Numbers of blocks in front of each merge, ascending. These are counts, as in the
+            name of the released "4-18" encoder, where ``layer`` of insert_early_compressor is the
+            0-based index of a block: ``layers=(7,)`` merges where ``layer=6`` does. ``(4, 18, 27)``
+            are the three stages of 4, 14 and 9 blocks.
+        pool: ``"adaptive"``, ``"mean"`` or ``"unshuffle"``; see WindowTokenCompressor.
+        hidden_dim: Hidden channels of the pooling's MLP, or None for its default.
+        window: Side of a window, in tokens.
+        positions: As for insert_early_compressor: ``"center"`` keeps physical distances,
+            ``"reindex"`` counts merged tokens anew, as the released encoder does.
+
+    Returns:
+        ``vit`` itself. Where it was compressed with the same options already, nothing is done.
+
+    Raises:
+        NotImplementedError: The class of the model, or a part of one of its blocks, is not
+            supported.
+        TypeError: An argument has the wrong type.
+        ValueError: An option is out of range, ``vit`` holds a compressor with other options, or
+            DistributedDataParallel wraps it already. In every case of an error, the model is as it
+            was.
+
+    Source:
+        LLaVA-UHD v3, progressive visual compression.
+
+    Example:
+        >>> import torch
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2)
+        >>> vit = insert_progressive_compression(vit, layers=(1, 2))
+        >>> vit.forward_features(torch.randn(1, 3, 64, 64)).shape  # class token and 2 x 2 patches
+        torch.Size([1, 5, 32])
+    """
+    options = layers, pool, hidden_dim, window, positions
+    return _insert(vit, "timm", ProgressiveCompressionConfig, options)
+
+
+def remove_progressive_compression(vit: nn.Module) -> nn.Module:
+    """Take all merges out again, in place; their weights are lost.
+
+    Args:
+        vit: A model that :func:`insert_progressive_compression` returned.
+
+    Returns:
+        ``vit`` itself, with the class, attributes and parameters that it had before.
+
+    Raises:
+        NotImplementedError: The class of the model is not supported.
+        TypeError: ``vit`` is no module.
+        ValueError: The model holds no progressive compression.
+    """
+    family = family_of(vit)
+    config = getattr(family.transformer(vit), "early_compressor", None)
+    if not isinstance(config, ProgressiveCompressionConfig):
+        raise ValueError("vit holds no progressive compression, so there is nothing to remove")
+    return _remove(vit, family)
+
+
+def _insert(vit: nn.Module, library: str, config: type[Config], options: tuple) -> nn.Module:
+    """Insert what the options say, into a model of this library if one is named."""
+    if isinstance(vit, DistributedDataParallel):
+        _refuse_data_parallel(vit)
+    family, config = family_of(vit, library), config(*options)
+    present = getattr(family.transformer(vit), "early_compressor", None)
+    refuse_other(present, config)
+    return (_insert_again if present == config else _insert_new)(vit, config, family)
+
+
+def _insert_new(vit: nn.Module, config: Config, family: Family) -> nn.Module:
     """Insert the compressors; everything that can fail comes before the first change."""
     transformer = family.transformer(vit)
+    _refuse_data_parallel(transformer)
     if isinstance(vit, CompressedWrapper):  # the compressor was removed from its transformer only
         restore_model(vit)
     blocks = transformer.get_submodule(family.model.blocks_name)
@@ -49,10 +253,10 @@ def insert(vit: nn.Module, config: Config, family: Family) -> nn.Module:
     ]
     for module, mixin, window in changes:
         module.__class__ = mixed(mixin, type(module))
+        if issubclass(mixin, (CoarsePart, CompressedBlock)):
+            module.window = window
         if issubclass(mixin, CoarsePart):
-            module.window, module.positions = window, config.positions
-        if issubclass(mixin, CompressedBlock):
-            module.merged_before = window
+            module.positions = config.positions
     for index, compressor in compressors.items():
         blocks[index].compressor = compressor.train(blocks[index].training)
     for model in dict.fromkeys((transformer, vit)):
@@ -60,7 +264,27 @@ def insert(vit: nn.Module, config: Config, family: Family) -> nn.Module:
     return vit
 
 
-def insert_again(vit: nn.Module, config: Config, family: Family) -> nn.Module:
+def _refuse_data_parallel(vit: nn.Module) -> None:
+    """Refuse a model that DistributedDataParallel wraps, or holds somewhere.
+
+    Its reducer knows the parameters that there were when it was made: the gradients of others would
+    not be averaged, and the ranks would drift apart without a word. Nothing in the model tells of
+    it, so all the wrappers that there are get asked.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    for wrapper in gc.get_objects():
+        if not issubclass(type(wrapper), DistributedDataParallel):
+            continue
+        if any(module is vit for module in wrapper.modules()):
+            raise ValueError(
+                f"vit must not be wrapped yet, got a {type(vit).__name__} inside "
+                "DistributedDataParallel, which would not average the gradients of a compressor "
+                "that it does not know: insert first, and wrap the model then"
+            )
+
+
+def _insert_again(vit: nn.Module, config: Config, family: Family) -> nn.Module:
     """Insert what the transformer holds already; a model that wraps it may not know of it yet."""
     if vit is not family.transformer(vit) and not isinstance(vit, CompressedWrapper):
         vit.__class__ = mixed(family.wrapper, type(vit))
@@ -68,8 +292,8 @@ def insert_again(vit: nn.Module, config: Config, family: Family) -> nn.Module:
     return vit
 
 
-def remove(vit: nn.Module, family: Family) -> nn.Module:
-    """Undo :func:`insert`."""
+def _remove(vit: nn.Module, family: Family) -> nn.Module:
+    """Undo :func:`_insert`."""
     transformer = family.transformer(vit)
     models = [transformer, vit] if isinstance(vit, CompressedWrapper) else [transformer]
     blocks = transformer.get_submodule(transformer.blocks_name)
@@ -84,7 +308,7 @@ def remove(vit: nn.Module, family: Family) -> nn.Module:
     for module in changed:
         if isinstance(module, CompressedBlock):
             del module.compressor
-        for name in ("layout_while_tracing", "window", "positions", "merged_before"):
+        for name in ("layout_while_tracing", "window", "positions"):
             vars(module).pop(name, None)
         while isinstance(module, Mixed):  # a block between two merges has two mixins
             module.__class__ = module.body_class

@@ -22,7 +22,7 @@ from uhd_ops.retrofit.blocks import (
     LayoutAware,
 )
 from uhd_ops.retrofit.config import Config
-from uhd_ops.retrofit.layout import TokenLayout, run_with
+from uhd_ops.retrofit.layout import MODELS, TokenLayout, run_with
 from uhd_ops.retrofit.packed import PackedModel
 from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
 
@@ -125,6 +125,26 @@ class CompressedModel(Compressed):
         if isinstance(result, list):  # intermediates_only
             return [to_map(y) for y in result]
         return result[0], [to_map(y) for y in result[1]]
+
+    def _remember(self, config: Config) -> None:
+        super()._remember(config)
+        MODELS.add(self)
+
+    def _forget(self) -> None:
+        super()._forget()
+        MODELS.discard(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Finish a copy, or what was loaded from a pickle."""
+        super().__setstate__(state)
+        MODELS.add(self)
+
+    def _layout_of_every_image(self) -> Any:
+        """The layout, if the model takes images of one size only; None if it takes others too."""
+        embed = getattr(self, "patch_embed", None)
+        if not getattr(embed, "strict_img_size", False) or embed.img_size is None:
+            return None
+        return self._layout(x=torch.empty(1, 3, *embed.img_size, device="meta"))
 
     def _changed_blocks(self) -> list[LayoutAware]:
         """Find the changed blocks; they are gone where pruning cut off the blocks from there on."""

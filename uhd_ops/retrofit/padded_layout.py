@@ -97,10 +97,19 @@ class PaddedLayout:
             )
         return self._merged[window]
 
+    @property
+    def places(self) -> tuple[PackedGrids, int, int]:
+        """What tells it from other layouts of the same model."""
+        return self.grids, self.length, self.prefix
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` has as many samples and tokens."""
+        return x.shape[:2] == (len(self.grids), self.prefix + self.length)
+
     def check(self, x: torch.Tensor) -> None:
         """Refuse tokens of another number: something added or dropped some."""
         expected = len(self.grids), self.prefix + self.length
-        if x.shape[:2] != expected:
+        if not self.holds(x):
             raise ValueError(
                 f"x must be (B, P + L, C) with B = {expected[0]} samples, P = {self.prefix} prefix "
                 f"tokens and L = {self.length} patches and padding, got shape {tuple(x.shape)}"

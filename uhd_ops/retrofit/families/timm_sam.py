@@ -99,9 +99,18 @@ class MapLayout(NamedTuple):
         """The layout behind the compressor."""
         return MapLayout(-(-self.height // window), -(-self.width // window))
 
+    @property
+    def places(self) -> tuple[int, int]:
+        """What tells it from other layouts of the same model."""
+        return tuple(self)
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` is a map of that size."""
+        return tuple(x.shape[1:3]) == self
+
     def check(self, x: torch.Tensor) -> None:
         """Refuse a map of another size."""
-        if tuple(x.shape[1:3]) != self:
+        if not self.holds(x):
             raise ValueError(
                 f"x must be a map of {self.height} x {self.width} tokens, (B, h, w, C), "
                 f"got shape {tuple(x.shape)}"
