@@ -9,7 +9,7 @@ export UHD_OPS_REQUIRE_NATIVE ?= 1
 # The virtual environment's cmake and ninja, also where it was not activated.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help build demo test test-all bench lint format clean
+.PHONY: help build demo test test-op test-all bench lint format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,11 @@ demo: build  ## Encode a photograph with and without the compressor
 
 test: lint build  ## Check style and run the tests on this build
 	$(PYTHON) -m pytest -n 2
+
+test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test-op OP=window_mean
+	@test -n "$(OP)" || { echo "usage: make test-op OP=window_mean" >&2; exit 2; }
+	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
+		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
 test-all: test  ## Then as on other machines, on emulated CUDA kernels, on the oldest torch, sanitized
 	bash .ci/machines.sh $(PYTHON)

@@ -28,7 +28,7 @@ TOP_LEVEL = {
 # A floor may import the ones below it and those that stand aside; nothing of uhd_ops otherwise.
 FLOORS = ("cli", "integrations", "retrofit", "nn", "ops", "_native")
 ASIDE = {
-    "cli": {"", "slicing", "flops", "grids", "_build_info", "reference"},  # "": public names
+    "cli": {"", "slicing", "flops", "grids", "_build_info"},  # "": public names
     "integrations": {"grids", "_reclass"},
     "retrofit": {"slicing", "flops", "grids", "windows", "_reclass"},
     "nn": {"slicing", "grids", "windows", "_reclass"},
@@ -38,7 +38,19 @@ ASIDE = {
     "flops": {"grids"},
     "grids": {"_native"},
     "reference": set(),
-    "_build_info": {"_native", "_host", "reference", "ops", "slicing"},
+    "_build_info": {"_native", "_host", "ops", "slicing"},
+}
+NO_KERNELS = "not _native.has_kernels("
+TIMES_DEFINITIONS = "uhd_ops/cli/_bench_cases.py"  # as one of the rivals of an operator
+# Files under 25 lines, which are otherwise part of a subject that has a file.
+SHORT = {
+    "csrc/host/build_info.h": "what follows is compiled with macros of CMake",
+    "csrc/host/build_info.cpp": "the macros of CMake, in one object file",
+    "csrc/window_attention/small_windows.h": "between a family of kernels and its dispatcher",
+    "csrc/window_attention/large_windows.h": "between a family of kernels and its dispatcher",
+    "csrc/window_attention/general_windows.h": "between a family of kernels and its dispatcher",
+    "uhd_ops/cli/_info.py": "one command of the command line, as every file beside it",
+    "uhd_ops/nn/ablation.py": "a table of the paper, which is read and never run",
 }
 COMPOSITE = {name for name, spec in SPECS.items() if "native" in spec.exempt}
 NATIVE = sorted(set(SPECS) - COMPOSITE)
@@ -178,6 +190,39 @@ def test_definitions_import_only_torch():
     assert_none(bad, "a definition stands on torch alone")
 
 
+def test_definitions_are_the_fallback_and_nothing_else():
+    # An implementation that leans on its definition would be compared with itself.
+    bad = []
+    for path in PYTHON:
+        aside = path.parent == PACKAGE / "reference" or relative(path) == TIMES_DEFINITIONS
+        if PACKAGE in path.parents and not aside:
+            fallback = path.parent == PACKAGE / "ops" and not path.stem.startswith("_")
+            bad += [f"{relative(path)}: {use}" for use in uses_of_definitions(path, fallback)]
+    assert_none(bad, "only `if not _native.has_kernels(...)` in an operator runs a definition")
+
+
+def uses_of_definitions(path, fallback):
+    """Yield the imports and uses of uhd_ops.reference that are no operator's fallback."""
+    tree = ast.parse(path.read_text())
+    for dotted in imports(path):
+        if f"{dotted}.".startswith("uhd_ops.reference."):
+            public = path == PACKAGE / "__init__.py" or fallback
+            if dotted != "uhd_ops.reference" or not public:
+                yield f"import {dotted}"
+    guarded = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test).startswith(NO_KERNELS)
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "reference" and id(node) not in guarded:
+            yield f"line {node.lineno} uses reference"
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "uhd_ops.reference":
+            yield f"line {node.lineno} uses uhd_ops.reference"
+
+
 def test_kernels_are_free_of_torch():
     waiting = [p for p in CODE if p.stem.endswith(("_cpu", "_cuda")) and p.suffix != ".py"]
     assert len(waiting) > 10
@@ -205,6 +250,20 @@ def test_files_are_no_longer_than_600_lines():
     lengths = {relative(path): len(path.read_text().splitlines()) for path in CODE}
     bad = [f"{name}: {length} lines" for name, length in lengths.items() if length > 600]
     assert_none(bad, "cut by subject")
+
+
+def test_short_files_have_reasons():
+    """A file of a few lines is a corridor: one walks through it to read what happens elsewhere."""
+    rooms = [p for p in CODE if p.is_relative_to(PACKAGE) or p.is_relative_to(ROOT / "csrc")]
+    lengths = {
+        relative(path): len(path.read_text().splitlines())
+        for path in rooms
+        if path.stem not in ("__init__", "__main__")
+    }
+    definitions = {f"uhd_ops/reference/{room}.py" for room in ROOMS.values()}  # one for each name
+    short = {name for name, length in lengths.items() if length < 25} - definitions
+    assert_none(short - SHORT.keys(), "belongs into the file of its subject")
+    assert_none(SHORT.keys() - short, "in SHORT, but not short or not there")
 
 
 PATHS = re.compile(

@@ -20,7 +20,6 @@ from timm.models.vision_transformer import (
 
 from uhd_ops import insert_early_compressor
 from uhd_ops.nn import EarlyCompressor
-from uhd_ops.reference._windows import window_tokens, windows_by_shape
 
 DIM, HEADS = 32, 2
 BLOCKS = [Block, ResPostBlock, ParallelScalingBlock, DiffParallelScalingBlock, ParallelThingsBlock]
@@ -111,17 +110,3 @@ def test_a_stem_that_rounds_up_is_not_misread():
         ValueError, match=r"1 prefix tokens and 7 x 7 patches, .* got shape \(2, 65"
     ):
         model(random_images(model, size=(30, 30)))
-
-
-@pytest.mark.parametrize(
-    "grids", [[(4, 6), (3, 5), (1, 1)], [(7, 7)], [], [(0, 3), (2, 2)], (5, 2)], ids=str
-)
-@pytest.mark.parametrize("window", [2, 3, 8])
-def test_windows_by_shape_are_all_windows(grids, window):
-    slots, present = window_tokens(grids, window)
-    expected = [tuple(row[own].tolist()) for row, own in zip(slots, present, strict=True)]
-    found = windows_by_shape(grids, window)
-    assert all(rows.shape[1] == height * width for (height, width), rows in found.items())
-    assert sorted(tuple(row.tolist()) for rows in found.values() for row in rows) == sorted(
-        expected
-    )

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional
 
 from uhd_ops import _native
-from uhd_ops.ops._derivatives import refuse_second_derivative
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda u: functional.gelu(u, approximate="tanh"),
@@ -113,4 +112,4 @@ if _native.status["cpu"] == "loaded":
     torch.library.register_autograd(
         "uhd_ops::_linear_activation", _backward, setup_context=_setup_context
     )
-    refuse_second_derivative("linear_activation", public="pixel_unshuffle_mlp")
+    _native.refuse_second_derivative("linear_activation", public="pixel_unshuffle_mlp")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 
 from uhd_ops import _native
-from uhd_ops.ops._derivatives import refuse_second_derivative
 from uhd_ops.windows import Windows
 
 
@@ -85,4 +84,4 @@ if _native.status["cpu"] == "loaded":
     torch.library.register_autograd(
         "uhd_ops::_unshuffle_norm", _backward, setup_context=_setup_context
     )
-    refuse_second_derivative("unshuffle_norm", public="pixel_unshuffle_mlp")
+    _native.refuse_second_derivative("unshuffle_norm", public="pixel_unshuffle_mlp")

@@ -39,7 +39,7 @@ def tile_block_diagonal(weight: torch.Tensor, tiles: int) -> torch.Tensor:
         tensor([[1., 2., 0., 0.],
                 [0., 0., 1., 2.]])
     """
-    return _tile(weight, tiles, "block_diagonal", reference.tile_block_diagonal)
+    return _tile(weight, tiles, "block_diagonal")
 
 
 def tile_average(weight: torch.Tensor, tiles: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ def tile_average(weight: torch.Tensor, tiles: int) -> torch.Tensor:
         >>> tile_average(torch.tensor([[2.0, 4.0]]), 2)
         tensor([[1., 2., 1., 2.]])
     """
-    return _tile(weight, tiles, "average", reference.tile_average)
+    return _tile(weight, tiles, "average")
 
 
 def tile_vector(vector: torch.Tensor, tiles: int) -> torch.Tensor:
@@ -99,17 +99,18 @@ def tile_vector(vector: torch.Tensor, tiles: int) -> torch.Tensor:
         >>> tile_vector(torch.tensor([1.0, 2.0]), 2)
         tensor([1., 2., 1., 2.])
     """
-    return _tile(vector, tiles, "repeat", reference.tile_vector)
+    return _tile(vector, tiles, "repeat")
 
 
-def _tile(weight, tiles, mode, definition):
+def _tile(weight, tiles, mode):
     name, shape = ("vector", "(I,)") if mode == "repeat" else ("weight", "(O, I)")
     _checks.check_tensor(weight, name)
     tiles = _checks.check_positive_int(tiles, "tiles")
     if weight.dim() != (1 if mode == "repeat" else 2):
         raise ValueError(f"{name} must be {shape}, got shape {tuple(weight.shape)}")
     if not _native.has_kernels(weight.device):
-        return definition(weight, tiles)
+        public = "tile_vector" if mode == "repeat" else f"tile_{mode}"
+        return getattr(reference, public)(weight, tiles)
     return torch.ops.uhd_ops.tile_weight(weight, tiles, mode)
 
 

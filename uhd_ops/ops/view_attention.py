@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from uhd_ops import _checks, _native, windows
 from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.ops._derivatives import refuse_second_derivative
 from uhd_ops.padded_grids import PaddedGrids
 
 try:  # torch has it since 2.10, and a scale since later
@@ -240,4 +239,4 @@ def _backward(ctx, grad_out):
 
 
 torch.library.register_autograd("uhd_ops::_view_attention", _backward, setup_context=_setup_context)
-refuse_second_derivative("view_attention")
+_native.refuse_second_derivative("view_attention")

@@ -7,7 +7,6 @@ import torch
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops._derivatives import refuse_second_derivative
 from uhd_ops.ops.view_attention import attend_by_length
 from uhd_ops.windows import Permute, TokenOrder, Windows
 
@@ -163,4 +162,4 @@ if _native.status["cpu"] == "loaded":
     torch.library.register_autograd(
         "uhd_ops::window_attention", _backward, setup_context=_setup_context
     )
-    refuse_second_derivative("window_attention")
+    _native.refuse_second_derivative("window_attention")

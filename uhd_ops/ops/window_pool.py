@@ -7,7 +7,6 @@ import torch
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops._derivatives import refuse_second_derivative
 from uhd_ops.windows import TokenOrder
 
 
@@ -105,4 +104,4 @@ if _native.status["cpu"] == "loaded":
     torch.library.register_fake("uhd_ops::window_pool", _fake)
     torch.library.register_fake("uhd_ops::_window_pool_backward", _backward_fake)
     torch.library.register_autograd("uhd_ops::window_pool", _backward, setup_context=_setup_context)
-    refuse_second_derivative("window_pool")
+    _native.refuse_second_derivative("window_pool")

@@ -50,48 +50,9 @@ def window_tokens(grids, window: int, device=None) -> tuple[torch.Tensor, torch.
     return torch.cat(tokens).to(device), torch.cat(present).to(device)
 
 
-def slots_of_tokens(grids, window: int, device=None) -> torch.Tensor:
-    """Where :func:`window_tokens` has each packed token: its slot, as if they were one row."""
-    slots, start = [torch.empty(0, dtype=torch.int64)], 0
-    for height, width in as_pairs(grids):
-        row, col = torch.arange(height)[:, None], torch.arange(width)
-        across = -(-width // window)
-        of_view = row // window * across + col // window
-        of_window = row % window * window + col % window
-        slots.append(((start + of_view) * window**2 + of_window).flatten())
-        start += -(-height // window) * across
-    return torch.cat(slots).to(device)
-
-
 def _split(grid: torch.Tensor, f: int) -> torch.Tensor:
     height, width = grid.shape
     return grid.view(height // f, f, width // f, f).transpose(1, 2).reshape(-1, f * f)
-
-
-def windows_by_shape(grids, window: int, device=None) -> dict[tuple[int, int], torch.Tensor]:
-    """List the tokens of every window, those of one shape together.
-
-    Returns:
-        For each shape ``(height, width)`` of a window that occurs: packed indices of its tokens,
-        ``(n, height * width)`` int64, in raster order inside the window.
-    """
-    found, start = {}, 0
-    for height, width in as_pairs(grids):
-        token = torch.arange(start, start + height * width, device=device).view(height, width)
-        for rows, tall in _strips(height, window):
-            for cols, wide in _strips(width, window):
-                tiles = token[rows, cols].unflatten(1, (-1, wide)).unflatten(0, (-1, tall))
-                part = tiles.transpose(1, 2).reshape(-1, tall * wide)
-                found.setdefault((tall, wide), []).append(part)
-        start += height * width
-    return {shape: torch.cat(parts) for shape, parts in found.items()}
-
-
-def _strips(side: int, window: int) -> list[tuple[slice, int]]:
-    """The part of a side that whole windows cover and what is left, each with a window's side."""
-    covered = side - side % window
-    strips = [(slice(0, covered), window), (slice(covered, side), side - covered)]
-    return [(part, length) for part, length in strips if part.start < part.stop]
 
 
 def clamped_window(grids, window: int) -> int:
