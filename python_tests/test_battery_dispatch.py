@@ -28,12 +28,16 @@ from specs import SPECS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from uhd_ops import _native
+from uhd_ops import PackedGrids, _native
 
 kernels_only = native_only("without the native library nothing is registered")
-HELPERS = {  # operators behind no SPEC, with arguments to check them on
+_ROWS = torch.tensor([(4, 6), (3, 5), (0, 0)])
+_HEADS = [torch.randn(39, 2, 8) for _ in range(4)]
+HELPERS = {  # operators that no call of a SPEC reaches, with arguments to check them on
+    "_view_attention": (*_HEADS[:3], _ROWS, None),
+    "_view_attention_backward": (*_HEADS, _ROWS, 0.3),
     "_view_table": ([4, 6, 3, 5], 2, 2),
-    "_view_table_from_rows": (torch.tensor([(4, 6), (3, 5), (0, 0)]), 2),
+    "_view_table_from_rows": (_ROWS, 2),
 }
 BOTH = ("cpu", "cuda")
 # No tensors: tested in test_native.py and test_build_info.py. The CUDA library alone has the last.
@@ -235,6 +239,10 @@ def test_batched_tokens_take_one_pair(name, device):
     several = "... is batched, so grids must be one (h, w) pair; ..."
     for grids in ([(3, 5), (3, 5)], [(3, 5)], torch.tensor([(3, 5)])):
         assert_refused(name, call.put(call.grids, grids), ValueError, several)
+    packed = call.put(call.grids, PackedGrids([(3, 5)]))  # what a module parsed for several calls
+    one_pair = run(public(name), call.put(call.grids, (3, 5)))
+    torch.testing.assert_close(run(public(name), packed), one_pair)
+    assert_refused(name, call.put(call.grids, PackedGrids([(3, 5)] * 2)), ValueError, several)
     count = "... must be (B, h*w, ...) with h*w = 14 tokens (sum of h*w over grids), got shape ..."
     assert_refused(name, call.put(call.grids, (2, 7)), ValueError, count)
 

@@ -179,12 +179,10 @@ def test_gradients_of_the_traced_operator(block, dtype, monkeypatch):
 
 # opcheck itself reads .grad of its own intermediate tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_traced_operators_do_what_they_declare():
+def test_the_traced_operator_does_what_it_declares():
     grids = PackedGrids([(2, 3), (0, 2), (1, 5)])
     leaves = [x.contiguous().requires_grad_() for x in qkv(grids.num_tokens)]
     torch.library.opcheck(torch.ops.uhd_ops._view_attention.default, (*leaves, grids.rows, None))
-    inputs = (torch.randn_like(leaves[0]), *(x.detach() for x in leaves), grids.rows, 0.3)
-    torch.library.opcheck(torch.ops.uhd_ops._view_attention_backward.default, inputs)
 
 
 class Attention(torch.nn.Module):

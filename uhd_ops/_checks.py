@@ -42,10 +42,11 @@ def check_int(value: object, name: str, least: int | None = None, most: int | No
         TypeError: It is no integer; a bool and a float with an integral value are none.
         ValueError: It is out of range.
     """
-    if not is_int(value):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not isinstance(value, (int, torch.SymInt)):  # the index would fix a symbol's value
-        value = operator.index(value)
+    if type(value) is not int:
+        if not is_int(value):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if not isinstance(value, torch.SymInt):  # the index would fix a symbol's value
+            value = int(operator.index(value))
     if (least is not None and value < least) or (most is not None and value > most):
         if most is None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -78,7 +79,11 @@ def check_tensor(x: object, name: str) -> None:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.layout != torch.strided:
         raise NotImplementedError(f"{name} must be a strided tensor, got layout {x.layout}")
-    if not torch.compiler.is_compiling() and _is_transformed(x):
+    # What torch.func and forward mode leave a mark of, which is rare, is looked at closely.
+    marked = not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or functorch.is_functorch_wrapped_tensor(x)
+    )
+    if marked and _is_transformed(x):
         raise NotImplementedError(
             f"{name} takes part in torch.func.grad, vjp, jvp or forward-mode differentiation, "
             "which uhd_ops operators do not support; use torch.autograd, or uhd_ops.reference, "
@@ -104,9 +109,12 @@ def check_like(x: object, name: str, other: torch.Tensor, other_name: str) -> No
     Where autocast is on, any two dtypes do that it casts to the same one: all but float64.
     """
     check_tensor(x, name)
-    cast = torch.float64 not in (x.dtype, other.dtype) and _autocast_dtype(other) is not None
-    if x.dtype != other.dtype and not cast:
-        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+    if x.dtype != other.dtype:
+        cast = torch.float64 not in (x.dtype, other.dtype) and _autocast_dtype(other) is not None
+        if not cast:
+            raise TypeError(
+                f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}"
+            )
     if x.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, got {x.device}"

@@ -326,6 +326,9 @@ def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:
     """Return ``grids``, in any accepted form, as checked pairs."""
     if isinstance(grids, PackedGrids):
         return grids._pairs
+    pair = type(grids) is tuple and len(grids) == 2 and type(grids[0]) is type(grids[1]) is int
+    if pair and grids[0] >= 0 and grids[1] >= 0:  # what a model computes from an image's size
+        return (grids,)
     if is_single_pair(grids):
         grids = (grids,)
     if isinstance(grids, torch.Tensor) and grids.device.type != "cpu":
@@ -373,10 +376,11 @@ _known_lock = threading.Lock()
 
 def _of_pairs(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
     """Return the one object for these grids, or one for a trace where sides may be symbols."""
-    if torch.compiler.is_compiling() or any(
-        isinstance(side, torch.SymInt) for pair in pairs for side in pair
-    ):
+    if torch.compiler.is_compiling():
         return TracedGrids(None, pairs)
+    for pair in pairs:
+        if type(pair[0]) is not int or type(pair[1]) is not int:  # a symbol has no hash
+            return TracedGrids(None, pairs)
     found = _known.get(pairs)
     if found is None:
         made = _make(pairs)

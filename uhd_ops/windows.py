@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from uhd_ops import _native
 from uhd_ops._cache import kept
 from uhd_ops._checks import LARGEST_INT, check_positive_int, check_tensor
-from uhd_ops.grids import Grids, PackedGrids, TracedGrids
+from uhd_ops.grids import Grids, PackedGrids, TracedGrids, is_single_pair
 from uhd_ops.padded_grids import PaddedGrids
 
 TokenOrder: TypeAlias = str | Sequence[int]
@@ -37,12 +37,17 @@ class Windows:
         window: Side f of a window.
         num_tokens: Tokens N, of all views, or of each view of a batch.
         num_windows: Windows, likewise.
+        all_tokens: Tokens of the whole call, N.
+        all_windows: Windows of the whole call, M.
         batch: None for packed tokens ``(N, ...)``, B for batched ones ``(B, h*w, ...)``.
         grids: The grids of all views; None where they are padded, so that the numbers are
             capacities.
     """
 
-    __slots__ = ("batch", "grids", "num_tokens", "num_windows", "views", "window")
+    __slots__ = (
+        *("all_tokens", "all_windows", "batch", "grids", "num_tokens", "num_windows"),
+        *("views", "window"),
+    )
 
     def __init__(
         self,
@@ -55,6 +60,8 @@ class Windows:
     ) -> None:
         self.views, self.window, self.batch, self.grids = views, window, batch, grids
         self.num_tokens, self.num_windows = num_tokens, num_windows
+        times = 1 if batch is None else batch
+        self.all_tokens, self.all_windows = num_tokens * times, num_windows * times
 
     @classmethod
     def of(
@@ -89,16 +96,6 @@ class Windows:
         """Whether tables are kept: not for padded grids, which change, and not while tracing."""
         kept = self.grids is not None and self.grids.is_kept
         return kept and not torch.compiler.is_compiling()
-
-    @property
-    def all_tokens(self) -> int:
-        """Tokens of the whole call, N."""
-        return self.num_tokens if self.batch is None else self.num_tokens * self.batch
-
-    @property
-    def all_windows(self) -> int:
-        """Windows of the whole call, M."""
-        return self.num_windows if self.batch is None else self.num_windows * self.batch
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, h*w, ...)`` to ``(N, ...)``; packed tokens as they are."""
@@ -388,7 +385,7 @@ def locate(
     """Match tokens ``x`` against ``grids``.
 
     Args:
-        x: ``(N, *trailing)``, or ``(B, h*w, *trailing)`` with one grid.
+        x: ``(N, *trailing)``, or ``(B, h*w, *trailing)`` with one pair or PackedGrids of one view.
         name: What the caller calls ``x``, for messages.
         grids: Grids in any accepted form.
         window: Window side, checked before.
@@ -406,9 +403,9 @@ def locate(
             f"got shape {tuple(x.shape)}"
         )
     batch = x.shape[0] if more == 2 else None
+    if batch is not None and not isinstance(grids, PackedGrids) and not is_single_pair(grids):
+        raise _several_grids(x, name, trailing)
     if isinstance(grids, PaddedGrids):
-        if batch is not None:
-            raise _several_grids(x, name, trailing)
         return _padded_windows(x, name, grids, window, trailing)
     if isinstance(x, FakeTensor) and not torch.compiler.is_compiling():
         grids = TracedGrids.of(grids)

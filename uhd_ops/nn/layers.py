@@ -237,23 +237,24 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     the instance does something else (adapters, offloading, observers), or where the weight is no
     dense tensor (quantised or sharded).
     """
-    return (
-        type(module) is cls
-        and "forward" not in vars(module)
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-        # Parametrised modules change their class.
-        and all(p is None or is_dense(p) for p in module._parameters.values())
-    )
+    if type(module) is not cls or "forward" in vars(module):  # parametrised modules change class
+        return False
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    return not [p for p in module._parameters.values() if hasattr(type(p), _WRAPS)]
+
+
+_WRAPS = "__tensor_flatten__"
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds its numbers itself: quantised and sharded ones wrap others."""
-    return not hasattr(type(tensor), "__tensor_flatten__")
+    return not hasattr(type(tensor), _WRAPS)
 
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

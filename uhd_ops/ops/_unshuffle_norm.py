@@ -24,10 +24,8 @@ def unshuffle_norm(
     float32, float64 for float64. The means are empty unless ``residual``.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight, bias = (
-        None if vector is None else vector.to(wide).contiguous()
-        for vector in (norm_weight, norm_bias)
-    )
+    weight = None if norm_weight is None else norm_weight.to(wide).contiguous()
+    bias = None if norm_bias is None else norm_bias.to(wide).contiguous()
     z, mean, *_ = torch.ops.uhd_ops._unshuffle_norm(
         x, where.views, where.all_windows, weight, bias, eps, factor, residual
     )
