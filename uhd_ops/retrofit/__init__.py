@@ -11,6 +11,7 @@ from uhd_ops.retrofit.insertion import (
 )
 from uhd_ops.retrofit.patch_embedding import PatchRefinement, refine_patch_embedding
 from uhd_ops.retrofit.registry import takes_compressor
+from uhd_ops.retrofit.weights import load_plain_checkpoint
 
 __all__ = [
     "EarlyCompressorConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "freeze_for_stage",
     "insert_early_compressor",
     "insert_progressive_compression",
+    "load_plain_checkpoint",
     "refine_patch_embedding",
     "remove_early_compressor",
     "remove_progressive_compression",

@@ -51,6 +51,8 @@ class Compressed(Mixed):
                 if hasattr(cls.body_class, name):
                     method = getattr(cls.body_class, name)
                     setattr(cls, name, cls._adapt(method, getattr(cls, caller)))
+            if hasattr(cls.body_class, "init_weights"):
+                cls.init_weights = _reusing(cls.body_class.init_weights)
 
     @classmethod
     def _adapt(cls, method: Callable[..., Any], caller: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,6 +85,20 @@ class Compressed(Mixed):
     def _forget(self) -> None:
         """Undo :meth:`_remember`."""
         del self.early_compressor
+
+
+def _reusing(init_weights: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that initialises the model's own weights, and the compressors from them."""
+
+    @functools.wraps(init_weights)
+    def both(self: Compressed, *args: Any, **kwargs: Any) -> Any:
+        from uhd_ops.retrofit.weights import reuse_again  # which stands on this file
+
+        result = init_weights(self, *args, **kwargs)
+        reuse_again(self)
+        return result
+
+    return both
 
 
 class CompressedModel(Compressed):
