@@ -20,6 +20,7 @@ from uhd_ops.nn.block_spec import BlockSpec, families
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.nn.view_ratios import merge_by_ratio, times_of
+from uhd_ops.windows import join_prefix, split_prefix
 
 POSITIONS = ("resample", "nearest")
 
@@ -160,7 +161,7 @@ class SliceEncoder(nn.Module):
             ratios: As for :meth:`forward`.
         """
         prefix, patches = model.embed(pixels, self.positions)
-        x, sides = _join(prefix, patches, model.lengths()), (1,) * len(model.grids)
+        x, sides = join_prefix(prefix, patches, model.grids), (1,) * len(model.grids)
         for index, block in enumerate(model.blocks):
             # Read anew in every call: adapters may have come, or a compressor.
             spec, compressor = model.spec(index), getattr(block, "compressor", None)
@@ -174,10 +175,10 @@ class SliceEncoder(nn.Module):
             else:
                 x = _run(*arguments)
             sides = sides if merge is None else merge.sides
-        lengths = model.lengths(sides)
-        prefix, patches = _split(x, lengths, prefix.shape[1])
+        grids = PackedGrids(model.merged_grids(sides))
+        prefix, patches = split_prefix(x, grids, prefix.shape[1])
         prefix, patches = model.finish(prefix, patches, sides)
-        return patches, PackedGrids(model.merged_grids(sides)), prefix
+        return patches, grids, prefix
 
     @staticmethod
     def _check_ratios(
@@ -219,7 +220,7 @@ class _Merge:
         ratios: Sequence[int] | None,
     ) -> None:
         self.compressor, self.ratios, window = compressor, ratios, compressor.window
-        self.grids, self.lengths = PackedGrids(model.merged_grids(sides)), model.lengths(sides)
+        self.grids = PackedGrids(model.merged_grids(sides))
         times = [1] * len(sides) if ratios is None else times_of(ratios, len(sides), window)
         self.positions: list[tuple[Rotary, ...]] = []  # of the views that are merged in each step
         for step in range(max(times)):
@@ -257,25 +258,8 @@ def _run(
     x = spec.run(x, scope, positions)
     if merge is None:
         return x
-    in_front, patches = _split(x, merge.lengths, prefix)
-    patches, grids = merge(patches)
-    return _join(in_front, patches, _lengths(grids))
-
-
-def _join(prefix: torch.Tensor, patches: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Put each view's prefix tokens ``(S, P, C)`` in front of its patches."""
-    if prefix.shape[1] == 0:
-        return patches
-    views = zip(prefix, patches.split(lengths), strict=True)
-    return torch.cat([tokens for view in views for tokens in view])
-
-
-def _split(x: torch.Tensor, lengths: list[int], prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo :func:`_join`: the prefix tokens ``(S, P, C)`` and the patch tokens ``(N, C)``."""
-    if prefix == 0:
-        return x.new_empty((len(lengths), 0, x.shape[1])), x
-    views = x.split([prefix + length for length in lengths])
-    return torch.stack([v[:prefix] for v in views]), torch.cat([v[prefix:] for v in views])
+    in_front, patches = split_prefix(x, merge.grids, prefix)
+    return join_prefix(in_front, *merge(patches))
 
 
 def _lengths(grids: PackedGrids) -> list[int]:
