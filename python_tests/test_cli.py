@@ -85,6 +85,27 @@ def test_encode_json(photo, capsys):
     assert set(summary["backends"]) == {"window_attention", "pixel_unshuffle_mlp"}
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        "eva02_tiny_patch14_224",
+        "naflexvit_base_patch16_siglip",
+        "vit_relpos_small_patch16_224",
+        "cait_xxs24_224",
+        "samvit_base_patch16_224",
+    ],
+)
+def test_encode_takes_every_family(model, photo, capsys):
+    code, folder = encode(photo, "--model", model, "--max-slices", "1", "--json")
+    assert code == 0
+    (summary,) = json.loads(capsys.readouterr().out)
+    assert summary["model"]["name"] == model
+    assert summary["tokens"]["out"] < summary["tokens"]["in"]
+    assert 0 < summary["giga_macs"]["with"] < summary["giga_macs"]["without"]
+    with safe_open(folder / "tokens.safetensors", "pt") as file:
+        assert file.get_tensor("tokens").isfinite().all()
+
+
 def test_encode_equals_the_library(photo):
     """The tokens are those of the public functions, called by hand."""
     import timm
@@ -181,8 +202,12 @@ def test_bench_rivals_compute_the_same(make):
         (["encode", "nope.jpg"], "No such file or directory: 'nope.jpg'"),
         (["encode", "{photo}", "--model", "vit_tinny"], "timm has no model 'vit_tinny'; it has"),
         (
+            ["encode", "{photo}", "--model", "eva02_tiny_patch41_224"],
+            "it has, for example, eva02_tiny_patch14_224",
+        ),
+        (
             ["encode", "{photo}", "--model", "resnet18"],
-            "vit must be a plain timm VisionTransformer",
+            "vit must be one of timm's Beit, Cait,",
         ),
         (["encode", "{photo}", "--model", "test_vit", "--layer", "6"], "layer must be in 0..5"),
         (["encode", "{text}"], "cannot be read: it is in no format that Pillow knows"),

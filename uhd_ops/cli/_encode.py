@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
-    add("--model", default=DEFAULT_MODEL, help="timm vision transformer (default: %(default)s)")
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="timm vision transformer, see docs/models.md (default: %(default)s)",
+    )
     add(
         "--layer",
         type=non_negative_int,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one ViT over packed views, without and with the compressor, and time both."""
+"""Run one model over packed views, without and with the compressor, and time both."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from uhd_ops import flops
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn import SliceEncoder
 from uhd_ops.retrofit import insert_early_compressor, remove_early_compressor
+from uhd_ops.retrofit.registry import packed_of
 
 PASSES = 2
 
@@ -45,10 +47,10 @@ class Comparison(NamedTuple):
 
 
 def check_compressor(vit: nn.Module, layer: int, form: str) -> None:
-    """Try what :func:`compare` will do to the ViT, so that a wrong layer costs no minutes later.
+    """Try what :func:`compare` will do to a model, so that a wrong layer costs no minutes later.
 
     Raises:
-        NotImplementedError: The ViT is of a kind that takes no compressor.
+        NotImplementedError: The model is of a kind that takes no compressor.
         ValueError: It has no such layer.
     """
     SliceEncoder(vit)
@@ -64,25 +66,31 @@ def compare(
     the first pass of a process also pays for memory that later ones find mapped.
 
     Args:
-        vit: A timm ViT without a compressor; it is handed back without one.
+        vit: A model without a compressor; it is handed back without one.
         pixels: Patches of all views, (N, 3, p, p).
         grids: Patch grids of the views, thumbnail first.
         layer: Block after which the compressor runs.
         form: Weight form of its MLP.
     """
-    without, compressed, passed = [], [], {}
-    with torch.inference_mode(), _progress(vit) as begin:
+    without, compressed, passed, blocks = [], [], {}, _blocks(vit)
+    macs = _giga_macs(vit, pixels, grids)
+    insert_early_compressor(vit, layer, form=form)
+    try:
+        fewer_macs = _giga_macs(vit, pixels, grids)
+    finally:
+        remove_early_compressor(vit)
+    with torch.inference_mode(), _progress(blocks) as begin:
         for number in range(1, PASSES + 1):
-            without.append(_timed(vit, pixels, grids, begin, f"without compressor, pass {number}"))
+            name = f"without compressor, pass {number}"
+            without.append(Run(*_timed(vit, pixels, grids, begin, name), macs))
             insert_early_compressor(vit, layer, form=form)
             # Tokens are only kept here; their norms are taken later, outside the timed pass.
-            vit.blocks[layer].compressor.register_forward_hook(
+            blocks[layer].compressor.register_forward_hook(
                 lambda module, inputs, output: passed.update(before=inputs[0], after=output)
             )
+            name = f"with compressor, pass {number}"
             try:
-                compressed.append(
-                    _timed(vit, pixels, grids, begin, f"with compressor, pass {number}")
-                )
+                compressed.append(Run(*_timed(vit, pixels, grids, begin, name), fewer_macs))
             finally:
                 remove_early_compressor(vit)
         norms = (tokens.float().norm(dim=-1) for tokens in (passed["before"], passed["after"]))
@@ -96,7 +104,7 @@ def _timed(
     grids: PackedGrids,
     begin: Callable[[str], None],
     name: str,
-) -> Run:
+) -> tuple[torch.Tensor, PackedGrids, float]:
     encoder = SliceEncoder(vit)
     thumbnail = PackedGrids([grids[0]])
     begin(f"{name}, warm-up")
@@ -105,11 +113,25 @@ def _timed(
     start = time.perf_counter()
     result = encoder(pixels, grids)
     seconds = time.perf_counter() - start
-    return Run(result.tokens, result.grids, seconds, flops.of_vit(vit, grids).giga)
+    return result.tokens, result.grids, seconds
+
+
+def _giga_macs(vit: nn.Module, pixels: torch.Tensor, grids: PackedGrids) -> float:
+    """Count what the slice encoder computes: from sizes where they tell, or from a trace."""
+    try:
+        flops.vit_config(vit)
+    except NotImplementedError:
+        return flops.count_forward(SliceEncoder(vit), pixels, grids).giga
+    return flops.of_vit(vit, grids).giga
+
+
+def _blocks(vit: nn.Module) -> nn.Module:
+    transformer, packed = packed_of(vit)
+    return transformer.get_submodule(packed.blocks_name)
 
 
 @contextlib.contextmanager
-def _progress(vit: nn.Module) -> Iterator[Callable[[str], None]]:
+def _progress(blocks: nn.Module) -> Iterator[Callable[[str], None]]:
     """Show one bar per pass; it moves with every block."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -118,13 +140,17 @@ def _progress(vit: nn.Module) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
 
         def begin(name: str) -> None:
-            progress.add_task(name, total=len(vit.blocks))
+            progress.add_task(name, total=len(blocks))
 
-        def advance(*_: object) -> None:
-            progress.advance(progress.task_ids[-1])
+        def enter(number: int, *_: object) -> None:
+            progress.update(progress.task_ids[-1], completed=number)
 
-        # On the MLPs: the slice encoder runs the parts of a block, not the block itself.
-        hooks = [block.mlp.register_forward_hook(advance) for block in vit.blocks]
+        # On all parts: the slice encoder runs those of a block, not the block itself.
+        hooks = [
+            part.register_forward_pre_hook(functools.partial(enter, number))
+            for number, block in enumerate(blocks, 1)
+            for part in block.modules()
+        ]
         try:
             yield begin
         finally:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import urllib.error
 import urllib.request
@@ -15,9 +16,10 @@ from uhd_ops.cli._support import UserError, user_errors
 
 
 class Encoder(NamedTuple):
-    """A timm ViT and what slicing has to know about it."""
+    """A timm model and what slicing has to know about it."""
 
     vit: nn.Module
+    depth: int  # blocks
     weights: str  # for people: "pretrained" or "random (seed 0)"
     patch_size: int  # px
     scale_resolution: int  # px
@@ -38,7 +40,8 @@ def load_encoder(name: str, *, pretrained: bool, seed: int, dtype: torch.dtype) 
         The model, in eval mode, on the CPU.
 
     Raises:
-        UserError: There is no such model, its weights cannot be fetched, or it is no plain ViT.
+        UserError: There is no such model, its weights cannot be fetched, or it is of a class that
+            takes no compressor.
     """
     if pretrained and not _hub_answers():
         # Read when timm imports the hub's client: it then looks into its cache instead of retrying
@@ -52,14 +55,15 @@ def load_encoder(name: str, *, pretrained: bool, seed: int, dtype: torch.dtype) 
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(why_not(name, error, pretrained=pretrained)) from error
     weights = "pretrained" if pretrained else f"random (seed {seed})"
-    with user_errors(NotImplementedError, AttributeError, prefix=f"model {name}: "):
-        from uhd_ops.flops import vit_config
+    with user_errors(NotImplementedError, prefix=f"model {name}: "):
+        from uhd_ops.retrofit.registry import packed_of
 
-        patch_size = vit_config(vit).patch
-        sides = vit.patch_embed.img_size or (448, 448)
-    config = vit.pretrained_cfg
+        transformer, packed = packed_of(vit)
+    patch_size, _ = packed.patch_size(transformer)
+    depth, config = len(transformer.get_submodule(packed.blocks_name)), vit.pretrained_cfg
+    side = max(config["input_size"][1:])
     vit = vit.to(dtype).eval().requires_grad_(False)
-    return Encoder(vit, weights, patch_size, max(sides), config["mean"], config["std"])
+    return Encoder(vit, depth, weights, patch_size, side, config["mean"], config["std"])
 
 
 def _hub_answers(timeout: float = 5.0) -> bool:
@@ -85,8 +89,7 @@ def why_not(name: str, error: Exception, *, pretrained: bool) -> str:
             "from the model hub. Leave out --pretrained to run with random weights."
         )
     if "Unknown model" in str(error):
-        similar = (
-            list_models(f"*{name.split('.')[0][:12]}*")[:5] or list_models("vit_base_*siglip*")[:5]
-        )
+        similar = difflib.get_close_matches(name.partition(".")[0], list_models(), 5)
+        similar = similar or list_models("vit_base_*siglip*")[:5]
         return f"timm has no model {name!r}; it has, for example, {', '.join(similar)}"
     return f"model {name} cannot be made: {error}" + (" (--pretrained)" if pretrained else "")

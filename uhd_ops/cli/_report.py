@@ -36,7 +36,7 @@ def summarise(
         "views": plan.num_views,
         "model": {
             "name": arguments.model,
-            "depth": len(encoder.vit.blocks),
+            "depth": encoder.depth,
             "weights": encoder.weights,
             "dtype": arguments.dtype,
         },

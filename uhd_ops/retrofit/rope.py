@@ -88,7 +88,10 @@ def rope_tables(rope: nn.Module | None, grid: Grid, *, any_size: bool) -> Tables
         table = rope.get_embed(shape=grid)
     else:
         if tuple(rope.feat_shape) != grid:
-            rope = copy.deepcopy(rope, {id(p): p for p in rope.parameters()})
+            # Tables are made in place. Clones, because a tensor without data takes no deepcopy.
+            tensors = {id(p): p for p in rope.parameters()}
+            tensors |= {id(b): b.clone() for b in rope.buffers()}
+            rope = copy.deepcopy(rope, tensors)
             rope.update_feat_shape(grid)
         table = rope.get_embed()
     return tuple(table.chunk(2, -1))
