@@ -94,7 +94,7 @@ class Classifier(nn.Module):
 
 
 def is_compressed(vit):
-    return hasattr(vit, "early_compressor")
+    return hasattr(vit, "compression")
 
 
 def load(settings):

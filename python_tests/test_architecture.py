@@ -35,7 +35,7 @@ ASIDE = {
     "ops": {"grids", "padded_grids", "windows", "reference"},
     "_native": set(),
     "slicing": {"grids", "_native", "_host"},
-    "flops": {"grids"},
+    "flops": {"grids", "nn"},
     "grids": {"_native"},
     "reference": set(),
     "_build_info": {"_native", "_host", "ops", "slicing"},

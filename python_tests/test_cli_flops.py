@@ -64,7 +64,7 @@ def test_model(options, capsys):
     assert result["without"] == flops.of_vit(vit, [grid]).to_dict()
     inserted = {"layer": int(options[1])}
     inserted |= {"form": "tied", "window": 3} if "tied" in options else {}
-    inserted |= {"attention": False, "mlp": "plain"} if "plain" in options else {}
+    inserted |= {"attention": "none", "mlp": "plain"} if "plain" in options else {}
     inserted |= {"attention": "cross_mean", "mlp": "none"} if "cross_mean" in options else {}
     expected = flops.of_vit(insert_early_compressor(vit, **inserted), [grid])
     assert result["with"] == expected.to_dict()
@@ -125,7 +125,7 @@ def test_plot(options, tmp_path, capsys):
             "--form goes with the early compressor, not with --progressive",
         ),
         ([MODEL, "--progressive", "3,2"], "layers must ascend, with at least one, got (3, 2)"),
-        ([MODEL, "--progressive", "3,9"], "layers must be in 1..6 for a model of 6 blocks"),
+        ([MODEL, "--progressive", "3,9"], "layers must be in 0..5 for a model of 6 blocks"),
         (["vit_tinny"], "timm has no model 'vit_tinny'; it has"),
         (["resnet18"], "model resnet18: vit must tell the side of its patches, got ResNet"),
         ([MODEL, "--layer", "6"], "layer must be in 0..5 for a model of 6 blocks, got 6"),

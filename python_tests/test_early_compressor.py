@@ -261,7 +261,7 @@ def test_sizes():
 
 def test_repr_and_pickle():
     module = EarlyCompressor(DIM, HEADS, form="tied")
-    assert "dim=32, window=2, form='tied', attention=True" in repr(module)
+    assert "dim=32, window=2, form='tied', attention='window'" in repr(module)
     assert "window=2, form='tied', activation='gelu_tanh'" in repr(module)
     twin = pickle.loads(pickle.dumps(module))
     x = tokens(torch.float32)

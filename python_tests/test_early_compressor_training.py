@@ -60,7 +60,7 @@ def test_drop_path_takes_whole_views():
     # Without attention the result is mean(X) plus the branch, or the mean alone.
     x = tokens()
     module = compressor(drop_path=0.5)
-    module.attention = False
+    module.attention = "none"
     mean = uhd_ops.window_mean(x, GRIDS)
     branch = module.eval()(x, GRIDS) - mean
     module.train()

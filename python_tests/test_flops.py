@@ -13,7 +13,6 @@ from uhd_ops.flops import (
     SIGLIP_SO400M,
     CompressorConfig,
     ConnectorConfig,
-    PoolConfig,
     ViTConfig,
     count_vit,
 )
@@ -26,7 +25,7 @@ SLICE = [(70, 70)]  # 980x980 px, for which the paper states its numbers
 def test_by_hand():
     """One block of width 2, one hidden channel, on a 2x3 view whose right windows are ragged."""
     vit = ViTConfig(dim=2, depth=1, heads=1, mlp_hidden=1, patch=1, in_channels=1)
-    report = count_vit(vit, [(2, 3)], CompressorConfig(layer=0))
+    report = count_vit(vit, [(2, 3)], CompressorConfig(0))
     assert report["patch_embed"].linear == 6 * 2
     assert report["blocks.0"].linear == 6 * (4 * 4 + 2 * 2)
     assert report["blocks.0"].attention == 2 * 36 * 2
@@ -39,7 +38,7 @@ def test_by_hand():
 @pytest.mark.parametrize(("form", "per_window"), [("dense", 20), ("block", 8), ("tied", 5)])
 def test_reused_mlp_forms(form, per_window):
     vit = ViTConfig(dim=6, depth=2, heads=2, mlp_hidden=5, patch=2)
-    compressor = CompressorConfig(layer=1, attention=None, form=form)
+    compressor = CompressorConfig(1, attention="none", form=form)
     report = count_vit(vit, [(4, 6), (3, 5)], compressor)
     assert report["compressor"].linear == (6 + 6) * per_window * 6 * 5
     assert report["compressor"].attention == 0
@@ -47,8 +46,8 @@ def test_reused_mlp_forms(form, per_window):
 
 def test_views_attend_inside_themselves():
     vit = ViTConfig(dim=6, depth=2, heads=2, mlp_hidden=5, patch=2, prefix_tokens=3)
-    parts = [count_vit(vit, [grid], CompressorConfig(layer=0)).total for grid in [(4, 6), (3, 5)]]
-    assert count_vit(vit, [(4, 6), (3, 5)], CompressorConfig(layer=0)).total == sum(parts)
+    parts = [count_vit(vit, [grid], CompressorConfig(0)).total for grid in [(4, 6), (3, 5)]]
+    assert count_vit(vit, [(4, 6), (3, 5)], CompressorConfig(0)).total == sum(parts)
     assert count_vit(vit, []).total == 0
 
 
@@ -83,14 +82,14 @@ def test_equals_the_flop_counter_with_a_compressor(ablation, form, monkeypatch):
     report = flops.of_vit(vit, [(4, 4)])
     with sdpa_kernel(SDPBackend.MATH):  # the counter has no formula for the fused one of the CPU
         assert count_forward(vit, torch.randn(1, 3, 64, 64)) == 2 * report.total
-    assert flops.compressor_config(vit) == CompressorConfig(layer=1, **options)
+    assert flops.compressor_config(vit) == CompressorConfig(1, **options)
     traced = flops.count_forward(vit.forward_features, torch.empty(1, 3, 64, 64))
     rows = [(row.name, row.linear, row.attention) for row in report.layers]
     assert rows == [(row.name, row.linear, row.attention) for row in traced.layers[:-1]]
 
 
 @pytest.mark.parametrize("pool", ["adaptive", "mean", "unshuffle"])
-@pytest.mark.parametrize("layers", [(2,), (1, 3, 4)])
+@pytest.mark.parametrize("layers", [(1,), (0, 2, 3)])
 def test_equals_the_flop_counter_with_progressive_compression(pool, layers):
     flops.register_formulas()
     vit = insert_progressive_compression(tiny_vit(img_size=32), layers, pool=pool, hidden_dim=24)
@@ -99,12 +98,12 @@ def test_equals_the_flop_counter_with_progressive_compression(pool, layers):
         assert count_forward(vit, torch.randn(1, 3, 32, 32)) == 2 * report.total
     traced = flops.count_forward(vit.forward_features, torch.empty(1, 3, 32, 32))
     assert report.layers[1:] == traced.layers[1:-1]
-    expected = PoolConfig.progressive(layers, pool=pool, hidden_dim=24)
+    expected = CompressorConfig(layers, pool=pool, hidden_dim=24)
     assert flops.compressor_config(vit) == expected
 
 
 def test_report():
-    compressor = CompressorConfig(layer=3)
+    compressor = CompressorConfig(3)
     report = count_vit(SIGLIP_SO400M, SLICE, compressor, counting="paper")
     names = [layer.name for layer in report.layers]
     assert names[:6] == [
@@ -146,16 +145,20 @@ def test_bad_vit_config(change, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer": -1}, "layer must be at least 0, got -1"),
-        ({"form": "sparse"}, r"form must be one of \('dense', 'block', 'tied'\), got 'sparse'"),
+        ({"layers": -1}, "layer must be at least 0, got -1"),
+        ({"layers": (3, 17)}, r"layers must be one without pool, got \(3, 17\)"),
+        ({"form": "sparse"}, 'form must be "dense", "block" or "tied", got \'sparse\''),
         (
             {"attention": "full"},
-            r"attention must be one of \(None, 'window', 'cross'\), got 'full'",
+            'attention must be "window", "none", "cross_top_left" or "cross_mean", got \'full\'',
         ),
         ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": 1}, "window must be at least 2, got 1"),
+        ({"hidden_dim": 8}, "hidden_dim must be None without pool, got 8"),
+        ({"positions": "here"}, 'positions must be "center" or "reindex", got \'here\''),
         (
             {"attention": "cross_mean", "mlp": "plain"},
-            'mlp must be "reuse" or None with cross-attention, got "plain"',
+            'mlp must be "reuse" or "none" with attention=\'cross_mean\', got "plain"',
         ),
     ],
 )
@@ -167,16 +170,19 @@ def test_bad_compressor_config(change, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"layer": -1}, ValueError, "layer must be at least 0, got -1"),
-        ({"layer": 1.0}, TypeError, "layer must be an int, got float"),
-        ({"pool": "max"}, ValueError, r"pool must be one of \(.*\), got 'max'"),
+        ({"layers": (-1,)}, ValueError, r"layers\[0\] must be at least 0, got -1"),
+        ({"layers": (1.0,)}, TypeError, r"layers\[0\] must be an int, got float"),
+        ({"layers": 3}, TypeError, "layers must be a sequence of ints, got int"),
+        ({"layers": (3, 3)}, ValueError, r"layers must ascend, with at least one, got \(3, 3\)"),
+        ({"pool": "max"}, ValueError, "pool must be \"adaptive\", .* got 'max'"),
         ({"hidden_dim": 0}, ValueError, "hidden_dim must be at least 1, got 0"),
-        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ({"window": 1}, ValueError, "window must be at least 2, got 1"),
+        ({"form": "tied"}, ValueError, "form must be left out with pool='mean', got 'tied'"),
     ],
 )
 def test_bad_pool_config(change, error, message):
     with pytest.raises(error, match=f"^{message}$"):
-        PoolConfig(**{"layer": 3, **change})
+        CompressorConfig(**{"layers": (3,), "pool": "mean", **change})
 
 
 def test_bad_connector_config():
@@ -188,13 +194,13 @@ def test_bad_calls():
     vit = ViTConfig(dim=6, depth=2, heads=2, mlp_hidden=5, patch=2)
     with pytest.raises(ValueError, match=r"^counting must be one of \('macs', 'paper'\), got 'x'$"):
         count_vit(vit, [(2, 2)], counting="x")
-    message = "compressor.layer must be below the depth of the encoder, 2, got 2"
+    message = "compressor.layers must be below the depth of the encoder, 2, got \\(2,\\)"
     with pytest.raises(ValueError, match=f"^{message}$"):
-        count_vit(vit, [(2, 2)], CompressorConfig(layer=2))
-    with pytest.raises(TypeError, match=r"^compressor\[0\] must be a CompressorConfig or a Pool"):
+        count_vit(vit, [(2, 2)], CompressorConfig(2))
+    with pytest.raises(TypeError, match=r"^compressor\[0\] must be a CompressorConfig, got int"):
         count_vit(vit, [(2, 2)], [3])
-    with pytest.raises(ValueError, match=r"^compressor\[1\]\.layer must differ from those before"):
-        count_vit(vit, [(2, 2)], [PoolConfig(0), PoolConfig(0, "mean")])
+    with pytest.raises(ValueError, match=r"^compressor\[1\]\.layers must differ from those before"):
+        count_vit(vit, [(2, 2)], [CompressorConfig(0), CompressorConfig((0, 1), pool="mean")])
     with pytest.raises(NotImplementedError, match=r"^vit must tell the side of its patches"):
         flops.of_vit(torch.nn.Linear(2, 2), [(2, 2)])
     with pytest.raises(NotImplementedError, match=r'^counting must be "macs" without full_window'):

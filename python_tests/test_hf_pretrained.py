@@ -52,7 +52,7 @@ def test_round_trip(case, options, tmp_path):
     loaded = from_pretrained(case.cls, tmp_path)
     assert_same(loaded, model)
     vits = case.vit(loaded), case.vit(model)
-    assert vits[0].early_compressor == vits[1].early_compressor
+    assert vits[0].compression == vits[1].compression
     assert_close(last_state(loaded), last_state(model), ROUNDINGS)
     assert_same(type(model).from_pretrained(tmp_path), model)  # the class itself knows it, too
     remove_early_compressor(loaded).save_pretrained(tmp_path / "removed")
@@ -144,7 +144,7 @@ def test_loading_without_the_compressor_is_no_secret(tmp_path, caplog):
     assert "encoder.layers.1.compressor.mlp.fc1.weight" in caplog.text
     with pytest.raises(ValueError, match=r"integrations\.transformers\.from_pretrained"):
         insert_early_compressor(plain, 1)
-    del plain.config.early_compressor
+    del plain.config.compression
     insert_early_compressor(plain, 1)
 
 
@@ -169,7 +169,7 @@ def test_refusals(tmp_path):
 def test_wrong_options_in_the_config_leave_it_as_it_was():
     model = insert_early_compressor(CASES["SigLIP"].make(), 1)
     config = model.config
-    config.early_compressor["layer"] = 9
+    config.compression["layers"] = [9]
     with pytest.raises(ValueError, match="layer must be in"):
         type(model)(config)
-    assert config.early_compressor["layer"] == 9
+    assert config.compression["layers"] == [9]

@@ -74,13 +74,13 @@ def vit():
 
 def test_retrofit_takes_numpy_integers_and_any_sequence():
     n = np.int64
-    early = uhd_ops.insert_early_compressor(vit(), layer=n(1), window=n(2)).early_compressor
-    assert early == uhd_ops.insert_early_compressor(vit(), layer=1).early_compressor
-    assert (type(early.layer), type(early.window)) == (int, int)
+    early = uhd_ops.insert_early_compressor(vit(), layer=n(1), window=n(2)).compression
+    assert early == uhd_ops.insert_early_compressor(vit(), layer=1).compression
+    assert (type(early.layers[0]), type(early.window)) == (int, int)
     image = torch.randn(1, 3, 32, 32)
-    for layers in (range(1, 3), [n(1), n(2)]):
+    for layers in (range(2), [n(0), n(1)]):
         model = uhd_ops.insert_progressive_compression(vit(), layers, hidden_dim=n(8), window=n(2))
-        assert uhd_ops.insert_progressive_compression(model, (1, 2), hidden_dim=8) is model
+        assert uhd_ops.insert_progressive_compression(model, (0, 1), hidden_dim=8) is model
         assert model.forward_features(image).shape == (1, 1 + 1, 16)
     refined = uhd_ops.refine_patch_embedding(vit(), n(4), img_size=(n(32), n(64)))
     assert refined.patch_embed.grid_size == (8, 16)

@@ -29,7 +29,7 @@ CASES = {
     if case.make.__module__.startswith("families.") and not name.startswith(("Gemma4", "Hf"))
 }
 NAMES = pytest.mark.parametrize("name", CASES)
-LAYERS = (1, 3)
+LAYERS = (0, 2)
 
 
 def run(model, x):
@@ -89,11 +89,11 @@ def test_starts_as_pooling(name):
     case = CASES[name]
     model = case.make(**first(case))
     x = case.images(model, 2, torch.float32)
-    other = insert_early_compressor(copy.deepcopy(model), 1, attention=False, mlp="none")
+    other = insert_early_compressor(copy.deepcopy(model), 1, attention="none", mlp="none")
     expected = run(other, x)
-    actual = run(insert_progressive_compression(model, [2], pool="mean"), x)
+    actual = run(insert_progressive_compression(model, [1], pool="mean"), x)
     assert torch.equal(actual, expected)
-    adaptive = insert_progressive_compression(remove_progressive_compression(model), [2])
+    adaptive = insert_progressive_compression(remove_progressive_compression(model), [1])
     # A softmax of equal scores is a mean, up to rounding in each of four blocks.
     bound = 4 * 12 * 512 * torch.finfo(torch.float32).eps * expected.abs().max()
     assert (run(adaptive, x) - expected).abs().max() <= bound
@@ -134,9 +134,9 @@ def test_positions_of_two_merges_are_those_of_one_large_window(name):
     case = CASES[name]
     model = case.make(**first(case)).double()
     x = case.images(model, 1, torch.float64)
-    once = insert_progressive_compression(copy.deepcopy(model), [2], pool="mean", window=4)
+    once = insert_progressive_compression(copy.deepcopy(model), [1], pool="mean", window=4)
     expected = run(once, x)
-    twice = insert_progressive_compression(model, [1, 2], pool="mean")
+    twice = insert_progressive_compression(model, [0, 1], pool="mean")
     assert run(twice, x).shape == expected.shape
 
 
@@ -156,12 +156,12 @@ def test_slice_encoder_runs_all_merges():
     [
         ({"layers": ()}, ValueError, "layers must ascend, with at least one"),
         ({"layers": (2, 2)}, ValueError, "layers must ascend, with at least one"),
-        ({"layers": (3, 5)}, ValueError, r"layers must be in 1\.\.4 for a model of 4 blocks"),
-        ({"layers": (0,)}, ValueError, r"layers\[0\] must be at least 1, got 0"),
+        ({"layers": (2, 4)}, ValueError, r"layers must be in 0\.\.3 for a model of 4 blocks"),
+        ({"layers": (-1,)}, ValueError, r"layers\[0\] must be at least 0, got -1"),
         ({"layers": 4}, TypeError, "layers must be a sequence of ints, got int"),
-        ({"layers": (1,), "pool": "max"}, ValueError, "pool must be"),
-        ({"layers": (1,), "window": 1}, ValueError, "window must be at least 2, got 1"),
-        ({"layers": (1,), "positions": "x"}, ValueError, 'positions must be "center" or'),
+        ({"layers": (0,), "pool": "max"}, ValueError, "pool must be"),
+        ({"layers": (0,), "window": 1}, ValueError, "window must be at least 2, got 1"),
+        ({"layers": (0,), "positions": "x"}, ValueError, 'positions must be "center" or'),
     ],
 )
 def test_bad_arguments(arguments, error, message):

@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrize
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
-from uhd_ops.retrofit import EarlyCompressorConfig
+from uhd_ops.retrofit import CompressorConfig
 
 LAYER = 1
 MAKERS = {"plain": tiny_vit, "distilled": tiny_distilled}
@@ -69,13 +69,15 @@ def test_inserting_twice():
     vit = insert_early_compressor(tiny_vit(), LAYER, form="tied")
     before = snapshot(vit)
     assert insert_early_compressor(vit, LAYER, form="tied") is vit
-    with pytest.raises(ValueError, match=r"holds a compressor .*layer=1.* remove_early_compressor"):
+    with pytest.raises(
+        ValueError, match=r"holds a compressor .*layers=\(1,\).* remove_early_compressor"
+    ):
         insert_early_compressor(vit, 2, form="tied")
     with pytest.raises(ValueError, match=r"remove_early_compressor"):
         insert_early_compressor(vit, LAYER)
     assert snapshot(vit) == before
     insert_early_compressor(remove_early_compressor(vit), 2)
-    assert vit.early_compressor == EarlyCompressorConfig(2, True, "reuse", "dense", 2)
+    assert vit.compression == CompressorConfig(layers=2, attention="window")
 
 
 def test_removing_twice():
@@ -101,8 +103,8 @@ def test_removal_leaves_alone_what_was_extended_since(name):
 
 def test_repr_shows_the_configuration():
     text = repr(insert_early_compressor(tiny_vit(), LAYER, form="tied", attention=False))
-    assert text.startswith("CompressedVisionTransformer(\n  early_compressor=EarlyCompressorConfig")
-    assert "layer=1, attention=False, mlp='reuse', form='tied', window=2" in text
+    assert text.startswith("CompressedVisionTransformer(\n  compression=CompressorConfig")
+    assert "layers=(1,), attention='none', mlp='reuse', form='tied', window=2" in text
     assert "(1): CompressedBlock(" in text
 
 

@@ -36,7 +36,7 @@ MODELS = {
 }
 INSERTIONS = {
     "early": functools.partial(insert_early_compressor, layer=LAYER),
-    "progressive": functools.partial(insert_progressive_compression, layers=(1, 2)),
+    "progressive": functools.partial(insert_progressive_compression, layers=(0, 1)),
 }
 
 

@@ -106,8 +106,8 @@ def test_merger_needs_an_even_merged_grid():
 def test_classifier_says_what_it_holds(name):
     plain = CASES[name].make()
     model = insert_early_compressor(copy.deepcopy(plain), 1, form="tied")
-    assert model.early_compressor == model.encoder.early_compressor
-    assert model.early_compressor.form == "tied"
+    assert model.compression == model.encoder.compression
+    assert model.compression.form == "tied"
     assert [info["reduction"] for info in model.feature_info] == [4, 8, 8, 8]
     assert type(model).__name__ == f"Compressed{name}"
     assert isinstance(model, type(plain))
@@ -116,7 +116,7 @@ def test_classifier_says_what_it_holds(name):
     x = pixels()
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(clone(x), model(x))
-        assert clone.early_compressor == model.early_compressor
+        assert clone.compression == model.compression
         remove_early_compressor(clone)
         assert repr(clone) == repr(plain)
         assert clone.feature_info == plain.feature_info
@@ -155,7 +155,7 @@ def test_encoder_first_then_its_classifier(name):
     insert_early_compressor(model.encoder, 1)
     assert insert_early_compressor(model, 1) is model
     assert type(model) is type(other)
-    assert model.early_compressor == other.early_compressor
+    assert model.compression == other.compression
     assert model.feature_info == other.feature_info
     x = pixels()
     assert torch.equal(model(x), other(x))

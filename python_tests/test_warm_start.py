@@ -116,7 +116,7 @@ def test_only_the_start_differs(experiment, index):
     assert all(torch.equal(parameters(model)[n], p) for n, p in parameters(trained).items())
     inserted = parameters(model.vit.blocks[experiment.LAYER].compressor)
     assert bool(inserted) is bool(arm.start)
-    if arm.start == "reused" and arm.options["attention"]:
+    if arm.start == "reused" and arm.options["attention"] != "none":
         assert torch.equal(inserted["attn.qkv.weight"], block.attn.qkv.weight)
     if arm.start == "reused" and arm.options["mlp"] == "reuse":
         rows, columns = block.mlp.fc1.weight.shape

@@ -15,18 +15,13 @@ from uhd_ops import flops
 from uhd_ops.cli import _flops_report
 from uhd_ops.cli._support import UserError, non_negative_int, positive_int, require, user_errors
 from uhd_ops.flops.paper import RECIPE_GRID, STATED_GRID
+from uhd_ops.nn.config import ATTENTIONS, FORMS, MLPS, POOLS
 from uhd_ops.retrofit import insert_early_compressor, insert_progressive_compression
 
 if TYPE_CHECKING:
     from torch import nn
 
 SUMMARY = "count the operations of a model with and without compression"
-_ATTENTIONS = {
-    "window": True,
-    "cross_top_left": "cross_top_left",
-    "cross_mean": "cross_mean",
-    "none": False,
-}
 _EARLY = {"layer": 6, "attention": "window", "mlp": "reuse", "form": "dense", "window": 2}
 _PROGRESSIVE = {"progressive": None, "pool": "adaptive", "window": 2}
 
@@ -47,17 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="0-based block after which the compressor runs (default: 6)",
     )
-    add("--attention", choices=tuple(_ATTENTIONS), help="in front of merging (default: window)")
-    add("--mlp", choices=("reuse", "plain", "none"), help="of the compressor (default: reuse)")
-    add("--form", choices=("dense", "block", "tied"), help="weight form (default: dense)")
+    add("--attention", choices=ATTENTIONS, help="in front of merging (default: window)")
+    add("--mlp", choices=MLPS, help="of the compressor (default: reuse)")
+    add("--form", choices=FORMS, help="weight form (default: dense)")
     add("--window", type=positive_int, metavar="F", help="side of a window (default: 2)")
     add(
         "--progressive",
-        type=_counts,
+        type=_indices,
         metavar="K,K",
-        help="merge after so many blocks each, such as 4,18, instead of the early compressor",
+        help="merge after these 0-based blocks, such as 3,17, instead of the early compressor",
     )
-    add("--pool", choices=("adaptive", "mean", "unshuffle"), help="how (default: adaptive)")
+    add("--pool", choices=POOLS, help="how (default: adaptive)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--grid", type=_sides, metavar="HxW", help="patch grid of the view")
     size.add_argument(
@@ -170,7 +165,6 @@ def _insert(vit: nn.Module, **options: Any) -> nn.Module:
     layers = options.pop("progressive", None)
     if layers is not None:
         return insert_progressive_compression(vit, layers, **options)
-    options["attention"] = _ATTENTIONS[options["attention"]]
     return insert_early_compressor(vit, **options)
 
 
@@ -215,6 +209,6 @@ def _sides(text: str) -> tuple[int, int]:
     return sides
 
 
-def _counts(text: str) -> list[int]:
-    """Argparse type: numbers of blocks, separated by commas."""
-    return [positive_int(part) for part in text.split(",")]
+def _indices(text: str) -> list[int]:
+    """Argparse type: 0-based indices of blocks, separated by commas."""
+    return [non_negative_int(part) for part in text.split(",")]

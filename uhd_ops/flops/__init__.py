@@ -13,7 +13,7 @@ module and input. And two ways of counting:
 
 Example:
     >>> from uhd_ops import flops
-    >>> compressor = flops.CompressorConfig(layer=6)
+    >>> compressor = flops.CompressorConfig(layers=6)
     >>> round(flops.count_vit(flops.SIGLIP_SO400M, [(70, 70)], compressor).giga, 1)
     1502.5
     >>> paper = flops.count_vit(flops.SIGLIP_SO400M, [(70, 70)], compressor, counting="paper")
@@ -21,13 +21,7 @@ Example:
     1573.1
 """
 
-from uhd_ops.flops.config import (
-    SIGLIP_SO400M,
-    CompressorConfig,
-    ConnectorConfig,
-    PoolConfig,
-    ViTConfig,
-)
+from uhd_ops.flops.config import SIGLIP_SO400M, ConnectorConfig, ViTConfig
 from uhd_ops.flops.count import count_vit
 from uhd_ops.flops.models import of_vit, patch_size
 from uhd_ops.flops.operators import register_formulas
@@ -35,6 +29,7 @@ from uhd_ops.flops.paper import PAPER_ROWS, PaperRow, PaperTotal, paper_totals
 from uhd_ops.flops.report import FlopReport, LayerCount
 from uhd_ops.flops.timm_vit import compressor_config, vit_config
 from uhd_ops.flops.trace import count_forward
+from uhd_ops.nn.config import CompressorConfig
 
 __all__ = [
     "PAPER_ROWS",
@@ -44,7 +39,6 @@ __all__ = [
     "FlopReport",
     "LayerCount",
     "PaperRow",
-    "PoolConfig",
     "PaperTotal",
     "ViTConfig",
     "compressor_config",

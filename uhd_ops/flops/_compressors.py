@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from uhd_ops.flops.config import CompressorConfig, PoolConfig, ViTConfig
+from uhd_ops.flops.config import ViTConfig
 from uhd_ops.flops.report import LayerCount
 from uhd_ops.grids import PackedGrids
+from uhd_ops.nn.attention import QUERIES
+from uhd_ops.nn.config import CompressorConfig
 
 
 class Counting(NamedTuple):
@@ -28,20 +30,19 @@ def compressor_row(
     name: str,
     vit: ViTConfig,
     grids: PackedGrids,
-    config: CompressorConfig | PoolConfig,
+    config: CompressorConfig,
     per: Counting,
     full_window_attention: bool,
+    concatenate: bool,
 ) -> LayerCount:
     """Count one compressor of the patches on ``grids``; prefix tokens do not enter it."""
-    if isinstance(config, PoolConfig):
-        return _pool(name, vit, grids, config, per)
+    if config.pool is not None:
+        return _pool(name, vit, grids, config, per, concatenate)
     merged = grids.num_windows(config.window)
-    attend = {None: _no_attention, "window": _window_attention, "cross": _cross_attention}
-    linear, attention, elementwise = attend[config.attention](
-        vit, grids, config.window, per, full_window_attention
-    )
+    attend = _cross_attention if config.attention in QUERIES else _ATTENTIONS[config.attention]
+    linear, attention, elementwise = attend(vit, grids, config.window, per, full_window_attention)
     mlp_linear, mlp_elementwise = _mlp(vit, merged, config, per)
-    if config.attention != "cross":
+    if config.attention not in QUERIES:
         elementwise += per.addition * grids.num_tokens * vit.dim  # the mean over each window
     return LayerCount(
         name, grids.num_tokens, linear + mlp_linear, attention, elementwise + mlp_elementwise
@@ -59,7 +60,12 @@ def _squares(side: int, window: int) -> int:
 
 
 def _pool(
-    name: str, vit: ViTConfig, grids: PackedGrids, config: PoolConfig, per: Counting
+    name: str,
+    vit: ViTConfig,
+    grids: PackedGrids,
+    config: CompressorConfig,
+    per: Counting,
+    concatenate: bool,
 ) -> LayerCount:
     tokens, merged, dim = grids.num_tokens, grids.num_windows(config.window), vit.dim
     hidden = dim if config.hidden_dim is None else config.hidden_dim
@@ -69,7 +75,7 @@ def _pool(
         linear = merged * (config.window**2 * dim * hidden + hidden * dim)
         elementwise = merged * per.activation * hidden
     else:
-        means = tokens if config.concatenate else merged
+        means = tokens if concatenate else merged
         linear = (2 * tokens + means) * dim * hidden
         # Each token is one weight per channel: a score, and a term of the mean and of the result.
         elementwise = tokens * (per.activation * hidden + (per.score + 2 * per.addition) * dim)
@@ -92,6 +98,9 @@ def _window_attention(
     return 4 * tokens * vit.dim**2, 2 * pairs * vit.dim, elementwise
 
 
+_ATTENTIONS = {"none": _no_attention, "window": _window_attention}
+
+
 def _cross_attention(
     vit: ViTConfig, grids: PackedGrids, window: int, per: Counting, full: bool
 ) -> tuple[int, int, int]:
@@ -105,13 +114,13 @@ def _cross_attention(
 
 
 def _mlp(vit: ViTConfig, merged: int, config: CompressorConfig, per: Counting) -> tuple[int, int]:
-    if config.mlp is None:
+    if config.mlp == "none":
         return 0, 0
     cells = config.window**2  # tokens of a window; ragged windows repeat theirs to fill it
     dim, wide = vit.dim, cells * vit.dim
     if config.mlp == "plain":
         linear, hidden = wide * wide + wide * dim, wide
-    elif config.attention == "cross":
+    elif config.attention in QUERIES:
         linear, hidden, wide = 2 * dim * vit.mlp_hidden, vit.mlp_hidden, dim
     else:
         hidden = cells * vit.mlp_hidden

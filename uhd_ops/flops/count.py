@@ -6,21 +6,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from uhd_ops.flops._compressors import COUNTINGS, Counting, compressor_row
-from uhd_ops.flops.config import CompressorConfig, ConnectorConfig, PoolConfig, ViTConfig
+from uhd_ops.flops.config import ConnectorConfig, ViTConfig
 from uhd_ops.flops.report import FlopReport, LayerCount, compressor_names
 from uhd_ops.grids import Grids, PackedGrids
-
-Compressor = CompressorConfig | PoolConfig
+from uhd_ops.nn.config import CompressorConfig
 
 
 def count_vit(
     vit: ViTConfig,
     grids: Grids,
-    compressor: Compressor | Sequence[Compressor] | None = None,
+    compressor: CompressorConfig | Sequence[CompressorConfig] | None = None,
     *,
     connector: ConnectorConfig | None = None,
     counting: str = "macs",
     full_window_attention: bool | None = None,
+    concatenate: bool = False,
 ) -> FlopReport:
     """Count the operations of one forward pass over packed views.
 
@@ -31,14 +31,17 @@ def count_vit(
     Args:
         vit: Sizes of the encoder.
         grids: Patch grids of the views, in any accepted form.
-        compressor: Structure of the compressor, or of several behind different blocks; None for an
-            encoder without one.
+        compressor: What is inserted, or several of that behind different blocks; None for an
+            encoder without compressors.
         connector: Structure of the connector to the language model; None to leave it out, as the
             papers do.
         counting: ``"macs"`` for the matrix products only, ``"paper"`` for the counting of LLaVA-UHD
             v4.
         full_window_attention: Count the window attention as attention over the whole view. None
             means what the counting is known for: True for ``"paper"``, False for ``"macs"``.
+        concatenate: Count adaptive pooling as the released code computes it, with the mean beside
+            every token, 3CJ per token; not with one product for each mean, as
+            :class:`uhd_ops.nn.WindowTokenCompressor` computes the same, (2 + 1/f²)CJ.
 
     Returns:
         Rows ``patch_embed``, ``blocks.0`` ... and ``compressor`` after the block that it follows
@@ -53,7 +56,9 @@ def count_vit(
         LLaVA-UHD v4, tables 4 and 5; the operations per element were fitted to them.
 
     Example:
-        >>> report = count_vit(SIGLIP_SO400M, [(72, 72)], PoolConfig.progressive((4, 18)))
+        >>> report = count_vit(
+        ...     SIGLIP_SO400M, [(72, 72)], CompressorConfig((3, 17), pool="adaptive")
+        ... )
         >>> [report[name].tokens for name in ("blocks.3", "blocks.4", "blocks.18")]
         [5184, 1296, 324]
     """
@@ -72,7 +77,9 @@ def count_vit(
         if index in behind:
             config = behind[index]
             layers.append(
-                compressor_row(names[index], vit, grids, config, per, full_window_attention)
+                compressor_row(
+                    names[index], vit, grids, config, per, full_window_attention, concatenate
+                )
             )
             grids = grids.merged(config.window)
     if connector is not None:
@@ -81,27 +88,25 @@ def count_vit(
 
 
 def _by_layer(
-    vit: ViTConfig, compressor: Compressor | Sequence[Compressor] | None
-) -> dict[int, Compressor]:
+    vit: ViTConfig, compressor: CompressorConfig | Sequence[CompressorConfig] | None
+) -> dict[int, CompressorConfig]:
     """Check the compressors; return them by layer."""
     if compressor is None:
         return {}
-    single = isinstance(compressor, Compressor)
+    single = isinstance(compressor, CompressorConfig)
     by_layer = {}
     for index, config in enumerate([compressor] if single else compressor):
         name = "compressor" if single else f"compressor[{index}]"
-        if not isinstance(config, Compressor):
-            raise TypeError(
-                f"{name} must be a CompressorConfig or a PoolConfig, got {type(config).__name__}"
-            )
-        if config.layer >= vit.depth:
+        if not isinstance(config, CompressorConfig):
+            raise TypeError(f"{name} must be a CompressorConfig, got {type(config).__name__}")
+        if config.layers[-1] >= vit.depth:
             raise ValueError(
-                f"{name}.layer must be below the depth of the encoder, {vit.depth}, "
-                f"got {config.layer}"
+                f"{name}.layers must be below the depth of the encoder, {vit.depth}, "
+                f"got {config.layers}"
             )
-        if config.layer in by_layer:
-            raise ValueError(f"{name}.layer must differ from those before, got {config.layer}")
-        by_layer[config.layer] = config
+        if not by_layer.keys().isdisjoint(config.layers):
+            raise ValueError(f"{name}.layers must differ from those before, got {config.layers}")
+        by_layer.update(dict.fromkeys(config.layers, config))
     return by_layer
 
 

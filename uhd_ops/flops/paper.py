@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from uhd_ops.flops.config import SIGLIP_SO400M, CompressorConfig
+from uhd_ops.flops.config import SIGLIP_SO400M
 from uhd_ops.flops.count import count_vit
 from uhd_ops.grids import Grids
+from uhd_ops.nn.config import CompressorConfig
 
 STATED_GRID = (70, 70)
 """980x980 px, for which the paper states its numbers."""
@@ -46,11 +47,11 @@ class PaperRow:
 _VARIANTS, _LAYERS = "4, A3", "5"
 PAPER_ROWS = (
     PaperRow(_VARIANTS, "post-ViT baseline", None, 3555.1),
-    PaperRow(_VARIANTS, "average pool", CompressorConfig(attention=None, mlp=None), 1368.7),
+    PaperRow(_VARIANTS, "average pool", CompressorConfig(attention="none", mlp="none"), 1368.7),
     PaperRow(
-        _VARIANTS, "pixel-unshuffle MLP", CompressorConfig(attention=None, mlp="plain"), 1401.2
+        _VARIANTS, "pixel-unshuffle MLP", CompressorConfig(attention="none", mlp="plain"), 1401.2
     ),
-    PaperRow(_VARIANTS, "reused MLP", CompressorConfig(attention=None), 1490.2),
+    PaperRow(_VARIANTS, "reused MLP", CompressorConfig(attention="none"), 1490.2),
     PaperRow(
         _VARIANTS,
         "cross-attention, top-left query",
@@ -62,10 +63,10 @@ PAPER_ROWS = (
     ),
     PaperRow(_VARIANTS, "window attention + MLP", CompressorConfig(mlp="plain"), 1484.1),
     PaperRow(_VARIANTS, "window attention + reused MLP", CompressorConfig(), 1573.1),
-    PaperRow(_LAYERS, "after layer 3", CompressorConfig(layer=3), 1245.1),
-    PaperRow(_LAYERS, "after layer 6", CompressorConfig(layer=6), 1573.1),
-    PaperRow(_LAYERS, "after layer 9", CompressorConfig(layer=9), 1901.1),
-    PaperRow(_LAYERS, "after layer 15", CompressorConfig(layer=15), 2557.0),
+    PaperRow(_LAYERS, "after layer 3", CompressorConfig(layers=3), 1245.1),
+    PaperRow(_LAYERS, "after layer 6", CompressorConfig(layers=6), 1573.1),
+    PaperRow(_LAYERS, "after layer 9", CompressorConfig(layers=9), 1901.1),
+    PaperRow(_LAYERS, "after layer 15", CompressorConfig(layers=15), 2557.0),
 )
 """Every published number, in the order of the tables."""
 

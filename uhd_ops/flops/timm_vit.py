@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import nn
 
-from uhd_ops.flops.config import CompressorConfig, PoolConfig, ViTConfig
+from uhd_ops.flops.config import ViTConfig
+from uhd_ops.nn.config import CompressorConfig
 
 
 def vit_config(vit: nn.Module) -> ViTConfig:
@@ -55,36 +58,28 @@ def vit_config(vit: nn.Module) -> ViTConfig:
     )
 
 
-def compressor_config(
-    vit: nn.Module,
-) -> CompressorConfig | tuple[PoolConfig, ...] | None:
-    """Read the structure of what was inserted into a timm ``VisionTransformer``.
+def compressor_config(vit: nn.Module) -> CompressorConfig | None:
+    """Read what was inserted into a timm ``VisionTransformer``.
 
     Args:
         vit: The model.
 
     Returns:
-        The structure of its early compressor, those of the steps of progressive compression, or
-        None for a model without any.
+        The options, with the layers that pruning left; None for a model without compressors.
 
     Raises:
         NotImplementedError: The model holds compressors of another origin.
     """
-    found = [layer for layer, block in enumerate(vit.blocks) if hasattr(block, "compressor")]
+    found = tuple(layer for layer, block in enumerate(vit.blocks) if hasattr(block, "compressor"))
     if not found:
         return None
-    options = getattr(vit, "early_compressor", None)
-    if hasattr(options, "pool"):
-        names = ("pool", "hidden_dim", "window")
-        own = {name: getattr(options, name) for name in names}
-        return tuple(PoolConfig(layer, **own) for layer in found)
-    if options is None or len(found) > 1:
+    config = getattr(vit, "compression", None)
+    if config is None or not set(found) <= set(config.layers):
         raise NotImplementedError(
             "vit must hold what insert_early_compressor or insert_progressive_compression made, "
-            f"got {type(vit).__name__} with compressors behind the blocks {found}"
+            f"got {type(vit).__name__} with compressors behind the blocks {list(found)}"
         )
-    names = ("attention", "mlp", "form", "window")
-    return CompressorConfig(found[0], **{name: getattr(options, name) for name in names})
+    return dataclasses.replace(config, layers=found)
 
 
 def _block_sizes(block: nn.Module) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 
 from uhd_ops.nn.ablation import ABLATION
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.pixel_unshuffle_connector import PixelUnshuffleConnector
 from uhd_ops.nn.query_resampler import QueryResampler
@@ -14,6 +15,7 @@ __all__ = [
     "ABLATION",
     "AttentionSpec",
     "BlockSpec",
+    "CompressorConfig",
     "EarlyCompressor",
     "MlpSpec",
     "OwnAttentionSpec",

@@ -9,12 +9,12 @@ from types import MappingProxyType
 # no insertion at all: the untouched model with PixelUnshuffleConnector(merger_times=2) behind it.
 ABLATION = MappingProxyType(
     {
-        "average pool": {"attention": False, "mlp": "none"},
-        "pixel-unshuffle MLP": {"attention": False, "mlp": "plain"},
-        "reused MLP": {"attention": False, "mlp": "reuse"},
+        "average pool": {"attention": "none", "mlp": "none"},
+        "pixel-unshuffle MLP": {"attention": "none", "mlp": "plain"},
+        "reused MLP": {"attention": "none", "mlp": "reuse"},
         "cross-attention, top-left query": {"attention": "cross_top_left", "mlp": "reuse"},
         "cross-attention, mean query": {"attention": "cross_mean", "mlp": "reuse"},
-        "window attention + MLP": {"attention": True, "mlp": "plain"},
-        "window attention + reused MLP": {"attention": True, "mlp": "reuse"},
+        "window attention + MLP": {"attention": "window", "mlp": "plain"},
+        "window attention + reused MLP": {"attention": "window", "mlp": "reuse"},
     }
 )

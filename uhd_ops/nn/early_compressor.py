@@ -6,19 +6,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from uhd_ops._checks import check_positive_int
 from uhd_ops.grids import Grids
 from uhd_ops.nn.attention import QUERIES
 from uhd_ops.nn.attention_branch import CrossAttention, attention_branch
 from uhd_ops.nn.block_spec import BlockSpec, read_block
 from uhd_ops.nn.checks import check_reusable
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.mlp_branch import NoMlp, PlainMlp, WindowMlp
-from uhd_ops.nn.mlp_forms import FORMS
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import check_tokens, parsed
-
-MLPS = ("reuse", "plain", "none")
 
 
 class EarlyCompressor(nn.Module):
@@ -43,9 +40,10 @@ class EarlyCompressor(nn.Module):
         window: Side f of a window, in tokens.
         form: Weight form of the MLP: ``"dense"``, ``"block"`` or ``"tied"``. All three start as the
             same function; dense has f⁴ times the weights of tied in fc1.
-        attention: Whether to attend inside the windows before merging; or ``"cross_top_left"`` or
-            ``"cross_mean"``: one query per window, that of its top-left token or of their mean,
-            attends to the window, and the block's MLP runs on the merged token.
+        attention: ``"window"`` to attend inside the windows before merging; ``"none"``; or
+            ``"cross_top_left"`` or ``"cross_mean"``: one query per window, that of its top-left
+            token or of their mean, attends to the window, and the block's MLP runs on the merged
+            token. True and False are short for the first two.
         mlp: ``"reuse"``; ``"plain"`` for a small MLP of its own, from f²C over f²C to C channels,
             randomly initialised; or ``"none"``.
         bias: Whether the projections and the MLP have biases.
@@ -87,7 +85,7 @@ class EarlyCompressor(nn.Module):
         head_dim: int | None = None,
         window: int = 2,
         form: str = "dense",
-        attention: bool | str = True,
+        attention: bool | str = "window",
         mlp: str = "reuse",
         bias: bool = True,
         qk_norm: bool = False,
@@ -126,7 +124,7 @@ class EarlyCompressor(nn.Module):
         *,
         window: int = 2,
         form: str = "dense",
-        attention: bool | str = True,
+        attention: bool | str = "window",
         mlp: str = "reuse",
     ) -> EarlyCompressor:
         """Make the compressor that reuses the weights of a transformer block.
@@ -167,7 +165,7 @@ class EarlyCompressor(nn.Module):
         *,
         window: int = 2,
         form: str = "dense",
-        attention: bool | str = True,
+        attention: bool | str = "window",
         mlp: str = "reuse",
     ) -> EarlyCompressor:
         """As :meth:`from_block`, for a block that has been read already."""
@@ -217,15 +215,16 @@ class EarlyCompressor(nn.Module):
     def _build(
         self, host: BlockSpec, window: int, form: str, attention: bool | str, mlp: str
     ) -> None:
-        window = check_options(window, form, attention, mlp)
+        config = CompressorConfig(window=window, form=form, attention=attention, mlp=mlp)
         check_reusable(host)
+        window, attention = config.window, config.attention
         self.options = {"window": window, "form": form, "attention": attention, "mlp": mlp}
         self.dim, self.window, self.form = host.dim, window, form
         self.attention, self.parallel = attention, host.parallel
         if attention in QUERIES:
             self._build_cross(host, attention, mlp)
             return
-        if attention:
+        if attention == "window":
             self.attn = _one_or_sum([attention_branch(part, window) for part in host.attentions])
         if mlp == "reuse":
             self.mlp = _one_or_sum([WindowMlp(part, host.dim, window, form) for part in host.mlps])
@@ -268,7 +267,7 @@ class EarlyCompressor(nn.Module):
         if self.attention in QUERIES:
             merged = self.attn(x, grids, positions)
             return self.mlp(merged, grids.merged(self.window), residual=True)
-        y = x + self.attn(x, grids, positions) if self.attention else x
+        y = x + self.attn(x, grids, positions) if self.attention == "window" else x
         if self.parallel:
             return window_mean(y, grids, self.window) + self.mlp(x, grids, residual=False)
         return self.mlp(y, grids, residual=True)
@@ -303,23 +302,3 @@ class _Sum(nn.ModuleList):
 
 def _one_or_sum(branches: list[nn.Module]) -> nn.Module:
     return branches[0] if len(branches) == 1 else _Sum(branches)
-
-
-def check_options(window: int, form: str, attention: bool | str, mlp: str) -> int:
-    """Check the options of a compressor against each other; return ``window`` as an int."""
-    window = check_positive_int(window, "window")
-    if window < 2:
-        raise ValueError(f"window must be at least 2, got {window}")
-    if form not in FORMS:
-        raise ValueError(f'form must be "dense", "block" or "tied", got {form!r}')
-    if not isinstance(attention, (bool, str)):
-        raise TypeError(f"attention must be a bool or a str, got {type(attention).__name__}")
-    if isinstance(attention, str) and attention not in QUERIES:
-        raise ValueError(
-            f'attention must be True, False, "cross_top_left" or "cross_mean", got {attention!r}'
-        )
-    if mlp not in MLPS:
-        raise ValueError(f'mlp must be "reuse", "plain" or "none", got {mlp!r}')
-    if attention in QUERIES and mlp == "plain":
-        raise ValueError(f'mlp must be "reuse" or "none" with attention={attention!r}, got "plain"')
-    return window

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Insert compressors into an existing vision transformer, and take them out again."""
 
-from uhd_ops.retrofit.config import EarlyCompressorConfig, ProgressiveCompressionConfig
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.freezing import freeze_for_stage
 from uhd_ops.retrofit.insertion import (
     insert_early_compressor,
@@ -14,9 +14,8 @@ from uhd_ops.retrofit.registry import takes_compressor
 from uhd_ops.retrofit.weights import load_plain_checkpoint
 
 __all__ = [
-    "EarlyCompressorConfig",
+    "CompressorConfig",
     "PatchRefinement",
-    "ProgressiveCompressionConfig",
     "freeze_for_stage",
     "insert_early_compressor",
     "insert_progressive_compression",

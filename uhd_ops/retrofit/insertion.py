@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from uhd_ops._reclass import Mixed, is_mixed, mixed
+from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.checks import check_reusable
+from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import EarlyCompressor
+from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
-from uhd_ops.retrofit.config import (
-    Config,
-    EarlyCompressorConfig,
-    ProgressiveCompressionConfig,
-)
 from uhd_ops.retrofit.model import CompressedWrapper, Family
 from uhd_ops.retrofit.registry import family_of, refuse_other
 
@@ -29,7 +30,7 @@ def insert_early_compressor(
     vit: nn.Module,
     layer: int = 6,
     *,
-    attention: bool | str = True,
+    attention: bool | str = "window",
     mlp: str = "reuse",
     form: str = "dense",
     window: int = 2,
@@ -62,8 +63,9 @@ def insert_early_compressor(
             vision models of SigLIP, SigLIP 2, CLIP, DINOv2 and DINOv3. docs/models.md has the list.
         layer: 0-based index of the block after whose body the compressor runs; the last block is
             allowed.
-        attention: Whether tokens attend inside their window before they are merged, or which query
-            attends to its window; as for :class:`uhd_ops.nn.EarlyCompressor`.
+        attention: ``"window"`` if tokens attend inside their window before they are merged,
+            ``"none"``, or which query attends to its window; as for
+            :class:`uhd_ops.nn.EarlyCompressor`.
         mlp: ``"reuse"`` for the block's own MLP, ``"plain"`` or ``"none"``; likewise.
         form: Weight form of the reused MLP: ``"dense"`` as in the released checkpoints,
             ``"block"``, or ``"tied"``. They start as the same function. Other MLPs have one form.
@@ -96,8 +98,8 @@ def insert_early_compressor(
         >>> vit.forward_features(torch.randn(1, 3, 32, 32)).shape  # class token and 2 x 2 patches
         torch.Size([1, 5, 32])
     """
-    options = layer, attention, mlp, form, window, positions
-    return _insert(vit, "", EarlyCompressorConfig, options)
+    options = {"attention": attention, "mlp": mlp, "form": form, "window": window}
+    return insert(vit, layers=layer, **options, positions=positions)
 
 
 def remove_early_compressor(vit: nn.Module) -> nn.Module:
@@ -122,17 +124,17 @@ def remove_early_compressor(vit: nn.Module) -> nn.Module:
         'VisionTransformer'
     """
     family = family_of(vit)
-    present = getattr(family.transformer(vit), "early_compressor", None)
+    present = getattr(family.transformer(vit), "compression", None)
     if present is None:
         raise ValueError("vit holds no compressor, so there is nothing to remove")
-    if not isinstance(present, EarlyCompressorConfig):
+    if present.pool is not None:
         raise ValueError(f"vit holds {present}; call {present.removed_by}(vit) to remove it")
     return _remove(vit, family)
 
 
 def insert_progressive_compression(
     vit: nn.Module,
-    layers: Sequence[int] = (4, 18),
+    layers: Sequence[int] = (3, 17),
     *,
     pool: str = "adaptive",
     hidden_dim: int | None = None,
@@ -152,10 +154,9 @@ def insert_progressive_compression(
 
     Args:
         vit: A model of timm that :func:`uhd_ops.insert_early_compressor` takes.
-        layers: Numbers of blocks in front of each merge, ascending. These are counts, as in the
-            name of the released "4-18" encoder, where ``layer`` of insert_early_compressor is the
-            0-based index of a block: ``layers=(7,)`` merges where ``layer=6`` does. ``(4, 18, 27)``
-            are the three stages of 4, 14 and 9 blocks.
+        layers: 0-based indices of the blocks after which tokens are merged, ascending. The paper
+            counts the blocks in front of each merge: its "4-18" is ``(3, 17)``, and "4-18-27", the
+            three stages of 4, 14 and 9 blocks, is ``(3, 17, 26)``.
         pool: ``"adaptive"``, ``"mean"`` or ``"unshuffle"``; see WindowTokenCompressor.
         hidden_dim: Hidden channels of the pooling's MLP, or None for its default.
         window: Side of a window, in tokens.
@@ -180,12 +181,12 @@ def insert_progressive_compression(
         >>> import torch
         >>> from timm.models.vision_transformer import VisionTransformer
         >>> vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2)
-        >>> vit = insert_progressive_compression(vit, layers=(1, 2))
+        >>> vit = insert_progressive_compression(vit, layers=(0, 1))
         >>> vit.forward_features(torch.randn(1, 3, 64, 64)).shape  # class token and 2 x 2 patches
         torch.Size([1, 5, 32])
     """
-    options = layers, pool, hidden_dim, window, positions
-    return _insert(vit, "timm", ProgressiveCompressionConfig, options)
+    options = {"pool": pool, "hidden_dim": hidden_dim, "window": window}
+    return insert(vit, "timm", layers=layers, **options, positions=positions)
 
 
 def remove_progressive_compression(vit: nn.Module) -> nn.Module:
@@ -203,23 +204,23 @@ def remove_progressive_compression(vit: nn.Module) -> nn.Module:
         ValueError: The model holds no progressive compression.
     """
     family = family_of(vit)
-    config = getattr(family.transformer(vit), "early_compressor", None)
-    if not isinstance(config, ProgressiveCompressionConfig):
+    config = getattr(family.transformer(vit), "compression", None)
+    if config is None or config.pool is None:
         raise ValueError("vit holds no progressive compression, so there is nothing to remove")
     return _remove(vit, family)
 
 
-def _insert(vit: nn.Module, library: str, config: type[Config], options: tuple) -> nn.Module:
-    """Insert what the options say, into a model of this library if one is named."""
+def insert(vit: nn.Module, library: str = "", **options: Any) -> nn.Module:
+    """Insert what the options of CompressorConfig say, into a model of this library if named."""
     if isinstance(vit, DistributedDataParallel):
         _refuse_data_parallel(vit)
-    family, config = family_of(vit, library), config(*options)
-    present = getattr(family.transformer(vit), "early_compressor", None)
+    family, config = family_of(vit, library), CompressorConfig(**options)
+    present = getattr(family.transformer(vit), "compression", None)
     refuse_other(present, config)
     return (_insert_again if present == config else _insert_new)(vit, config, family)
 
 
-def _insert_new(vit: nn.Module, config: Config, family: Family) -> nn.Module:
+def _insert_new(vit: nn.Module, config: CompressorConfig, family: Family) -> nn.Module:
     """Insert the compressors; everything that can fail comes before the first change."""
     transformer = family.transformer(vit)
     _refuse_data_parallel(transformer)
@@ -229,7 +230,7 @@ def _insert_new(vit: nn.Module, config: Config, family: Family) -> nn.Module:
     config.check_depth(len(blocks))
     family.check(vit, config)
     compressors = {
-        index: config.build(family.read(transformer, blocks[index])) for index in config.indices
+        index: _build(config, family.read(transformer, blocks[index])) for index in config.layers
     }
     changes: list[tuple[nn.Module, type[Mixed], int]] = [(transformer, family.model, 1)]
     if vit is not transformer:
@@ -264,6 +265,22 @@ def _insert_new(vit: nn.Module, config: Config, family: Family) -> nn.Module:
     return vit
 
 
+def _build(config: CompressorConfig, host: BlockSpec) -> nn.Module:
+    """Make the compressor behind a block."""
+    if config.pool is None:
+        options = {name: getattr(config, name) for name in ("window", "form", "attention", "mlp")}
+        return EarlyCompressor.from_host(host, **options)
+    like = check_reusable(host).mlps[0].fc2.weight
+    return WindowTokenCompressor(
+        host.dim,
+        pool=config.pool,
+        hidden_dim=config.hidden_dim,
+        window=config.window,
+        device=like.device,
+        dtype=like.dtype,
+    )
+
+
 def _refuse_data_parallel(vit: nn.Module) -> None:
     """Refuse a model that DistributedDataParallel wraps, or holds somewhere.
 
@@ -284,7 +301,7 @@ def _refuse_data_parallel(vit: nn.Module) -> None:
             )
 
 
-def _insert_again(vit: nn.Module, config: Config, family: Family) -> nn.Module:
+def _insert_again(vit: nn.Module, config: CompressorConfig, family: Family) -> nn.Module:
     """Insert what the transformer holds already; a model that wraps it may not know of it yet."""
     if vit is not family.transformer(vit) and not isinstance(vit, CompressedWrapper):
         vit.__class__ = mixed(family.wrapper, type(vit))
@@ -293,7 +310,7 @@ def _insert_again(vit: nn.Module, config: Config, family: Family) -> nn.Module:
 
 
 def _remove(vit: nn.Module, family: Family) -> nn.Module:
-    """Undo :func:`_insert`."""
+    """Undo :func:`insert`."""
     transformer = family.transformer(vit)
     models = [transformer, vit] if isinstance(vit, CompressedWrapper) else [transformer]
     blocks = transformer.get_submodule(transformer.blocks_name)
@@ -319,23 +336,23 @@ def _remove(vit: nn.Module, family: Family) -> nn.Module:
 
 def restore_model(model: nn.Module) -> None:
     """Undo what the insertion changed in the model itself; its blocks are another matter."""
-    config = model.early_compressor
+    config = model.compression
     for info in _merged_features(model, config):
         info["reduction"] //= config.window
     model._forget()
     model.__class__ = model.body_class
 
 
-def _remember(model: nn.Module, config: Config) -> None:
+def _remember(model: nn.Module, config: CompressorConfig) -> None:
     model._remember(config)
     for info in _merged_features(model, config):
         info["reduction"] *= config.window
 
 
-def _merged_features(vit: nn.Module, config: Config) -> list[dict]:
+def _merged_features(vit: nn.Module, config: CompressorConfig) -> list[dict]:
     """The entries of ``feature_info`` behind each merge, once for every merge."""
     info = getattr(vit, "feature_info", [])
     # Gemma 4's classifier shows the list of its encoder, which is changed there.
     if info is getattr(getattr(vit, "encoder", None), "feature_info", None):
         return []
-    return [entry for index in config.indices for entry in info[index:]]
+    return [entry for index in config.layers for entry in info[index:]]

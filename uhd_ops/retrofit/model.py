@@ -14,6 +14,7 @@ from torch import nn
 
 from uhd_ops._reclass import Mixed, is_mixed
 from uhd_ops.nn.block_spec import BlockSpec, read_block
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.positions import Frequencies
 from uhd_ops.retrofit.blocks import (
     CoarseBlock,
@@ -21,7 +22,6 @@ from uhd_ops.retrofit.blocks import (
     CompressedBlock,
     LayoutAware,
 )
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import MODELS, TokenLayout, run_with
 from uhd_ops.retrofit.packed import PackedModel
 from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
@@ -31,7 +31,7 @@ class Compressed(Mixed):
     """A model that knows what was inserted.
 
     Attributes:
-        early_compressor: The options of the insertion.
+        compression: The options of the insertion.
         adapted: Methods of the model's class that are called differently, and what calls each:
             ``caller(self, layout, method, arguments)``. The arguments are by name, with the
             defaults of the class, whose signature stays: what a later version of a library adds
@@ -40,7 +40,7 @@ class Compressed(Mixed):
     """
 
     prefix = "Compressed"
-    early_compressor: Config
+    compression: CompressorConfig
     adapted: ClassVar[Mapping[str, str]] = {}
     takes_padded: bool = False
 
@@ -78,13 +78,13 @@ class Compressed(Mixed):
         """Return the layout of the tokens in front of the compressor, by a call's arguments."""
         raise NotImplementedError
 
-    def _remember(self, config: Config) -> None:
+    def _remember(self, config: CompressorConfig) -> None:
         """Note what was inserted."""
-        self.early_compressor = config
+        self.compression = config
 
     def _forget(self) -> None:
         """Undo :meth:`_remember`."""
-        del self.early_compressor
+        del self.compression
 
 
 def _reusing(init_weights: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,7 +142,7 @@ class CompressedModel(Compressed):
             return [to_map(y) for y in result]
         return result[0], [to_map(y) for y in result[1]]
 
-    def _remember(self, config: Config) -> None:
+    def _remember(self, config: CompressorConfig) -> None:
         super()._remember(config)
         MODELS.add(self)
 
@@ -196,7 +196,7 @@ class CompressedModel(Compressed):
 
     def extra_repr(self) -> str:
         """Show what was inserted."""
-        return f"early_compressor={self.early_compressor}"
+        return f"compression={self.compression}"
 
 
 class CompressedPaddedModel(CompressedModel):
@@ -248,7 +248,7 @@ class Family:
     model: type[CompressedModel]
     compressed: type[CompressedBlock]
     coarse: type[CoarseBlock] | None
-    check: Callable[[nn.Module, Config], None]
+    check: Callable[[nn.Module, CompressorConfig], None]
     parts: Mapping[str, type[CoarsePart]] = field(default_factory=dict)
     read: Callable[[nn.Module, nn.Module], BlockSpec] = lambda vit, block: read_block(block)
     transformer: Callable[[nn.Module], nn.Module] = lambda vit: vit

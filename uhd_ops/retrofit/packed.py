@@ -264,7 +264,7 @@ class PackedModel:
     @property
     def merged_positions(self) -> str:
         """What positions merged tokens have: ``"center"`` or ``"reindex"``."""
-        config = getattr(self.vit, "early_compressor", None)
+        config = getattr(self.vit, "compression", None)
         return "center" if config is None else config.positions
 
     def once(self, function: Callable[..., Any], *args: Hashable) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from uhd_ops._reclass import body_class
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.retrofit.config import Config, EarlyCompressorConfig
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.model import Family
 from uhd_ops.retrofit.packed import PackedModel
 
@@ -160,8 +160,8 @@ def check_packed(vit: nn.Module) -> None:
     """Refuse a model that :class:`uhd_ops.nn.SliceEncoder` does not understand."""
     family = family_of(vit)
     transformer = family.transformer(vit)
-    if not hasattr(transformer, "early_compressor"):  # else the insertion has checked it
-        family.check(vit, EarlyCompressorConfig(0, True, "reuse", "dense", 2))
+    if not hasattr(transformer, "compression"):  # else the insertion has checked it
+        family.check(vit, CompressorConfig(0))
     for cls in body_class(transformer).__mro__:
         if cls.__module__.startswith(("timm.", "transformers.")):
             break
@@ -201,7 +201,7 @@ def read_block(block: nn.Module, **context: object) -> BlockSpec:
     return _import(_BLOCKS[name]).read(block, **context)
 
 
-def refuse_other(present: Config | None, config: Config) -> None:
+def refuse_other(present: CompressorConfig | None, config: CompressorConfig) -> None:
     """Refuse a second insertion with other options: it would lose trained weights."""
     if present is not None and present != config:
         raise ValueError(

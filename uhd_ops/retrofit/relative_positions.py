@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from uhd_ops.nn import checks
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.blocks import CoarseBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedModel, image_layout
 from uhd_ops.retrofit.packed import Grid, PackedModel
@@ -121,10 +121,10 @@ class CoarseBiasBlock(CoarseBlock):
 
 
 def require_blocks(
-    vit: nn.Module, config: Config, classes: tuple[type, ...], attention: type
+    vit: nn.Module, config: CompressorConfig, classes: tuple[type, ...], attention: type
 ) -> None:
     """Refuse blocks, from the compressed one on, of another class or with another attention."""
-    first = config.indices[0]
+    first = config.layers[0]
     for index, block in enumerate(vit.blocks[first:], first):
         checks.require_exactly(block, f"vit.blocks.{index}", classes)
         checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (attention,))

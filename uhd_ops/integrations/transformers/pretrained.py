@@ -45,8 +45,8 @@ def from_pretrained(model_class: type[nn.Module], *args: Any, **kwargs: Any) -> 
         >>> folder = tempfile.mkdtemp()
         >>> model.save_pretrained(folder)
         >>> model = from_pretrained(SiglipVisionModel, folder)
-        >>> model.early_compressor.layer
-        0
+        >>> model.compression.layers
+        (0,)
     """
     is_class = isinstance(model_class, type) and issubclass(model_class, nn.Module)
     if not is_class or not hasattr(model_class, "from_pretrained"):
@@ -78,7 +78,7 @@ def _builder(model_class: type[nn.Module]) -> type[nn.Module]:
         if not insert_configured(self):
             raise ValueError(
                 "config must tell of a compressor in the model or in one inside it, as "
-                "insert_early_compressor notes it in early_compressor; for a checkpoint without "
+                "insert_early_compressor notes it in config.compression; for a checkpoint without "
                 f"one, there is {model_class.__name__}.from_pretrained"
             )
 

@@ -20,10 +20,11 @@ from transformers.utils.generic import can_return_tuple
 
 from uhd_ops._reclass import is_mixed
 from uhd_ops.nn import checks
-from uhd_ops.retrofit import insert_early_compressor, takes_compressor
+from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.retrofit import takes_compressor
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _hf_blocks as parts
+from uhd_ops.retrofit.insertion import insert
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     Compressed,
@@ -53,13 +54,13 @@ class BuiltFromConfig(Compressed):
 class CompressedHfModel(BuiltFromConfig, CompressedModel):
     """A model of transformers; its ``config`` tells of the compressor too, so both are saved."""
 
-    def _remember(self, config: Config) -> None:
+    def _remember(self, config: CompressorConfig) -> None:
         super()._remember(config)
-        self.config.early_compressor = dataclasses.asdict(config)
+        self.config.compression = dataclasses.asdict(config)
 
     def _forget(self) -> None:
         super()._forget()
-        del self.config.early_compressor
+        del self.config.compression
 
     adapted: ClassVar[Mapping[str, str]] = {"forward": "_run"}
 
@@ -161,21 +162,21 @@ def insert_configured(model: nn.Module) -> list[str]:
     found = []
     for name, module in list(model.named_modules()):
         config = getattr(module, "config", None)
-        options = getattr(config, "early_compressor", None)
+        options = getattr(config, "compression", None)
         if options is None or isinstance(module, Compressed) or not takes_compressor(module):
             continue
-        del config.early_compressor  # the insertion writes it again
+        del config.compression  # the insertion writes it again
         try:
-            insert_early_compressor(module, **options)
+            insert(module, **options)
         except Exception:
-            config.early_compressor = options
+            config.compression = options
             raise
         found.append(name)
     return found
 
 
 def require_understood(
-    vit: nn.Module, config: Config, blocks_name: str, layer: str = "Layer"
+    vit: nn.Module, config: CompressorConfig, blocks_name: str, layer: str = "Layer"
 ) -> None:
     """Refuse a model whose methods, encoder or layers are not those of its class.
 
@@ -189,14 +190,14 @@ def require_understood(
     require_methods(vit, cls, ("forward",))
     family = re.sub(r"(Vision)?(Model|Backbone)$", "", cls.__name__)
     expected = {blocks_name.rpartition(".")[0]: parts.sibling(cls, f"{family}Encoder")}
-    for index in range(config.indices[0], len(vit.get_submodule(blocks_name))):
+    for index in range(config.layers[0], len(vit.get_submodule(blocks_name))):
         expected[f"{blocks_name}.{index}"] = parts.sibling(cls, f"{family}{layer}")
     for name, part in expected.items():
         checks.require_exactly(vit.get_submodule(name), f"vit.{name}", (part,))
         checks.require_own_forward(vit.get_submodule(name), f"vit.{name}")
-    if getattr(vit.config, "early_compressor", None) is not None:
+    if getattr(vit.config, "compression", None) is not None:
         raise ValueError(
-            f"vit.config tells of a compressor, {vit.config.early_compressor}, but vit holds none: "
+            f"vit.config tells of a compressor, {vit.config.compression}, but vit holds none: "
             "load it by uhd_ops.integrations.transformers.from_pretrained; or, for a new one, "
-            "delete vit.config.early_compressor, and give every model a config of its own"
+            "delete vit.config.compression, and give every model a config of its own"
         )

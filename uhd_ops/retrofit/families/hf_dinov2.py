@@ -14,7 +14,7 @@ from torch import nn
 from uhd_ops._reclass import body_class
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.retrofit.config import Config
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.families import _hf_blocks as parts
 from uhd_ops.retrofit.families._hf_models import (
     CompressedBackbone,
@@ -78,7 +78,7 @@ def transformer(vit: nn.Module) -> nn.Module:
     return getattr(vit, vit.base_model_prefix, vit)
 
 
-def check(vit: nn.Module, config: Config) -> None:
+def check(vit: nn.Module, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_understood(transformer(vit), config, "encoder.layer")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.positions import Frequencies, Rotary
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,
     CompressedBackbone,
@@ -87,7 +87,7 @@ def frequencies_of(inverse: torch.Tensor) -> Frequencies:
     )
 
 
-def check(vit: nn.Module, config: Config) -> None:
+def check(vit: nn.Module, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_understood(vit, config, "model.layer")
 

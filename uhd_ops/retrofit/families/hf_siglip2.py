@@ -15,7 +15,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from uhd_ops.grids import PackedGrids
-from uhd_ops.retrofit.config import Config
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,
     CompressedHfModel,
@@ -107,7 +107,7 @@ def layout_of(
     return layout
 
 
-def check(vit: nn.Module, config: Config) -> None:
+def check(vit: nn.Module, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_understood(vit, config, "encoder.layers", "EncoderLayer")
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.score_bias import RelativePositionBias
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
@@ -129,7 +129,7 @@ class CoarseBeitAttention(CoarsePart):
         return self.body_class._get_rel_pos_bias(merged)
 
 
-def check(vit: beit.Beit, config: Config) -> None:
+def check(vit: beit.Beit, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, beit.Beit, _METHODS)
     require_patch_embedding(vit)

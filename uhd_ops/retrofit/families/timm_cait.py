@@ -11,8 +11,8 @@ from torch import nn
 
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.blocks import CompressedBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedTimm,
@@ -65,7 +65,7 @@ class CompressedCait(CompressedModel):
         return image_layout(self, x, 0)  # the class token joins behind the blocks
 
 
-def check(vit: Cait, config: Config) -> None:
+def check(vit: Cait, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, Cait, _METHODS)
     require_patch_embedding(vit)

@@ -11,7 +11,7 @@ from torch import nn
 
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.retrofit.config import Config
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families import timm_eva
 from uhd_ops.retrofit.families._timm_encoders import (
@@ -41,7 +41,7 @@ def read(block: nn.Module) -> BlockSpec:
     return BlockSpec(attention.proj.out_features, (attention,), (mlp,), block=block)
 
 
-def check(vit: nn.Module, config: Config) -> None:
+def check(vit: nn.Module, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_encoder(vit, DeepseekVitEncoder, DeepseekVitClassifier)
 

@@ -13,7 +13,7 @@ from torch import nn
 from uhd_ops._reclass import body_class
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
-from uhd_ops.retrofit.config import Config
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
@@ -97,7 +97,7 @@ class CompressedEva(CompressedModel):
         return image_layout(self, x, self.num_prefix_tokens, frequencies_of(self.rope))
 
 
-def check(vit: Eva, config: Config) -> None:
+def check(vit: Eva, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, Eva, _METHODS)
     require_patch_embedding(vit)

@@ -20,10 +20,10 @@ from torch import nn
 
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.layers import Limits
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
@@ -261,7 +261,7 @@ class CompressedGemma4VitClassifier(CompressedWrapper):
         return self.forward_head(features, patch_valid=getattr(layout, "valid", None))
 
 
-def check(vit: nn.Module, config: Config) -> None:
+def check(vit: nn.Module, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     if isinstance(vit, Gemma4VitClassifier):
         require_methods(vit, Gemma4VitClassifier, (*_METHODS, "forward_head"))

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.blocks import CoarseBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families.timm_vision_transformer import prefix_tokens
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import CompressedPaddedModel, Family, refuse_masks, require_methods
@@ -131,7 +131,7 @@ class CompressedNaFlexVit(CompressedPaddedModel):
         return TokenLayout(height, width, prefix, frequencies)
 
 
-def check(vit: NaFlexVit, config: Config) -> None:
+def check(vit: NaFlexVit, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, NaFlexVit, _METHODS)
     require_rope(vit)

@@ -14,7 +14,7 @@ from timm.models.qwen3_vit import (
 )
 from torch import nn
 
-from uhd_ops.retrofit.config import Config
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.families._timm_encoders import (
     CompressedEncoder,
     PackedEncoder,
@@ -62,7 +62,7 @@ class CompressedQwen3Classifier(CompressedWrapper):
         return method(**arguments)
 
 
-def check(vit: nn.Module, config: Config) -> None:
+def check(vit: nn.Module, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_encoder(vit, Qwen3VitEncoder, Qwen3VitClassifier)
 

@@ -19,10 +19,10 @@ from torch import nn
 from uhd_ops._reclass import body_class
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.layers import clone_module
 from uhd_ops.nn.score_bias import RelativePositionBias
 from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
 from uhd_ops.retrofit.layout import TokenLayout
@@ -150,14 +150,14 @@ class PackedRelPos(PackedRelativePositions, PackedTimm):
         return None if source is None else self.once(score_bias, source, grid, window, positions)
 
 
-def check(vit: relpos.VisionTransformerRelPos, config: Config) -> None:
+def check(vit: relpos.VisionTransformerRelPos, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, relpos.VisionTransformerRelPos, _METHODS)
     require_patch_embedding(vit)
     classes = (relpos.RelPosBlock, relpos.ResPostRelPosBlock)
     require_blocks(vit, config, classes, relpos.RelPosAttention)
     allowed = (layers.RelPosBias, layers.RelPosMlp)
-    first = config.indices[0]
+    first = config.layers[0]
     for index, block in enumerate(vit.blocks[first:], first):
         if block.attn.rel_pos is not None:
             name = f"vit.blocks.{index}.attn.rel_pos"

@@ -25,9 +25,9 @@ from uhd_ops.grids import PackedGrids
 from uhd_ops.nn import checks
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.score_bias import DecomposedPositionBias
 from uhd_ops.retrofit.blocks import CoarseBlock, CoarsePart, CompressedBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
 from uhd_ops.retrofit.model import (
@@ -281,7 +281,7 @@ class PackedSam(PackedTimm):
         return out.new_empty((len(self.grids), 0, out.shape[-1])), out
 
 
-def check(vit: sam.VisionTransformerSAM, config: Config) -> None:
+def check(vit: sam.VisionTransformerSAM, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, sam.VisionTransformerSAM, _METHODS)
     require_patch_embedding(vit)

@@ -13,9 +13,9 @@ from torch import nn
 from uhd_ops._reclass import body_class
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
+from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.layers import LinearView, PartView, clone_module
 from uhd_ops.retrofit.blocks import CompressedBlock
-from uhd_ops.retrofit.config import Config
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
@@ -229,7 +229,7 @@ class CompressedVisionTransformer(CompressedModel):
         return image_layout(self, x, self.num_prefix_tokens)
 
 
-def check(vit: timm.VisionTransformer, config: Config) -> None:
+def check(vit: timm.VisionTransformer, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, timm.VisionTransformer, _METHODS)
     require_patch_embedding(vit)
