@@ -221,7 +221,7 @@ def varlen(monkeypatch):
         calls.append(scale)
         return module.attend_by_length(q, k, v, cu_q.diff().tolist(), scale)
 
-    monkeypatch.setattr(module, "varlen_attn", attend)
+    monkeypatch.setattr(module, "_varlen_attn", lambda: attend)
     return calls
 
 
@@ -257,5 +257,5 @@ def test_who_goes_to_variable_length_attention(varlen, monkeypatch):
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         assert not suits()
         monkeypatch.undo()
-        monkeypatch.setattr(module, "varlen_attn", None)
+        monkeypatch.setattr(module, "_varlen_attn", lambda: None)
         assert not suits()

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
 from uhd_ops import _checks, _native, windows
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.padded_grids import PaddedGrids
-
-try:  # torch has it since 2.10, and a scale since later
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 
 
 def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Grids) -> torch.Tensor:
@@ -84,7 +81,7 @@ def attend_views(
     if _suits_varlen(q, grids):
         cu_seqlens, longest = grids.cu_seqlens(q.device), grids.max_seqlen
         options = {} if scale is None else {"scale": scale}
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+        return _varlen_attn()(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     if torch.compiler.is_compiling():
         return torch.ops.uhd_ops._view_attention(q, k, v, grids.rows, scale)
     return attend_by_length(q, k, v, [height * width for height, width in grids], scale)
@@ -94,7 +91,6 @@ def _suits_varlen(q: torch.Tensor, grids: PackedGrids) -> bool:
     """Whether torch's variable-length attention takes the call."""
     return (
         q.device.type == "cuda"
-        and varlen_attn is not None
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and 0 < q.shape[-1] <= 256
@@ -103,7 +99,20 @@ def _suits_varlen(q: torch.Tensor, grids: PackedGrids) -> bool:
         and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds up atomically
         and grids.is_known
         and grids.num_tokens > 0
+        and _varlen_attn() is not None
     )
+
+
+def _varlen_attn() -> Callable[..., torch.Tensor] | None:
+    """Torch's ``varlen_attn``, which there is since 2.10, or None.
+
+    It is imported where it is needed, because Triton comes with it.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 def _attend(
