@@ -8,6 +8,7 @@ oldest=2.10.0
 venv=.venv-compat
 
 rm -rf build/dist
+mkdir -p build
 echo "Making the source archive, and the wheel from it, for torch $oldest (log: build/dist.log)."
 # Source archive first, then the wheel from that archive: a file missing from the archive fails here.
 # Whether the CUDA library loads does not depend on its architectures: PTX alone is quick to make.
