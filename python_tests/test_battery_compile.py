@@ -53,8 +53,9 @@ def _no_graphs_of_other_tests():
 def assert_like_eager(name, compiled, call):
     wanted_out, wanted_grads = gradients(public(name), call)
     out, grads = gradients(compiled, call)
-    assert_same_bits(out, wanted_out)
-    assert_same_bits(grads, wanted_grads, "gradient")
+    # Where torch computes the values, it may do so in another order under the compiler.
+    assert_same(name, "batch_invariance", call, out, wanted_out)
+    assert_same(name, "batch_invariance", call, grads, wanted_grads, "gradient")
 
 
 def assert_compiled_in_the_first_call(graphs):

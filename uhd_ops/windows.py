@@ -427,9 +427,16 @@ def locate(
     return where
 
 
-def parsed(grids: Grids) -> PackedGrids | PaddedGrids:
-    """Return grids in any accepted form as an object, for several calls with the same ones."""
-    return grids if isinstance(grids, PaddedGrids) else PackedGrids.of(grids)
+def parsed(grids: Grids, x: torch.Tensor) -> Grids:
+    """Return the grids of ``x`` as an object, for several calls with the same ones.
+
+    A list of grids for batched tokens stays a list, which :func:`check_tokens` refuses: once it is
+    an object, a list of one pair is as good as a pair.
+    """
+    if isinstance(grids, (PackedGrids, PaddedGrids)):
+        return grids
+    batched = isinstance(x, torch.Tensor) and x.dim() == 3
+    return grids if batched and not is_single_pair(grids) else PackedGrids.of(grids)
 
 
 def _several_grids(x: torch.Tensor, name: str, trailing: tuple[str, ...]) -> ValueError:

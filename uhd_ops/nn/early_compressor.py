@@ -262,7 +262,7 @@ class EarlyCompressor(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
-        grids = parsed(grids)
+        grids = parsed(grids, x)
         check_tokens(x, grids, self.window, self.dim)
         if self.attention in QUERIES:
             merged = self.attn(x, grids, positions)

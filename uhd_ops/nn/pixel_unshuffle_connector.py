@@ -102,7 +102,7 @@ class PixelUnshuffleConnector(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
-        grids = parsed(grids)
+        grids = parsed(grids, x)
         check_tokens(x, grids, self.window, self.dim)
         for stage in self.stages:
             x = merge_windows(

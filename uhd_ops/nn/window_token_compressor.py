@@ -125,7 +125,7 @@ class WindowTokenCompressor(nn.Module):
             TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
-        grids = parsed(grids)
+        grids = parsed(grids, x)
         where = check_tokens(x, grids, self.window, self.dim)
         if self.pool == "mean":
             return window_mean(x, grids, self.window)
