@@ -187,6 +187,8 @@ def test_vmap(name, device):
             assert_same(name, "batch_invariance", calls[i], grad[i], wanted[key], what)
 
 
+# torch scripts a part of its own when forward mode is first used.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 def test_forward_mode_elsewhere_does_not_matter():
     call = make_call("window_attention")
     wanted = run(uhd_ops.window_attention, call)
