@@ -182,8 +182,14 @@ def test_gradients_and_checkpointing(case):
     model.zero_grad()
     torch.manual_seed(1)
     model(images.requires_grad_())[0].square().sum().backward()
-    found = dict(model.named_parameters())
-    assert all(torch.equal(found[name].grad, grad) for name, grad in gradients[0].items())
+    for name, grad in gradients[0].items():
+        actual = model.get_parameter(name).grad
+        if "patch_embedding" in name:
+            # Reentrant recomputing gives the first layer's input a gradient with the input's own
+            # strides, and torch's convolution adds in another order over those.
+            assert_close(actual, grad, ROUNDINGS)
+        else:
+            assert torch.equal(actual, grad), name
 
 
 def test_bfloat16(case):
