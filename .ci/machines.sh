@@ -24,7 +24,6 @@ isa() { # The one asked for, or the best that there is below it.
 }
 
 # Products that add in another order for each memory layout, number of rows and number of threads.
-machine UHD_OPS_TEST_PLANTED_PRODUCT=1 -- -m bits "$@"
 machine UHD_OPS_TEST_PLANTED_PRODUCT=1 UHD_OPS_TEST_THREADS=2 UHD_OPS_CPU_ISA="$(isa avx512)" -- -m bits "$@"
 # The libraries' own ways of computing as on another processor.
 machine MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default UHD_OPS_CPU_ISA=scalar UHD_OPS_TEST_THREADS=2 -- -m bits "$@"
