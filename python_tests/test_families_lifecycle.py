@@ -116,8 +116,11 @@ def test_bfloat16(name):
 @NAMES
 def test_meta_device(name):
     case = CASES[name]
-    model = insert_early_compressor(case.make(**first(case)).to("meta"), LAYER)
-    assert all(p.is_meta for p in model.parameters())
+    plain = case.make(**first(case)).to("meta")
+    with torch.device("meta"):  # as where a model is made without memory
+        model = insert_early_compressor(copy.deepcopy(plain), LAYER)
+    for each in (model, insert_early_compressor(plain, LAYER)):
+        assert all(p.is_meta for p in each.parameters())
 
 
 @NAMES

@@ -54,7 +54,8 @@ class RelativePositionBias(ScoreBias):
             window: Side f of a window.
         """
         height, width = grid
-        offsets = torch.arange(1 - window, window)
+        # On the CPU also while another device is the default: meta tensors cannot be masks.
+        offsets = torch.arange(1 - window, window, device="cpu")
         query, key = offsets.clamp(min=0), (-offsets).clamp(min=0)
         query = query[:, None] * width + query
         key = key[:, None] * width + key
