@@ -6,7 +6,7 @@ import math
 
 import torch
 import transformers
-from families.case import merge_batch, mlp_mean, randomise
+from families.case import Case, merge_batch, mlp_mean, randomise
 
 SIZE = {
     "hidden_size": 32,
@@ -28,7 +28,7 @@ class HfCase:
         options: Of the config, beside SIZE.
         trunk: Name of the submodule that is the ViT; empty for the model itself.
         layers: Name of its list of layers.
-        resizes: Options of a call with images of another size; None where it takes only one.
+        resizes: Options of a call with images of another size.
         by_hand: ``by_hand(vit, images, ...)``: the hidden states with a compressor; see below.
     """
 
@@ -38,7 +38,7 @@ class HfCase:
     by_hand: object
     trunk: str = ""
     layers: str = "encoder.layers"
-    resizes: dict | None = dataclasses.field(default_factory=dict)
+    resizes: dict = dataclasses.field(default_factory=dict)
 
     @property
     def cls(self):
@@ -48,15 +48,65 @@ class HfCase:
         config = getattr(transformers, self.config)(**{**SIZE, **self.options, **options})
         return randomise(self.cls(config))
 
-    def make_exact(self):
-        """Make a float64 model that computes in float64 throughout."""
-        model = self.make().double()
+    def exact(self, model):
+        """The model in float64 throughout."""
         if "DINOv3" in self.model:
             model.rope_embeddings = ExactRope(model.rope_embeddings.inv_freq)
-        return model
+        return model.double()
 
     def vit(self, model):
         return model.get_submodule(self.trunk)
+
+    def options_for(self, x):
+        return self.resizes if x.shape[2:] != (28, 28) else {}
+
+    def outputs_of(self, model, last):
+        """The first two outputs of a model by what leaves its last layer."""
+        vit = self.vit(model)
+        if "Siglip" in self.model:
+            normed = vit.post_layernorm(last)
+            return normed, vit.head(normed) if vit.use_head else None
+        if self.trunk == "vision_model":
+            return model.visual_projection(vit.post_layernorm(last[:, 0])), last
+        if "CLIP" in self.model:
+            return last, vit.post_layernorm(last[:, 0])
+        normed = (vit.norm if "DINOv3" in self.model else vit.layernorm)(last)
+        if self.trunk == "dinov2":
+            return (model.classifier(torch.cat([normed[:, 0], normed[:, 1:].mean(1)], 1)),)
+        return normed, normed[:, 0]
+
+    def run_layer(self, model, index, x):
+        """An untouched layer on tokens ``(1, L, C)``, all at the same place."""
+        positions = {}
+        if "DINOv3" in self.model:
+            angles = torch.zeros(x.shape[1], 16, dtype=x.dtype)
+            positions["position_embeddings"] = angles.cos(), angles.sin()
+        return self.vit(model).get_submodule(self.layers)[index](x, None, **positions)
+
+    def as_case(self):
+        """What the battery of families takes."""
+
+        def by_hand(model, x, **options):
+            states = self.by_hand(self.vit(model), x, **options)
+            return states[1:], self.outputs_of(model, states[-1])[0]
+
+        return Case(
+            self.make,
+            by_hand,
+            sizes=((12, 40), (32, 20), (8, 16)),
+            images=lambda model, batch=2, dtype=torch.float32, size=None: random_images(
+                *(size or (28, 28)), batch=batch, dtype=dtype
+            ),
+            blocks=f"{self.trunk}.{self.layers}".lstrip("."),
+            num_prefix=lambda model: 0,  # states have them
+            run_block=self.run_layer,
+            exact=self.exact,
+            run=lambda model, x: model(x, **self.options_for(x))[0],
+            patches=lambda model, x: model(
+                x, output_hidden_states=True, **self.options_for(x)
+            ).hidden_states[1:],
+            checkpoint=lambda model: model.activation_checkpointing_enable(),
+        )
 
 
 def random_images(height=28, width=28, batch=2, dtype=torch.float64):
@@ -240,3 +290,8 @@ BACKBONES = {
         "model.layer",
     ),
 }
+
+
+def all_cases():
+    """Return the cases as the battery of families takes them."""
+    return {f"transformers: {name}": case.as_case() for name, case in CASES.items()}

@@ -4,7 +4,7 @@
 import pytest
 import timm
 import torch
-from tiny_vits import tiny_vit
+from families.vision_transformer import make as tiny_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

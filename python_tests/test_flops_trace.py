@@ -8,8 +8,8 @@ import pytest
 import torch
 from battery.marks import native_only
 from families.eva import DINOV3, make
+from families.vision_transformer import make as tiny_vit
 from tiny_minicpm import EVEN, tiny_tower
-from tiny_vits import tiny_vit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel

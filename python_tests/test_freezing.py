@@ -5,8 +5,9 @@ import copy
 
 import pytest
 import torch
+from families.case import random_images as images
+from families.vision_transformer import make as tiny_vit
 from timm.models.vision_transformer import VisionTransformer
-from tiny_vits import images, tiny_vit
 from torch import nn
 
 from uhd_ops import freeze_for_stage, insert_early_compressor, remove_early_compressor

@@ -131,7 +131,7 @@ def backbone(request):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(28, 28), (32, 16)])
 def test_feature_maps(backbone, size):
-    model = backbone.make_exact()
+    model = backbone.exact(backbone.make())
     images = random_images(*size)
     states = backbone.by_hand(model, images)
     insert_early_compressor(model, 1)

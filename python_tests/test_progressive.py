@@ -7,10 +7,8 @@ import pickle
 import pytest
 import torch
 from families import all_cases
-from families.case import assert_close, window_slots
+from families.case import assert_close, run_features, snapshot, window_slots
 from families.vision_transformer import make
-from test_families import features_of, first
-from test_families_lifecycle import snapshot
 from torch.nn import functional
 
 from uhd_ops import (
@@ -30,10 +28,6 @@ CASES = {
 }
 NAMES = pytest.mark.parametrize("name", CASES)
 LAYERS = (0, 2)
-
-
-def run(model, x):
-    return features_of(model.forward_features(x))
 
 
 def pool_by_hand(module, x, grid):
@@ -87,31 +81,31 @@ def test_definition(size):
 @torch.no_grad()
 def test_starts_as_pooling(name):
     case = CASES[name]
-    model = case.make(**first(case))
+    model = case.make_first()
     x = case.images(model, 2, torch.float32)
     other = insert_early_compressor(copy.deepcopy(model), 1, attention="none", mlp="none")
-    expected = run(other, x)
-    actual = run(insert_progressive_compression(model, [1], pool="mean"), x)
+    expected = run_features(other, x)
+    actual = run_features(insert_progressive_compression(model, [1], pool="mean"), x)
     assert torch.equal(actual, expected)
     adaptive = insert_progressive_compression(remove_progressive_compression(model), [1])
     # A softmax of equal scores is a mean, up to rounding in each of four blocks.
     bound = 4 * 12 * 512 * torch.finfo(torch.float32).eps * expected.abs().max()
-    assert (run(adaptive, x) - expected).abs().max() <= bound
+    assert (run_features(adaptive, x) - expected).abs().max() <= bound
 
 
 @NAMES
 @pytest.mark.parametrize("positions", ["center", "reindex"])
 def test_every_family(name, positions):
     case = CASES[name]
-    model = case.make(**first(case))
+    model = case.make_first()
     x = case.images(model, 2, torch.float32)
     before = snapshot(model)
     with torch.no_grad():
-        expected = run(model, x)
+        expected = run_features(model, x)
     inserted = insert_progressive_compression(model, LAYERS, positions=positions)
     assert inserted is model
     assert insert_progressive_compression(model, LAYERS, positions=positions) is model
-    out = run(model, x)
+    out = run_features(model, x)
     assert out.isfinite().all()
     out.square().sum().backward()
     compressors = [p for key, p in model.named_parameters() if ".compressor." in key]
@@ -120,11 +114,11 @@ def test_every_family(name, positions):
     assert all(p.grad is not None for p in compressors)
     assert sum(bool(p.grad.any()) for p in compressors) >= 2
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(run(clone, x), out)
+        assert torch.equal(run_features(clone, x), out)
     remove_progressive_compression(model)
     assert snapshot(model) == before
     with torch.no_grad():
-        assert torch.equal(run(model, x), expected)
+        assert torch.equal(run_features(model, x), expected)
 
 
 @NAMES
@@ -132,12 +126,12 @@ def test_every_family(name, positions):
 def test_positions_of_two_merges_are_those_of_one_large_window(name):
     # Two merges in a row leave each token where one merge of 4 x 4 windows would have left it.
     case = CASES[name]
-    model = case.make(**first(case)).double()
+    model = case.make_first().double()
     x = case.images(model, 1, torch.float64)
     once = insert_progressive_compression(copy.deepcopy(model), [1], pool="mean", window=4)
-    expected = run(once, x)
+    expected = run_features(once, x)
     twice = insert_progressive_compression(model, [0, 1], pool="mean")
-    assert run(twice, x).shape == expected.shape
+    assert run_features(twice, x).shape == expected.shape
 
 
 def test_slice_encoder_runs_all_merges():
@@ -189,10 +183,10 @@ def test_the_two_kinds_of_insertion_do_not_mix():
 @torch.no_grad()
 def test_compile(name):
     case = CASES[name]
-    model = insert_progressive_compression(case.make(**first(case)), LAYERS)
+    model = insert_progressive_compression(case.make_first(), LAYERS)
     x = case.images(model, 2, torch.float32)
-    expected = run(model, x)
+    expected = run_features(model, x)
     torch._dynamo.reset()
     compiled = torch.compile(model.forward_features, backend="eager", fullgraph=True, dynamic=False)
     assert torch.equal(compiled(x), expected)
-    assert torch.equal(run(model, x), expected)
+    assert torch.equal(run_features(model, x), expected)

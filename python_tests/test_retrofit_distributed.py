@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from families.case import assert_close
-from tiny_vits import tiny_vit
+from families.vision_transformer import make as tiny_vit
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh

@@ -17,9 +17,10 @@ import pytest
 import torch
 from families import eva, naflexvit
 from families.case import assert_close
+from families.case import random_images as images
+from families.vision_transformer import make as tiny_vit
 from timm.layers import set_reentrant_ckpt
 from timm.models import checkpoint_seq, vision_transformer
-from tiny_vits import images, tiny_vit
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 

@@ -4,10 +4,12 @@
 import pytest
 import timm
 import torch
+from families.case import random_images as images
+from families.case import snapshot
+from families.vision_transformer import make as tiny_vit
 from timm.layers import GatedMlp, PatchEmbed, SimpleNorm
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer
-from tiny_vits import images, snapshot, tiny_vit
 from torch import nn
 
 from uhd_ops import insert_early_compressor, remove_early_compressor

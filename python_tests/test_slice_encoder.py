@@ -5,15 +5,18 @@ import copy
 
 import pytest
 import torch
+from families.vision_transformer import CASES
+from families.vision_transformer import make as tiny_vit
+from families.vision_transformer import make_distilled as tiny_distilled
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
-from tiny_vits import FEATURES, tiny_distilled, tiny_vit
 from torch import nn
 
 from uhd_ops import PackedGrids, insert_early_compressor
 from uhd_ops.nn import SliceEncoder
 
 # Two images of four and two views: equal neighbours, equal ones apart, ragged grids, one patch.
+FEATURES = CASES["VisionTransformer"].variants
 SIZES = [(28, 28), (16, 20), (16, 20), (12, 36), (4, 4), (16, 20)]
 GRIDS = [(7, 7), (4, 5), (4, 5), (3, 9), (1, 1), (4, 5)]
 MERGED = [(4, 4), (2, 3), (2, 3), (2, 5), (1, 1), (2, 3)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a family brings to the battery, and the compressor as a loop over windows."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,31 @@ def run_sequence_block(model, index, x):
     return model.blocks[index](x)
 
 
+def run_features(model, x):
+    """What ``forward_features`` returns; NaFlex models return their tokens in a dictionary."""
+    result = model.forward_features(x)
+    return result["patches"] if isinstance(result, dict) else result
+
+
+def patches_of_blocks(model, x):
+    """Maps of all blocks from ``forward_intermediates`` as patches ``(B, h * w, C)``."""
+    _, maps = model.forward_intermediates(x)
+    assert all(y.dim() == 4 for y in maps)
+    return [y.flatten(2).transpose(1, 2) for y in maps]
+
+
+def snapshot(model):
+    """Everything that a user of the model could see of it."""
+    return {
+        "classes": [(name, type(module)) for name, module in model.named_modules()],
+        "attributes": [(name, sorted(vars(module))) for name, module in model.named_modules()],
+        "info": copy.deepcopy(getattr(model, "feature_info", None)),
+        "keys": list(model.state_dict()),
+        "pointers": [p.data_ptr() for p in model.parameters()],
+        "repr": repr(model),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A class of models, small, and what it must compute with a compressor.
@@ -39,6 +65,10 @@ class Case:
         run_block: ``run_block(model, index, x)``: an untouched block on tokens ``(1, L, C)``.
         roundings: Bound on the error of float64, in units of its epsilon times the largest value.
         fullgraph: Whether torch.compile traces the model without a break.
+        exact: ``exact(model)``: the model in float64 throughout.
+        run: ``run(model, x)``: the features of a model, with or without a compressor.
+        patches: ``patches(model, x)``: what each block returns, behind the prefix tokens.
+        checkpoint: ``checkpoint(model)`` turns gradient checkpointing on.
     """
 
     make: Callable[..., nn.Module]
@@ -51,6 +81,18 @@ class Case:
     run_block: Callable[..., torch.Tensor] = run_sequence_block
     roundings: float = 12 * 512  # products of at most 4 * 4 * 32 terms, a dozen in a row
     fullgraph: bool = True
+    exact: Callable[[nn.Module], nn.Module] = nn.Module.double
+    run: Callable[..., torch.Tensor] = run_features
+    patches: Callable[..., list[torch.Tensor]] = patches_of_blocks
+    checkpoint: Callable[[nn.Module], None] = lambda model: model.set_grad_checkpointing()
+
+    def make_variant(self, variant):
+        """Make the model of one variant."""
+        return self.make(**self.variants[variant])
+
+    def make_first(self):
+        """Make the model of the default variant."""
+        return self.make(**next(iter(self.variants.values())))
 
 
 def randomise(model):

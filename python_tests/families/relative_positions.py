@@ -229,6 +229,7 @@ CASES = {
             "shared bias": {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
             "both": {"use_shared_rel_pos_bias": True},
             "absolute": {"use_rel_pos_bias": False, "use_abs_pos_emb": True},
+            "shared bias, absolute": {"use_shared_rel_pos_bias": True, "use_abs_pos_emb": True},
             "gated": {"swiglu_mlp": True, "scale_mlp": True},
             "no biases, no layer scale": {"qkv_bias": False, "init_values": None},
             "class token": {"global_pool": "token"},

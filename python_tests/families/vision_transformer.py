@@ -53,6 +53,14 @@ CASES = {
             "siglip": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
             "layer scale": {"init_values": 0.3, "reg_tokens": 4, "no_embed_class": True},
             "query and key norm": {"qk_norm": True, "qkv_bias": False},
+            "clip": {"pre_norm": True, "act_layer": "quick_gelu"},
+            "no biases": {"qkv_bias": False, "proj_bias": False, "pos_embed": "none"},
+            "padded, drop path, relu": {
+                "dynamic_img_size": True,
+                "dynamic_img_pad": True,
+                "drop_path_rate": 0.3,
+                "act_layer": "relu",
+            },
         },
     ),
     "VisionTransformer, any size": Case(
