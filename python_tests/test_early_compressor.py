@@ -169,13 +169,6 @@ def test_the_function_of_a_compiled_part_is_not_copied():
     assert torch.equal(compressor(x, GRIDS), expected)
 
 
-def test_draws_no_random_numbers():
-    block = random_block()
-    state = torch.get_rng_state()
-    EarlyCompressor.from_block(block)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(dtype):
     block = random_block(dtype=dtype)
@@ -206,11 +199,6 @@ def test_no_views(attention, rate):
     rates = {"attention_dropout": rate, "dropout": rate, "drop_path": rate}
     compressor = EarlyCompressor(DIM, HEADS, layer_scale=0.1, attention=attention, **rates)
     assert compressor(torch.empty(0, DIM), []).shape == (0, DIM)
-
-
-def test_meta_device():
-    compressor = EarlyCompressor.from_block(Block(DIM, HEADS, device="meta"))
-    assert {p.device.type for p in compressor.parameters()} == {"meta"}
 
 
 def test_one_graph_serves_every_packing():

@@ -17,6 +17,7 @@ from timm.optim import param_groups_layer_decay
 from torch.utils._pytree import tree_leaves, tree_map
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
+from uhd_ops.nn import EarlyCompressor
 from uhd_ops.retrofit import CompressorConfig
 
 TIMM = all_cases()
@@ -104,13 +105,15 @@ def test_every_parameter_learns(name, variant):
             assert parameter.grad.any(), key
 
 
+# timm's own norms warn of it, in untouched models too.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@NAMES
+@pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=str)
 @torch.no_grad()
-def test_dtypes(name, dtype):
+def test_dtypes(name, variant, dtype):
     """The reuse initialisation rounds nothing, so it does not matter when the dtype changes."""
     case = CASES[name]
-    late = case.make_first()
+    late = case.make_variant(variant)
     early = copy.deepcopy(late)
     insert_early_compressor(late.to(dtype), LAYER)
     insert_early_compressor(early, LAYER).to(dtype)
@@ -120,11 +123,10 @@ def test_dtypes(name, dtype):
     outs = [case.run(model, x) for model in (late, early)]
     assert outs[0].dtype == dtype
     assert outs[0].isfinite().all()
-    # Relative positions of an MLP are values of the model, which it computes in its own dtype.
-    assert torch.equal(*outs) or name == "VisionTransformerRelPos"
+    # Tables of relative positions may be computed, by an MLP or as a sum, in the model's dtype.
+    assert torch.equal(*outs) or name in ("VisionTransformerRelPos", "Beit")
 
 
-# timm's own norms warn of it, in untouched models too.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=str)
 def test_autocast(name, variant):
@@ -133,6 +135,21 @@ def test_autocast(name, variant):
     with torch.autocast("cpu", torch.bfloat16):
         case.run(model, case.images(model)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=str)
+def test_the_block_is_copied_and_nothing_is_drawn(name, variant):
+    case = CASES[name]
+    block = case.make_variant(variant).train().get_submodule(case.blocks)[LAYER]
+    state, seen = torch.get_rng_state(), []
+    for module in block.modules():
+        module.register_forward_hook(lambda *_: seen.append(1))
+    compressor = EarlyCompressor.from_block(block)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not seen
+    assert all(module.training for module in (*block.modules(), *compressor.modules()))
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    assert not own & {p.untyped_storage().data_ptr() for p in compressor.parameters()}
 
 
 @NAMES
@@ -354,3 +371,41 @@ def test_features_only(name):
         assert coarse == (merged if last >= layer else fine), first
         reduction = net.feature_info.reduction()
         assert reduction == [reduction[0], reduction[0] * (2 if last >= layer else 1)], first
+
+
+MASKED = [name for name in TIMM if name.startswith(("Eva", "VisionTransformer,", "ViTamin"))]
+MASKED += ["VisionTransformer", "VisionTransformerDistilled", "ResPostBlock"]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_are_refused(name):
+    _, model, x = made(name)
+    options = {"attn_mask": torch.zeros(50, 50), "is_causal": True}
+    for method in (model, model.forward_features, model.forward_intermediates):
+        for option, value in options.items():
+            message = f"{option} must be (None|False) in a model with a"
+            with pytest.raises(NotImplementedError, match=message):
+                method(x, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("VisionTransformer", r"set vit\.patch_drop\.prob = 0"),
+        ("Eva, rotary", r"set vit\.patch_drop\.prob = 0"),
+        ("NaFlexVit", r"set vit\.patch_drop to None"),
+        ("VisionTransformerSAM", "patch dropout leaves no grid"),
+    ],
+)
+def test_patch_dropout_is_refused_in_training(name, message):
+    case = CASES[name]
+    model = insert_early_compressor(case.make(patch_drop_rate=0.5), LAYER)
+    x = case.images(model, 1)
+    expected = case.run(model, x)
+    with pytest.raises(NotImplementedError, match=message):
+        case.run(model.train(), x)
+    if name == "NaFlexVit":
+        model.patch_drop = None
+    else:
+        model.patch_drop.prob = 0
+    assert torch.equal(case.run(model, x), expected)

@@ -80,17 +80,6 @@ def test_refusals():
         model.forward_features(batch["patches"], batch["patch_coord"][:1], batch["patch_valid"][:1])
 
 
-@torch.no_grad()
-def test_patch_dropout():
-    dropping = insert_early_compressor(make(**AVERAGE, patch_drop_rate=0.5), 1)
-    x = images_of(dtype=torch.float32)[0]
-    assert dropping(x).isfinite().all()
-    with pytest.raises(NotImplementedError, match=r"set vit\.patch_drop to None"):
-        dropping.train()(x)
-    dropping.patch_drop = None
-    assert dropping(x).isfinite().all()
-
-
 @pytest.mark.parametrize("part", ["embeds", "rope"])
 def test_refused_parts(part):
     model = make_with_rope()

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only models with relative positions have: tables, changing sizes, windows of their own."""
 
-import copy
-
 import pytest
 import torch
 from families.case import assert_close, random_images
@@ -63,45 +61,7 @@ def test_shared_bias_belongs_to_the_model():
     assert torch.equal(compressor.attn.score_bias.table[:, 1, 1], centre)
 
 
-def test_reading_draws_no_random_numbers():
-    # RelPosMlp has dropout, which is no part of the bias.
-    model = make_relpos().train()
-    state = torch.get_rng_state()
-    tables = [EarlyCompressor.from_block(model.blocks[0]).attn.score_bias.table for _ in range(2)]
-    assert torch.equal(*tables)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.blocks[0].attn.rel_pos.training
-
-
 # ---- behind the compressor ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(20, 36), (44, 32)])
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda: make_beit(use_shared_rel_pos_bias=True, use_abs_pos_emb=True),
-        lambda: make_relpos(rel_pos_type="bias", class_token=True),
-        lambda: make_relpos(rel_pos_type="mlp"),
-        lambda: make_relpos(rel_pos_type="bias", shared_rel_pos=True),
-    ],
-    ids=["beit", "table", "mlp", "shared"],
-)
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
-def test_set_input_size_after_insertion(model, size):
-    model = model().double()
-    plain = copy.deepcopy(model)
-    insert_early_compressor(model, LAYER)
-    keys = list(model.state_dict())
-    for vit in (model, plain):
-        vit.set_input_size(img_size=size)
-    assert list(model.state_dict()) == keys
-    x = random_images(model, 2, torch.float64)
-    _, expected = by_hand(plain, x, layer=LAYER)
-    # A resized table keeps offsets of one token, rounded to float32; the compressor's is its own.
-    roundings = 12 * 512 * torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
-    assert_close(model.forward_features(x), expected, roundings)
 
 
 @pytest.mark.parametrize("positions", ["center", "reindex"])
@@ -213,12 +173,6 @@ def test_refusals(make, options, change, message):
     with pytest.raises(NotImplementedError, match=message):
         insert_early_compressor(model, LAYER)
     assert snapshot(model) == before
-
-
-def test_patch_dropout_in_training():
-    model = insert_early_compressor(make_sam(patch_drop_rate=0.5), LAYER)
-    with pytest.raises(NotImplementedError, match="patch dropout leaves no grid"):
-        model.train()(random_images(model))
 
 
 def test_blocks_refuse_maps_of_another_size():

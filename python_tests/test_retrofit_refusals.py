@@ -118,23 +118,6 @@ def test_no_module(function):
         function("vit_tiny_patch16_224")
 
 
-def test_masks_are_refused():
-    vit = insert_early_compressor(tiny_vit(), LAYER)
-    x = images(vit)
-    with pytest.raises(NotImplementedError, match="attn_mask must be None in a model with a"):
-        vit(x, attn_mask=torch.zeros(50, 50))
-    with pytest.raises(NotImplementedError, match="is_causal must be False in a model with a"):
-        vit.forward_intermediates(x, is_causal=True)
-
-
-def test_patch_dropout_is_refused_in_training():
-    vit = insert_early_compressor(tiny_vit(patch_drop_rate=0.5), LAYER)
-    x = images(vit)
-    vit(x)
-    with pytest.raises(NotImplementedError, match=r"set vit\.patch_drop\.prob = 0"):
-        vit.train()(x)
-
-
 def test_blocks_outside_the_model():
     vit = insert_early_compressor(tiny_vit(dynamic_img_size=True), LAYER)
     with pytest.raises(RuntimeError, match="the patch grid of these tokens is not known"):

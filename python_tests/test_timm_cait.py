@@ -55,12 +55,3 @@ def test_dropout_of_attention_weights_and_outputs():
     assert not torch.equal(compressor.attn(x, (4, 4)), compressor.attn(x, (4, 4)))
     compressor.eval()
     assert torch.equal(compressor.attn(x, (4, 4)), compressor.attn(x, (4, 4)))
-
-
-def test_half_types():
-    model = make_biased().bfloat16()
-    insert_early_compressor(model, 1)
-    assert model.forward_features(random_images(model, dtype=torch.bfloat16)).isfinite().all()
-    model = insert_early_compressor(make_biased(), 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.forward_features(random_images(model)).isfinite().all()

@@ -5,13 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from families import eva
 from families.case import assert_close, merge_by_hand, mlp_mean, randomise
 from timm.layers import LayerNorm, RotaryEmbeddingCat
-from timm.models._features import FeatureGetterNet
-from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
 
-from uhd_ops import insert_early_compressor
 from uhd_ops.nn import EarlyCompressor
 from uhd_ops.retrofit.rope import window_rotary
 
@@ -90,63 +87,3 @@ def test_blocks_that_are_not_understood():
     block.attn = torch.nn.Identity()
     with pytest.raises(NotImplementedError, match=r"block\.attn must be AttentionRope or EvaAtt"):
         EarlyCompressor.from_block(block)
-
-
-@pytest.fixture
-def model():
-    return insert_early_compressor(eva.make(**eva.ROPE, patch_drop_rate=0.5), 1)
-
-
-def test_masks_are_refused(model):
-    x = torch.randn(1, 3, 28, 28)
-    for method in (model, model.forward_features, model.forward_intermediates):
-        with pytest.raises(NotImplementedError, match="attn_mask must be None in a model with a"):
-            method(x, attn_mask=torch.zeros(50, 50))
-        with pytest.raises(NotImplementedError, match="is_causal must be False in a model with a"):
-            method(x, is_causal=True)
-
-
-def test_patch_dropout_is_refused_in_training(model):
-    x = torch.randn(1, 3, 28, 28)
-    expected = model(x)
-    with pytest.raises(NotImplementedError, match=r"set vit\.patch_drop\.prob = 0"):
-        model.train()(x)
-    model.patch_drop.prob = 0
-    assert torch.equal(model(x), expected)
-
-
-def test_subclass_with_its_own_positions():
-    class Other(Eva):
-        def _pos_embed(self, x):
-            return super()._pos_embed(x)
-
-    with pytest.raises(NotImplementedError, match=r"vit must leave Eva\._pos_embed as it is"):
-        insert_early_compressor(Other(**eva.SIZE), 1)
-
-
-def test_features_only():
-    net = FeatureGetterNet(eva.make(**eva.ROPE), out_indices=(0, 2))
-    insert_early_compressor(net.model, 1)
-    maps = net(torch.randn(1, 3, 28, 28))
-    assert [tuple(y.shape[1:]) for y in maps] == [(32, 7, 7), (32, 4, 4)]
-    assert net.feature_info.reduction() == [4, 8]
-
-
-@torch.no_grad()
-def test_set_input_size_after_insertion():
-    model = eva.make(**eva.ROPE).double()
-    model.set_input_size(img_size=(20, 36))
-    x = torch.randn(1, 3, 20, 36, dtype=torch.float64)
-    expected = insert_early_compressor(model, 1).forward_features(x)
-    late = insert_early_compressor(eva.make(**eva.ROPE).double(), 1)
-    late.set_input_size(img_size=(20, 36))
-    late.load_state_dict(model.state_dict())
-    assert torch.equal(late.forward_features(x), expected)
-
-
-@pytest.mark.parametrize("rope_type", ["cat", "dinov3", "mixed"])
-def test_autocast(rope_type):
-    model = insert_early_compressor(eva.make(**eva.ROPE, rope_type=rope_type), 1).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(1, 3, 28, 28)).square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
