@@ -9,6 +9,8 @@ docs/adr/0003.
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,8 +50,8 @@ def insert_early_compressor(
     ``forward_intermediates`` (whose maps from block ``layer`` on are coarse; ``feature_info`` says
     so), gradient checkpointing of either kind, FSDP2, ``copy.deepcopy``, pickling and
     ``torch.compile`` work as before. In transformers, ``hidden_states``, ``attentions`` and feature
-    maps behind ``layer`` are those of merged tokens; the options are kept in ``config``, and
-    :func:`uhd_ops.integrations.transformers.from_pretrained` loads what ``save_pretrained`` wrote.
+    maps behind ``layer`` are those of merged tokens; ``save_pretrained`` writes the options too,
+    and where ``uhd_ops.integrations.transformers`` is imported, ``from_pretrained`` reads them.
     Padded batches (NaFlex, SigLIP 2) are merged sample by sample; masks and ``patch_valid`` behind
     the compressor are those of the merged tokens, and the grids are read from the device once for
     each forward pass. Refused at run time are attention masks made for the full sequence, causal
@@ -217,6 +219,9 @@ def insert(vit: nn.Module, library: str = "", **options: Any) -> nn.Module:
     family, config = family_of(vit, library), CompressorConfig(**options)
     present = getattr(family.transformer(vit), "compression", None)
     refuse_other(present, config)
+    if "transformers.modeling_utils" in sys.modules:
+        # vit may be inside a model of transformers, which then must save the compressor too.
+        importlib.import_module("uhd_ops.retrofit.families._hf_checkpoints")
     return (_insert_again if present == config else _insert_new)(vit, config, family)
 
 

@@ -3,26 +3,26 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
 
+# Importing it extends transformers' own save_pretrained and from_pretrained.
+from uhd_ops.retrofit.families import _hf_checkpoints  # noqa: F401
 
-def from_pretrained(model_class: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+
+def from_pretrained(model_class: type, *args: Any, **kwargs: Any) -> Any:
     """Load a model that was saved with a compressor.
 
-    :func:`uhd_ops.insert_early_compressor` notes its options in the model's ``config``, so
-    ``save_pretrained`` writes them to ``config.json``, and the compressor's weights beside the
-    others. This function is ``model_class.from_pretrained``, except that every model inside, whose
-    config tells of a compressor, gets it before the weights are loaded. They need not be on the
-    outside: the vision tower of a ``LlavaForConditionalGeneration`` is found too.
-
-    ``model_class.from_pretrained`` itself knows nothing of the compressor: it loads the rest, and
-    reports the compressor's weights as unexpected.
+    ``save_pretrained`` writes the options of every compressor in a model to ``config.json``, and
+    its weights beside the others. Once this package is imported, ``from_pretrained`` of every class
+    of transformers and of ``AutoModel`` builds the compressors again before it loads the weights,
+    also those of a vision tower in a larger model, or in a ``TimmWrapperModel``. A process that has
+    not imported it gets an error that says so. This function is ``model_class.from_pretrained``,
+    but it refuses a checkpoint without a compressor.
 
     Args:
-        model_class: Class of the model, such as ``SiglipVisionModel``; no ``AutoModel``.
+        model_class: Class of the model, such as ``SiglipVisionModel``, or ``AutoModel``.
         *args: As for ``model_class.from_pretrained``: path or name of the checkpoint first.
         **kwargs: Likewise; ``dtype``, ``device_map`` and ``quantization_config`` among them.
 
@@ -48,40 +48,18 @@ def from_pretrained(model_class: type[nn.Module], *args: Any, **kwargs: Any) -> 
         >>> model.compression.layers
         (0,)
     """
-    is_class = isinstance(model_class, type) and issubclass(model_class, nn.Module)
-    if not is_class or not hasattr(model_class, "from_pretrained"):
+    if not isinstance(model_class, type) or not hasattr(model_class, "from_pretrained"):
         raise TypeError(
             "model_class must be a class of models, such as transformers.SiglipVisionModel, got "
             f"{getattr(model_class, '__name__', repr(model_class))}"
         )
-    model_class = vars(model_class).get("body_class", model_class)  # that of a compressed model
-    wants_info = kwargs.pop("output_loading_info", False)
-    model, info = _builder(model_class).from_pretrained(*args, output_loading_info=True, **kwargs)
-    missing = sorted(key for key in info["missing_keys"] if ".compressor." in key)
-    if missing:
+    result = model_class.from_pretrained(*args, **kwargs)
+    model = result[0] if isinstance(result, tuple) else result
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if not any(hasattr(module, "compression") for module in modules):
         raise ValueError(
-            "the checkpoint must hold all weights of the compressor that its config tells of; "
-            f"missing are {', '.join(missing)}"
+            "config must tell of a compressor in the model or in one inside it, as save_pretrained "
+            "writes it; for a checkpoint without one, there is "
+            f"{model_class.__name__}.from_pretrained"
         )
-    return (model, info) if wants_info else model
-
-
-@functools.cache
-def _builder(model_class: type[nn.Module]) -> type[nn.Module]:
-    """Return a class whose call makes a model of ``model_class`` with its compressors."""
-
-    def initialize(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
-        from uhd_ops.retrofit.families._hf_models import insert_configured
-
-        model_class.__init__(self, config, *args, **kwargs)
-        self.__class__ = model_class
-        if not insert_configured(self):
-            raise ValueError(
-                "config must tell of a compressor in the model or in one inside it, as "
-                "insert_early_compressor notes it in config.compression; for a checkpoint without "
-                f"one, there is {model_class.__name__}.from_pretrained"
-            )
-
-    # The names are those that transformers looks up, for instance for what to record.
-    names = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
-    return type(model_class.__name__, (model_class,), {"__init__": initialize, **names})
+    return result

@@ -8,7 +8,6 @@ architecture and which modules no device map may split.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -21,10 +20,9 @@ from transformers.utils.generic import can_return_tuple
 from uhd_ops._reclass import is_mixed
 from uhd_ops.nn import checks
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.retrofit import takes_compressor
 from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
 from uhd_ops.retrofit.families import _hf_blocks as parts
-from uhd_ops.retrofit.insertion import insert
+from uhd_ops.retrofit.families._hf_checkpoints import OPTIONS
 from uhd_ops.retrofit.layout import TokenLayout
 from uhd_ops.retrofit.model import (
     Compressed,
@@ -36,31 +34,25 @@ from uhd_ops.retrofit.packed import Grid, PackedModel
 from uhd_ops.retrofit.relative_positions import StandIn
 
 
-class BuiltFromConfig(Compressed):
-    """A model of transformers whose class, when it is called, also makes the compressor.
-
-    ``from_pretrained`` calls it before it loads the weights.
-    """
+class FromConfig(Compressed):
+    """A model of transformers; a new one is what its config says, as if this class were its own."""
 
     prefix = ""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
         if is_mixed(type(self)):
             self.__class__ = self.body_class
-            insert_configured(self)
+            self.__init__(config, *args, **kwargs)
+        else:
+            super().__init__(config, *args, **kwargs)
 
 
-class CompressedHfModel(BuiltFromConfig, CompressedModel):
-    """A model of transformers; its ``config`` tells of the compressor too, so both are saved."""
-
-    def _remember(self, config: CompressorConfig) -> None:
-        super()._remember(config)
-        self.config.compression = dataclasses.asdict(config)
+class CompressedHfModel(FromConfig, CompressedModel):
+    """A model of transformers, whose ``config`` may tell of the compressor if it was loaded."""
 
     def _forget(self) -> None:
         super()._forget()
-        del self.config.compression
+        vars(self.config).pop(OPTIONS, None)
 
     adapted: ClassVar[Mapping[str, str]] = {"forward": "_run"}
 
@@ -108,7 +100,7 @@ class CompressedBackbone(CompressedHfModel):
         return output
 
 
-class HfWrapper(BuiltFromConfig, CompressedWrapper):
+class HfWrapper(FromConfig, CompressedWrapper):
     """A model of transformers that puts a head on one that holds the compressor."""
 
 
@@ -153,28 +145,6 @@ class PackedHfModel(PackedModel):
         return embeddings.interpolate_pos_encoding(tokens, grid[0] * rows, grid[1] * cols)[0]
 
 
-def insert_configured(model: nn.Module) -> list[str]:
-    """Insert the compressors that the configs of the models inside ``model`` tell of.
-
-    Returns:
-        Names of those models.
-    """
-    found = []
-    for name, module in list(model.named_modules()):
-        config = getattr(module, "config", None)
-        options = getattr(config, "compression", None)
-        if options is None or isinstance(module, Compressed) or not takes_compressor(module):
-            continue
-        del config.compression  # the insertion writes it again
-        try:
-            insert(module, **options)
-        except Exception:
-            config.compression = options
-            raise
-        found.append(name)
-    return found
-
-
 def require_understood(
     vit: nn.Module, config: CompressorConfig, blocks_name: str, layer: str = "Layer"
 ) -> None:
@@ -195,9 +165,3 @@ def require_understood(
     for name, part in expected.items():
         checks.require_exactly(vit.get_submodule(name), f"vit.{name}", (part,))
         checks.require_own_forward(vit.get_submodule(name), f"vit.{name}")
-    if getattr(vit.config, "compression", None) is not None:
-        raise ValueError(
-            f"vit.config tells of a compressor, {vit.config.compression}, but vit holds none: "
-            "load it by uhd_ops.integrations.transformers.from_pretrained; or, for a new one, "
-            "delete vit.config.compression, and give every model a config of its own"
-        )
