@@ -118,6 +118,16 @@ def test_no_module(function):
         function("vit_tiny_patch16_224")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+@pytest.mark.parametrize("wrap", [lambda vit: vit, FeatureGetterNet, nn.Sequential])
+def test_graphs_without_sizes_are_refused(wrap):
+    vit = wrap(insert_early_compressor(tiny_vit(), LAYER))
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script cannot compile Compressed"):
+        torch.jit.script(vit)
+    with pytest.raises(NotImplementedError, match=r"x must not be a torch\.fx\.Proxy in a model"):
+        torch.fx.symbolic_trace(vit)
+
+
 def test_blocks_outside_the_model():
     vit = insert_early_compressor(tiny_vit(dynamic_img_size=True), LAYER)
     with pytest.raises(RuntimeError, match="the patch grid of these tokens is not known"):

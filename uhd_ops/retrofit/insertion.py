@@ -55,7 +55,7 @@ def insert_early_compressor(
     Padded batches (NaFlex, SigLIP 2) are merged sample by sample; masks and ``patch_valid`` behind
     the compressor are those of the merged tokens, and the grids are read from the device once for
     each forward pass. Refused at run time are attention masks made for the full sequence, causal
-    attention, and patch dropout in training.
+    attention, patch dropout in training, ``torch.jit.script`` and ``torch.fx.symbolic_trace``.
 
     Args:
         vit: A plain vision transformer of timm: ``VisionTransformer`` (SigLIP, CLIP, DeiT, DINOv2,

@@ -68,11 +68,19 @@ class Compressed(Mixed):
             arguments = dict(bound.arguments)
             for name in others:
                 arguments.update(arguments.pop(name))
+            refuse_symbols(arguments)
             refuse_masks(arguments)
             layout = self._layout(**arguments)
             return caller(self, layout, functools.partial(method, self), arguments)
 
         return eager_if_padded(adapted) if cls.takes_padded else adapted
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse what ``torch.jit.script`` would fail on, with an error about its annotations."""
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose methods are bound when "
+            "the compressor is inserted: use torch.export, or torch.compile"
+        )
 
     def _layout(self, **arguments: Any) -> Any:
         """Return the layout of the tokens in front of the compressor, by a call's arguments."""
@@ -264,6 +272,16 @@ def require_methods(vit: nn.Module, cls: type, methods: tuple[str, ...]) -> None
             raise NotImplementedError(
                 f"vit must leave {cls.__name__}.{method} as it is, but {type(vit).__name__} "
                 "replaces it"
+            )
+
+
+def refuse_symbols(arguments: Mapping[str, Any]) -> None:
+    """Refuse the proxies of ``torch.fx.symbolic_trace``, which have no sizes."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.fx.Proxy):
+            raise NotImplementedError(
+                f"{name} must not be a torch.fx.Proxy in a model with a compressor, whose windows "
+                "depend on the patch grid: use torch.export, which traces with sizes"
             )
 
 
