@@ -8,7 +8,7 @@ import pytest
 import torch
 from families.case import assert_close
 from families.gemma4 import CASES, make, make_classifier, make_encoder
-from padded_batches import images_of, num_merged, padded
+from padded_batches import images_of, padded
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
 from uhd_ops.nn.layers import Limits
@@ -17,11 +17,6 @@ ROUNDINGS = CASES["Gemma4VitEncoder"].roundings
 # Whatever its dtype, the soft pooler computes in float32: it rounds the tokens and a ninth, and
 # the products and sums of nine.
 POOLER_ROUNDINGS = 20 * torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
-VARIANTS = {
-    "plain": {},
-    "clamps": {"use_clipped_linears": True},
-    "grouped queries": {"num_kv_heads": 1},
-}
 DIVISIBLE = ((6, 6), (12, 6), (6, 18), (6, 6), (5, 11))  # sides by 3, when they are merged
 
 
@@ -31,21 +26,6 @@ def pool(encoder, tokens, grid):
     cells = tokens.unflatten(1, (height // 3, 3, width // 3, 3)).mean((2, 4)).flatten(1, 2)
     cells = cells * tokens.shape[-1] ** 0.5
     return cells if encoder.std_bias is None else (cells - encoder.std_bias) * encoder.std_scale
-
-
-@pytest.mark.parametrize("layer", [0, 1, 3])
-@pytest.mark.parametrize("name", VARIANTS)
-@torch.no_grad()
-def test_every_sample_is_what_it_is_alone(name, layer):
-    model = insert_early_compressor(make_encoder(**VARIANTS[name]).double(), layer)
-    images = images_of()
-    batch = padded(images)
-    features, pooled = model.forward_features(batch), model(batch)
-    assert features.shape[1] == max(num_merged(x) for x in images)
-    for index, x in enumerate(images):
-        own = features[index : index + 1, : num_merged(x)]
-        assert_close(own, model.forward_features(x), ROUNDINGS)
-        assert_close(pooled[index : index + 1], model(x), ROUNDINGS)
 
 
 @torch.no_grad()
@@ -120,23 +100,9 @@ def test_soft_pooler_refuses_other_grids():
 
 
 @torch.no_grad()
-def test_intermediates():
+def test_intermediates_of_images_have_a_mask():
     model = insert_early_compressor(make_encoder().double(), 1)
-    images = images_of()
-    batch = padded(images)
-    found = model.forward_intermediates(batch, output_fmt="NLC", output_dict=True)
-    assert torch.equal(found["patch_valid"], batch["patch_valid"])
-    assert found["merged_patch_valid"].sum(1).tolist() == [num_merged(x) for x in images]
-    assert torch.equal(found["image_features"], model.forward_features(batch))
-    for index, x in enumerate(images):
-        alone = model.forward_intermediates(x, intermediates_only=True)
-        valid = [found["patch_valid"], *[found["merged_patch_valid"]] * 3]
-        for layer, y in enumerate(found["image_intermediates"]):
-            own = alone[layer].flatten(2).transpose(1, 2)[0]
-            assert_close(y[index][valid[layer][index]], own, ROUNDINGS)
-    with pytest.raises(ValueError, match='output_fmt must be "NLC" for a padded batch'):
-        model.forward_intermediates(batch)
-    dense = model.forward_intermediates(images[0], output_dict=True)
+    dense = model.forward_intermediates(images_of()[0], output_dict=True)
     assert dense["merged_patch_valid"].shape == dense["image_features"].shape[:2]
     assert dense["merged_patch_valid"].all()
 
@@ -151,25 +117,12 @@ def test_pruned_in_front_of_the_compressor():
     assert_close(model(batch), expected, 64)  # sums of up to 51 tokens
 
 
-@pytest.mark.parametrize("make_model", [make_encoder, make_classifier])
 @torch.no_grad()
-def test_compiled_model_takes_padded_batches(make_model):
-    model = insert_early_compressor(make_model(), 1)
+def test_compiled_classifier_takes_padded_batches():
+    model = insert_early_compressor(make_classifier(), 1)
     batch = padded(images_of(dtype=torch.float32))
     torch._dynamo.reset()
     assert torch.equal(torch.compile(model, backend="eager")(batch), model(batch))
-
-
-def test_gradient_checkpointing():
-    model = insert_early_compressor(make_encoder(), 1)
-    batch = padded(images_of(dtype=torch.float32))
-    gradients = []
-    for checkpointing in (False, True):
-        model.set_grad_checkpointing(checkpointing)
-        model.zero_grad()
-        model(batch).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("form", ["dense", "block", "tied"])
