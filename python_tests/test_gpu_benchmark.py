@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from specs import SPECS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -48,14 +47,14 @@ def test_the_most_important_cases_come_first():
                     assert Case(ATTENTION, backward, dtype, grid, window) in everything
 
 
-@pytest.mark.parametrize("op", [ATTENTION, "pixel_unshuffle", "window_mean", "window_pool"])
-def test_work_is_what_the_specs_say(op):
+@pytest.mark.parametrize(
+    ("op", "times"),
+    [(ATTENTION, 4), ("pixel_unshuffle", 2), ("window_mean", 1.25), ("window_pool", 2.25)],
+)
+def test_work_is_each_input_and_each_result_once(op, times):
     case = Case(op, grid=(4, 6), **TINY)
     tensors, ours, _ = cases.operator(case, CPU)
-    call = SPECS[op].make([case.grid], torch.float64)
-    for position, x in enumerate(tensors):
-        call = call.put(position, x)
-    assert cases.bytes_moved(case, ours, tensors) == SPECS[op].bytes_moved(call)
+    assert cases.bytes_moved(case, ours, tensors) == times * 24 * 24 * 8
 
 
 # ---- results

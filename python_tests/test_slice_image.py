@@ -291,8 +291,12 @@ def test_missing_pillow(monkeypatch):
         load_image(RGB)
 
 
-def test_a_view_that_pillow_calls_a_bomb_is_a_value_error():
-    image = Image.new("RGB", (4000, 3000))
-    plan = plan_slices(4000, 3000, patch_size=4096)
+def test_a_view_that_pillow_calls_a_bomb_is_a_value_error(monkeypatch):
+    image = Image.new("RGB", (64, 48))
+    plan = plan_slices(64, 48, scale_resolution=16, patch_size=8, merge=1)
+    width, height = plan.slice
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", width * height)  # up to twice it only warns
+    assert len(slice_image(image, plan)) == plan.num_views
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", width * height // 2 - 1)
     with pytest.raises(ValueError, match="a view of the plan has too many pixels"):
         slice_image(image, plan)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests and benchmarks know about every operator: calls, refusals, tolerances, costs.
+"""What tests know about every operator: calls, refusals, tolerances.
 
 A file without a leading underscore holds the ``OpSpec`` of the operators that it is named after:
 nothing is listed by hand.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests and benchmarks need to know about an operator, in one record."""
+"""What tests need to know about an operator, in one record."""
 
 from __future__ import annotations
 
@@ -98,8 +98,6 @@ class OpSpec:
             where its largest element tells that.
         stored_roundings: How many times a value is rounded to the tensors' own dtype on its way to
             the result.
-        bytes_moved: Bytes that the forward pass must read and write at least.
-        flops: Floating-point operations of the forward pass, a multiply-add counted as two.
         output: What a row of the result belongs to: "tokens", "windows", or None for an operator
             without grids.
         autocast: Under autocast, "cast": the operator runs on tensors cast to the autocast dtype;
@@ -120,8 +118,6 @@ class OpSpec:
     options: Mapping[str, tuple]
     bad_inputs: tuple[BadInput, ...]
     roundings: Callable[[Call], float]
-    bytes_moved: Callable[[Call], int]
-    flops: Callable[[Call], int]
     output: str | None
     scale: Callable[[Call], float] = lambda call: 0.0
     stored_roundings: int = 1

@@ -6,7 +6,6 @@ from __future__ import annotations
 from specs._bad_inputs import bad_count, bad_order, bad_tokens
 from specs._spec import ORDERS, Call, OpSpec, random_tensor
 from uhd_ops import reference
-from uhd_ops.reference._windows import window_tokens
 
 
 def _make(grids, dtype, *, channels=8, factor=2, order_in="raster", generator=None):
@@ -27,13 +26,6 @@ def _roundings(call: Call) -> float:
     return slots * (slots - 1)
 
 
-def _bytes_moved(call: Call) -> int:
-    """Read x, write every slot."""
-    x, grids = call.args
-    slots = window_tokens(grids, call.kwargs["factor"])[0].numel()
-    return (x.shape[0] + slots) * x.shape[1] * x.element_size()
-
-
 SPEC = OpSpec(
     name="pixel_unshuffle",
     reference=reference.pixel_unshuffle,
@@ -41,7 +33,5 @@ SPEC = OpSpec(
     options={"channels": (8, 1, 7, 72, 100), "factor": (2, 1, 3, 5), "order_in": ORDERS},
     bad_inputs=(*bad_tokens(), *bad_count("factor"), *bad_order("order_in")),
     roundings=_roundings,
-    bytes_moved=_bytes_moved,
-    flops=lambda call: 0,
     output="windows",
 )

@@ -93,20 +93,6 @@ def _scale(call: Call) -> float:
     return rows**0.5 * fc2_weight.double().norm(dim=-2).max().item()
 
 
-def _bytes_moved(call: Call) -> int:
-    tensors = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor)]
-    windows = window_tokens(call.args[1], call.kwargs["factor"])[0].shape[0]
-    merged = windows * call.args[4].shape[-2] * call.args[0].element_size()
-    return sum(v.numel() * v.element_size() for v in tensors) + merged
-
-
-def _flops(call: Call) -> int:
-    fc1_weight, fc2_weight, factor = call.args[2], call.args[4], call.kwargs["factor"]
-    windows = window_tokens(call.args[1], factor)[0].shape[0]
-    tied = fc1_weight.dim() == 2 and fc1_weight.shape[1] == call.args[0].shape[1]
-    return 2 * windows * (fc1_weight.numel() * (factor**2 if tied else 1) + fc2_weight.numel())
-
-
 _BAD_INPUTS = (
     *bad_tensor("x"),
     bad(
@@ -212,8 +198,6 @@ SPEC = OpSpec(
     bad_inputs=_BAD_INPUTS,
     roundings=_roundings,
     scale=_scale,
-    bytes_moved=_bytes_moved,
-    flops=_flops,
     output="windows",
     autocast="mixed",
     exempt={

@@ -14,11 +14,6 @@ def _make(grids, dtype, *, channels=8, order="block", order_in="raster", generat
     return Call((x, grids), {"order": order, "order_in": order_in})
 
 
-def _bytes_moved(call: Call) -> int:
-    """Read x, write it."""
-    return 2 * call.args[0].numel() * call.args[0].element_size()
-
-
 SPEC = OpSpec(
     name="reorder_tokens",
     reference=reference.reorder_tokens,
@@ -34,8 +29,6 @@ SPEC = OpSpec(
         *bad_order("order_in", with_window=False),
     ),
     roundings=lambda call: 0.0,  # every number is copied, forward and backward
-    bytes_moved=_bytes_moved,
-    flops=lambda call: 0,
     output="tokens",
     exempt={"native": "it is one index_select of torch, forward and backward"},
 )

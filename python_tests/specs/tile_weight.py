@@ -35,11 +35,6 @@ def _mean_roundings(call: Call) -> float:
     return _sum_roundings(call) + 1
 
 
-def _bytes_moved(call: Call, copies: int) -> int:
-    """Read the weight, write ``copies`` times its size."""
-    return (1 + copies) * call.args[0].numel() * call.args[0].element_size()
-
-
 _MATRIX_OPTIONS = {"rows": (5, 1, 16), "cols": (7, 1, 16, 100), "tiles": (4, 1, 3, 9)}
 _BAD_MATRICES = (
     *bad_tensor("weight"),
@@ -78,8 +73,6 @@ BLOCK_DIAGONAL = OpSpec(
     options=_MATRIX_OPTIONS,
     bad_inputs=_BAD_MATRICES,
     roundings=_sum_roundings,
-    bytes_moved=lambda call: _bytes_moved(call, call.kwargs["tiles"] ** 2),
-    flops=lambda call: 0,
     output=None,
 )
 
@@ -90,8 +83,6 @@ AVERAGE = OpSpec(
     options=_MATRIX_OPTIONS,
     bad_inputs=_BAD_MATRICES,
     roundings=_mean_roundings,
-    bytes_moved=lambda call: _bytes_moved(call, call.kwargs["tiles"]),
-    flops=lambda call: call.args[0].numel(),  # each element is divided once, then copied
     output=None,
 )
 
@@ -102,7 +93,5 @@ VECTOR = OpSpec(
     options={"size": (7, 1, 16, 100), "tiles": (4, 1, 3, 9)},
     bad_inputs=_BAD_VECTORS,
     roundings=_sum_roundings,
-    bytes_moved=lambda call: _bytes_moved(call, call.kwargs["tiles"]),
-    flops=lambda call: 0,
     output=None,
 )

@@ -35,15 +35,6 @@ def _roundings(call: Call) -> float:
     return (2 * ((dim + 1) * dim**0.5 + longest + 4) + in_half) * longest**0.5
 
 
-def _bytes_moved(call: Call) -> int:
-    return 4 * call.args[0].numel() * call.args[0].element_size()
-
-
-def _flops(call: Call) -> int:
-    heads, dim = call.args[0].shape[1:]
-    return 4 * sum((h * w) ** 2 for h, w in as_pairs(call.args[3])) * heads * dim
-
-
 # Properties of torch's scaled_dot_product_attention on CPU, measured with torch 2.14.
 _TORCH_KERNELS = {
     "native": "it has no kernels of its own but calls scaled_dot_product_attention",
@@ -64,8 +55,6 @@ SPEC = OpSpec(
     roundings=_roundings,
     # The gradient of a score that the softmax ignores is a rounding error, not zero.
     scale=lambda call: 1.0,
-    bytes_moved=_bytes_moved,
-    flops=_flops,
     output="tokens",
     autocast="cast",
     exempt=_TORCH_KERNELS,

@@ -6,7 +6,6 @@ from __future__ import annotations
 from specs._bad_inputs import bad_attention, bad_count, bad_order
 from specs._spec import ORDERS, BadInput, Call, OpSpec, random_tensor
 from uhd_ops import reference
-from uhd_ops.reference._windows import window_tokens
 
 
 def _make(
@@ -44,16 +43,6 @@ def _roundings(call: Call) -> float:
     return 2 * ((dim + 1) * dim**0.5 + tokens + 4)
 
 
-def _bytes_moved(call: Call) -> int:
-    return 4 * call.args[0].numel() * call.args[0].element_size()
-
-
-def _flops(call: Call) -> int:
-    _, present = window_tokens(call.args[3], call.kwargs["window"])
-    heads, dim = call.args[0].shape[1:]
-    return int(4 * (present.sum(1) ** 2).sum()) * heads * dim
-
-
 SPEC = OpSpec(
     name="window_attention",
     reference=reference.window_attention,
@@ -78,8 +67,6 @@ SPEC = OpSpec(
         ),
     ),
     roundings=_roundings,
-    bytes_moved=_bytes_moved,
-    flops=_flops,
     output="tokens",
     autocast="cast",
 )

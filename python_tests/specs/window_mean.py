@@ -6,7 +6,6 @@ from __future__ import annotations
 from specs._bad_inputs import bad_count, bad_order, bad_tokens
 from specs._spec import ORDERS, Call, OpSpec, random_tensor
 from uhd_ops import reference
-from uhd_ops.reference._windows import window_tokens
 
 
 def _make(grids, dtype, *, channels=8, window=2, order_in="raster", generator=None):
@@ -27,13 +26,6 @@ def _roundings(call: Call) -> float:
     return tokens**1.5
 
 
-def _bytes_moved(call: Call) -> int:
-    """Read x, write the means."""
-    x, grids = call.args
-    windows = window_tokens(grids, call.kwargs["window"])[0].shape[0]
-    return (x.shape[0] + windows) * x.shape[1] * x.element_size()
-
-
 SPEC = OpSpec(
     name="window_mean",
     reference=reference.window_mean,
@@ -41,7 +33,5 @@ SPEC = OpSpec(
     options={"channels": (8, 1, 7, 72, 100), "window": (2, 1, 3, 5), "order_in": ORDERS},
     bad_inputs=(*bad_tokens(), *bad_count("window"), *bad_order("order_in")),
     roundings=_roundings,
-    bytes_moved=_bytes_moved,
-    flops=lambda call: call.args[0].numel(),  # an addition for each; the divisions aside
     output="windows",
 )

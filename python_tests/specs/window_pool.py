@@ -6,7 +6,6 @@ from __future__ import annotations
 from specs._bad_inputs import bad, bad_count, bad_order, bad_tokens
 from specs._spec import ORDERS, Call, OpSpec, random_tensor
 from uhd_ops import reference
-from uhd_ops.reference._windows import window_tokens
 
 
 def _make(grids, dtype, *, channels=8, window=2, order_in="raster", generator=None):
@@ -37,13 +36,6 @@ def _roundings(call: Call) -> float:
     """
     tokens = call.kwargs["window"] ** 2
     return (2 * tokens + 8) * 2 * tokens**0.5
-
-
-def _bytes_moved(call: Call) -> int:
-    """Read x and the logits, write the pooled tokens."""
-    x, _, grids = call.args
-    windows = window_tokens(grids, call.kwargs["window"])[0].shape[0]
-    return (2 * x.shape[0] + windows) * x.shape[1] * x.element_size()
 
 
 SPEC = OpSpec(
@@ -78,8 +70,5 @@ SPEC = OpSpec(
         *bad_order("order_in"),
     ),
     roundings=_roundings,
-    bytes_moved=_bytes_moved,
-    # Of each token: a difference, an exponential, an addition, a multiply-add.
-    flops=lambda call: 5 * call.args[0].numel(),
     output="windows",
 )
