@@ -15,6 +15,7 @@ from battery import (
     gradients,
     make_call,
     not_exempt,
+    parametrize,
     per_op,
     public,
     run,
@@ -22,6 +23,7 @@ from battery import (
 from battery.calls import batched
 from battery.marks import native_only
 from specs import SPECS
+from specs._spec import ORDERS
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from uhd_ops import PackedGrids
@@ -76,12 +78,21 @@ def test_static_shapes(name):
     assert_like_eager(name, compiled, make_call(name))
 
 
-@pytest.mark.parametrize("name", not_exempt("native", GRIDDED))
-def test_other_packed_grids_do_not_recompile(name):
+ORDERED = [name for name in GRIDDED if "order_in" in SPECS[name].options]
+
+
+@parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in not_exempt("native", GRIDDED)),
+        *((name, {"order_in": order}) for name in ORDERED for order in ORDERS[1:]),
+    ],
+)
+def test_other_packed_grids_do_not_recompile(name, options):
     compiled, backend = compile_once(name)
     graphs = []
     for grids in (GRIDS, *MORE_GRIDS):
-        call = make_call(name, grids=grids)
+        call = make_call(name, grids=grids, **options)
         assert_like_eager(name, compiled, call.put(call.grids, PackedGrids(grids)))
         graphs.append(backend.frame_count)
     assert_compiled_in_the_first_call(graphs)

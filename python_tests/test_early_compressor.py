@@ -14,7 +14,6 @@ from torch.nn import functional
 from uhd_ops import PackedGrids
 from uhd_ops.nn import EarlyCompressor
 
-EPS = torch.finfo(torch.float64).eps
 GRIDS = [(4, 6), (3, 5), (1, 1)]  # full windows, ragged ones at both edges, a single token
 TOKENS = 40
 DIM, HEADS = 32, 2

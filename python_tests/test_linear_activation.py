@@ -6,7 +6,7 @@ They are held against float64 formulas of their own, that keep all digits where 
 
 import pytest
 import torch
-from battery import assert_same_bits
+from battery import ISAS, assert_same_bits, using_isa
 from battery.activation_bounds import ACTIVATIONS, DTYPES, assert_slope, assert_value, wide
 from battery.marks import native_only
 
@@ -39,26 +39,33 @@ def random_rows(width, group, dtype):
 def test_values_and_slopes(width, group, activation, dtype):
     grad_h, u, bias = random_rows(width, group, dtype)
     z, weight = torch.randn(len(u), 3).to(dtype), torch.randn(width, 3).to(dtype) * 2
-    h, products = forward(z, weight, bias, activation, group)
-    assert_value(h, products, bias, activation, group)
-    assert_same_bits(forward(z, weight, bias, activation, group, False)[0], h)
-    assert_slope(*backward(grad_h, u, bias, activation, group), grad_h, u, bias, activation, group)
+    for isa in ISAS:
+        with using_isa(isa):
+            h, products = forward(z, weight, bias, activation, group)
+            again, _ = forward(z, weight, bias, activation, group, False)
+            gradients = backward(grad_h, u, bias, activation, group)
+        assert_value(h, products, bias, activation, group)
+        assert_same_bits(again, h, isa)
+        assert_slope(*gradients, grad_h, u, bias, activation, group)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("width", [1, 72])
-def test_edge_values(width, activation, dtype):
+@pytest.mark.parametrize("isa", ISAS)
+def test_edge_values(isa, width, activation, dtype):
     edges = [-INF, INF, NAN, 30, -30, 1e-30, -1e-30, 0.0, -0.0, 1e30, -1e30, 88, -88, -10.03, -750]
     line = [*edges, *torch.linspace(-14, 14, 1001).tolist()]
     z = torch.tensor(line, dtype=torch.float64)[:, None].to(dtype)
     weight = torch.ones(width, 1, dtype=dtype)  # every output has the same products
-    h, products = forward(z, weight, None, activation, 1)  # a GEMM may make NaN of infinity
-    assert_value(h, products, None, activation, 1)
     u = z.expand(-1, width).contiguous()
     grad_h = torch.randn(len(u), width).to(dtype)
-    assert_slope(*backward(grad_h, u, None, activation, 1), grad_h, u, None, activation, 1)
-    grad_u, none = backward(torch.ones_like(u), u, None, activation, 1, False)
+    with using_isa(isa):
+        h, products = forward(z, weight, None, activation, 1)  # a GEMM may make NaN of infinity
+        gradients = backward(grad_h, u, None, activation, 1)
+        grad_u, none = backward(torch.ones_like(u), u, None, activation, 1, False)
+    assert_value(h, products, None, activation, 1)
+    assert_slope(*gradients, grad_h, u, None, activation, 1)
     assert none.shape == (0,)
     assert (grad_u[[1, 9]] == 1).all()
     assert (grad_u[[0, 10]] == 0).all()

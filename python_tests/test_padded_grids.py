@@ -12,6 +12,7 @@ from battery.calls import random_like
 from battery.marks import native_only
 from hypothesis import given
 from hypothesis import strategies as st
+from specs._spec import ORDERS
 
 import uhd_ops
 from uhd_ops import PackedGrids, PaddedGrids
@@ -45,10 +46,11 @@ def assert_equal(name, actual, wanted):
         assert_same_bits(actual, wanted)
 
 
+@pytest.mark.parametrize("order_in", ORDERS, ids=str)
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 @pytest.mark.parametrize("name", PADDED_OPS)
-def test_padding_changes_nothing(name, batch):
-    call = make_call(name, torch.float32, batch)
+def test_padding_changes_nothing(name, batch, order_in):
+    call = make_call(name, torch.float32, batch, order_in=order_in)
     side = call.kwargs.get("window", call.kwargs.get("factor", 2))
     grids = padded_grids(side)
     grids.update(batch)

@@ -62,17 +62,6 @@ def test_mean_over_the_slots_is_the_mean_over_the_tokens_present():
     assert torch.equal(slots.mean(1), window_mean(x, grids))
 
 
-def test_rows_match_the_merged_grids():
-    grids = PackedGrids([(3, 5), (0, 4), (4, 4)])
-    x = torch.randn(grids.num_tokens, 2)
-    assert pixel_unshuffle(x, grids, 3).shape == (grids.merged(3).num_tokens, 18)
-
-
-def test_second_derivative():
-    x = torch.randn(15, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: pixel_unshuffle(x, (3, 5)), (x,))
-
-
 @needs_kernels
 @pytest.mark.parametrize("factor", [2**31, 2**32, 2**62])
 def test_absurd_factor_allocates_nothing(factor):

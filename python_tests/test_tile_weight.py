@@ -34,13 +34,6 @@ def test_equals_the_tiles_by_hand(mode, shape, tiles):
     assert torch.equal(MODES[mode](weight, tiles), BY_HAND[mode](weight, tiles))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_result_is_a_copy(mode):
-    weight = torch.zeros(3) if mode == "repeat" else torch.zeros(3, 3)
-    MODES[mode](weight, 1).fill_(1)
-    assert not weight.any()
-
-
 def test_block_diagonal_applies_the_weight_to_each_token():
     # Small integers: no product or sum here is rounded.
     weight = torch.randint(-9, 10, (3, 5)).float()
@@ -133,13 +126,6 @@ def test_gradients_of_many_tiles_do_not_drift(mode, tiles, dtype):
     if dtype == torch.bfloat16:
         relative += torch.finfo(dtype).eps / 2
     assert (weight.grad.double() - exact).abs().item() <= relative * exact.item()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_second_derivative(mode):
-    shape = (3,) if mode == "repeat" else (2, 3)
-    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda w: MODES[mode](w, 3), (weight,))
 
 
 @needs_kernels

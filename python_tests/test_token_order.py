@@ -5,9 +5,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from battery import assert_same, assert_same_bits, gradients, make_call, public, run
+from battery import assert_same_bits, gradients, make_call, public, run
 from battery.allocations import Allocations, nbytes
-from battery.calls import random_like
 from battery.marks import native_only
 from hypothesis import given
 from specs import SPECS
@@ -15,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import uhd_ops
-from uhd_ops import PackedGrids, PaddedGrids
+from uhd_ops import PackedGrids
 from uhd_ops.ops import window_attention as attention
 
 kernels_only = native_only("orders beside the definitions' own are the kernels' affair")
@@ -124,25 +123,6 @@ def test_window_major_tokens_are_not_copied(name):
 
 @kernels_only
 @pytest.mark.parametrize("order_in", ["block", (3, 2)], ids=str)
-@pytest.mark.parametrize("name", [*SIDE, "reorder_tokens"])
-def test_one_compiled_graph_serves_all_grids(name, order_in):
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(public(name), fullgraph=True, dynamic=True, backend=backend)
-    graphs = []
-    for grids in ([(4, 6), (3, 5)], [(7, 4), (2, 9)], [(6, 6), (5, 3), (4, 4)], [(10, 7)]):
-        call = make_call(name, grids=grids, order_in=order_in)
-        wanted, wanted_grads = gradients(public(name), call)
-        out, grads = gradients(compiled, call.put(call.grids, PackedGrids(grids)))
-        assert_same_bits(out, wanted)
-        assert_same_bits(grads, wanted_grads, "gradient")
-        graphs.append(backend.frame_count)
-    assert graphs == graphs[:1] * len(graphs)
-    torch._dynamo.reset()
-
-
-@kernels_only
-@pytest.mark.parametrize("order_in", ["block", (3, 2)], ids=str)
 def test_compiled_with_a_grid_computed_from_the_input(order_in):
     def merge(image):
         grid = tuple(image.shape[1:3])
@@ -156,34 +136,6 @@ def test_compiled_with_a_grid_computed_from_the_input(order_in):
         assert_same_bits(compiled(image), merge(image))
     assert backend.frame_count == 1
     torch._dynamo.reset()
-
-
-@kernels_only
-@pytest.mark.parametrize("order_in", ["block", (3, 2)], ids=str)
-@pytest.mark.parametrize("name", [*SIDE, "reorder_tokens"])
-def test_padded_grids(name, order_in):
-    grids = [(4, 6), (0, 2), (3, 5)]
-    padded = PaddedGrids(60, 5, windows=(2,), device="cpu")
-    padded.update(grids)
-    call = make_call(name, torch.float64, grids, order_in=order_in)
-    wanted, wanted_grads = gradients(public(name), call)
-    with_padding = call.put(call.grids, padded)
-    for position in call.per_token:
-        x = call.get(position)
-        rows = x.new_full((60, *x.shape[1:]), float("nan"))
-        rows[: len(x)] = x
-        with_padding = with_padding.put(position, rows)
-    out = run(public(name), with_padding)
-    grad_out = torch.zeros_like(out)
-    grad_out[: len(wanted)] = random_like(wanted)
-    out, grads = gradients(public(name), with_padding, grad_out)
-    assert_same(name, "batch_invariance", call, out[: len(wanted)], wanted)
-    assert not out[len(wanted) :].any()
-    for key in call.per_token:
-        count = len(wanted_grads[key])
-        actual = grads[key][:count]
-        assert_same(name, "batch_invariance", call, actual, wanted_grads[key], f"{key} gradient")
-        assert not grads[key][count:].any()
 
 
 def test_what_is_kept_serves_training_after_inference():

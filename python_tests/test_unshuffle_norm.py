@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from battery import assert_same_bits
+from battery import ISAS, assert_same_bits, using_isa
 from battery.calls import sliced, strided, token_rows, transposed
 from battery.marks import native_only
 
@@ -164,7 +164,10 @@ def check(grids, factor, channels, dtype, **options):
     exact = definition(inputs, grids, factor)
     skip = [] if inputs[1:3] != (None, None) else ["grad_norm_weight", "grad_norm_bias"]
     skip += [] if inputs.grad_residual is not None else ["residual"]
-    assert_close(run(inputs, grids, factor), inputs, exact, factor, skip)
+    for isa in ISAS:
+        with using_isa(isa):
+            results = run(inputs, grids, factor)
+        assert_close(results, inputs, exact, factor, skip)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,19 +225,22 @@ def test_the_layout_changes_no_bit(factor, channels, dtype, layout):
         assert_same_bits(a, b, name)
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("factor", "channels"), KERNELS)
-def test_a_window_depends_on_its_own_tokens_only(factor, channels, dtype):
+def test_a_window_depends_on_its_own_tokens_only(factor, channels, dtype, isa):
     grids = [(7, 9), *RAGGED] if channels < 1000 else [(5, 8), (3, 3), (1, 2)]
     inputs = make(grids, factor, channels, dtype)
-    together = run(inputs, grids, factor)
+    with using_isa(isa):
+        together = run(inputs, grids, factor)
     window = 0
     for view, tokens in zip(grids, token_rows(grids), strict=True):
         windows = slice(window, window + len(window_tokens([view], factor)[0]))
         window = windows.stop
         x, weight, bias, *rows = inputs
         alone = Inputs(x[tokens], weight, bias, *(row[windows] for row in rows))
-        results = run(alone, [view], factor)
+        with using_isa(isa):
+            results = run(alone, [view], factor)
         for name, a, b in zip(Results._fields[:5], together, results, strict=False):
             assert_same_bits(a[tokens if name == "grad_x" else windows], b, name)
 

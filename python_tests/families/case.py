@@ -120,12 +120,6 @@ def window_slots(height, width, f=2):
             yield sorted(set(slots)), slots
 
 
-def window_shape(present, width):
-    """Return (height, width) of a window given the indices of its tokens."""
-    columns = {index % width for index in present}
-    return len(present) // len(columns), len(columns)
-
-
 def tiled_norm(norm, z):
     """Normalise the patches ``z (p, C)`` of a window as one vector of p * C channels.
 
