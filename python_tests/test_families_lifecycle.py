@@ -26,6 +26,10 @@ NAMES = pytest.mark.parametrize("name", CASES)
 OF_TIMM = pytest.mark.parametrize("name", TIMM)
 # Tracing takes seconds: of transformers one model for each way to write its blocks.
 COMPILED = [*TIMM, *(f"transformers: {n}" for n in ("SigLIP", "DINOv2 with registers", "DINOv3"))]
+# One of each file of a family of timm.
+EXPORTED = ["Beit", "Cait", "DeepseekVitClassifier", "Eva, rotary", "Gemma4VitClassifier"]
+EXPORTED += ["NaFlexVit", "Qwen3VitClassifier", "VisionTransformer", "VisionTransformerRelPos"]
+EXPORTED += ["VisionTransformerSAM"]
 HEADLESS = {"Gemma4VitEncoder", "Qwen3VitEncoder", "DeepseekVitEncoder"}
 COMPRESSOR = ".compressor."
 
@@ -191,6 +195,13 @@ def test_compile(name):
     actual = actual["patches"] if isinstance(actual, dict) else actual
     assert torch.equal(actual, expected)
     assert torch.equal(case.run(model, x), expected)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+@torch.no_grad()
+def test_exports(name):
+    _, model, x = made(name)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
 
 
 @NAMES

@@ -207,12 +207,6 @@ def test_compiles_with_gradient_checkpointing():
         assert (parameter.grad - wanted[name]).abs().max() <= bound, name
 
 
-def test_exports():
-    vit = compressed()
-    x = random_images(vit)
-    assert torch.equal(torch.export.export(vit, (x,)).module()(x), vit(x))
-
-
 def test_threads_may_use_different_sizes():
     vit = insert_early_compressor(make(dynamic_img_size=True), LAYER)
     inputs = [random_images(vit, size=size) for size in ((28, 28), (8, 32), (16, 16), (4, 12))]
