@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from families.case import assert_close, window_slots
+from families.case import assert_close, packed_windows
 from families.vision_transformer import make
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch.nn import functional
@@ -26,18 +26,16 @@ def block_and_tokens(**options):
 
 def cross(block, x, grids, query, window):
     """Cross-attention by hand: one query per window, then the block's MLP on the merged token."""
-    attn, out, start = block.attn, [], 0
-    for height, width in grids:
-        for present, _ in window_slots(height, width, window):
-            rows = x[start:][present]
-            q, k, v = attn.qkv(block.norm1(rows)).view(-1, 3, attn.num_heads, 16).unbind(1)
-            first = query == "cross_top_left"
-            base, q = (rows[0], q[0]) if first else (rows.mean(0), q.mean(0))
-            scores = torch.einsum("hd,nhd->hn", attn.q_norm(q), attn.k_norm(k)) / 4
-            merged = torch.einsum("hn,nhd->hd", scores.softmax(1), v).flatten()
-            y = base + block.ls1(attn.proj(merged))
-            out.append(y + block.ls2(block.mlp(block.norm2(y))))
-        start += height * width
+    attn, out = block.attn, []
+    for present, _ in packed_windows(grids, window):
+        rows = x[present]
+        q, k, v = attn.qkv(block.norm1(rows)).view(-1, 3, attn.num_heads, 16).unbind(1)
+        first = query == "cross_top_left"
+        base, q = (rows[0], q[0]) if first else (rows.mean(0), q.mean(0))
+        scores = torch.einsum("hd,nhd->hn", attn.q_norm(q), attn.k_norm(k)) / 4
+        merged = torch.einsum("hn,nhd->hd", scores.softmax(1), v).flatten()
+        y = base + block.ls1(attn.proj(merged))
+        out.append(y + block.ls2(block.mlp(block.norm2(y))))
     return torch.stack(out)
 
 
@@ -47,17 +45,14 @@ def attended(block, x, present):
 
 def plain(block, compressor, x, grids, attention):
     """The small MLP by hand, with or without window attention in front."""
-    mlp, out, start = compressor.mlp, [], 0
-    for height, width in grids:
-        view = x[start : start + height * width]
-        for present, slots in window_slots(height, width):
-            y = view.clone()
-            if attention:
-                y[present] = attended(block, view, present)
-            z = functional.layer_norm(y[slots].flatten(), (4 * DIM,), eps=1e-6)
-            z = z * mlp.norm.weight + mlp.norm.bias
-            out.append(y[present].mean(0) + mlp.fc2(functional.gelu(mlp.fc1(z))))
-        start += height * width
+    mlp, out = compressor.mlp, []
+    for present, slots in packed_windows(grids):
+        y = x.clone()
+        if attention:
+            y[present] = attended(block, x, present)
+        z = functional.layer_norm(y[slots].flatten(), (4 * DIM,), eps=1e-6)
+        z = z * mlp.norm.weight + mlp.norm.bias
+        out.append(y[present].mean(0) + mlp.fc2(functional.gelu(mlp.fc1(z))))
     return torch.stack(out)
 
 
@@ -92,7 +87,7 @@ def test_no_mlp_is_the_mean(attention):
     view = x[:24]
     windows = [
         attended(block, view, present) if attention else view[present]
-        for present, _ in window_slots(4, 6)
+        for present, _ in packed_windows([(4, 6)])
     ]
     expected = torch.stack([window.mean(0) for window in windows])
     assert_close(compressor(view, [(4, 6)]), expected, ROUNDINGS)

@@ -2,11 +2,13 @@
 """nn.EarlyCompressor is the formula of LLaVA-UHD v4, section 3.2, with the weights of its block."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
-from families.case import window_slots
+from families.case import assert_close as close
+from families.case import packed_windows
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional
@@ -21,6 +23,7 @@ FORMS = ("dense", "block", "tied")
 # Each of the 8 products in a row sums at most 4 * 4 * DIM terms, and two norms divide by a standard
 # deviation of about one: so many roundings, relative to the largest number on the way.
 ROUNDINGS = 8 * 16 * DIM
+assert_close = functools.partial(close, roundings=ROUNDINGS)
 
 BLOCKS = {
     "plain": {},
@@ -60,28 +63,16 @@ def by_hand(block, x, grids, *, f=2, attention=True):
     affine = [
         None if p is None else p.repeat(patches) for p in (block.norm2.weight, block.norm2.bias)
     ]
-    out, start = [], 0
-    for height, width in grids:
-        view = x[start : start + height * width]
-        start += height * width
-        for present, slots in window_slots(height, width, f):
-            y = view.clone()
-            if attention:
-                y[present] = (
-                    view[present] + block.ls1(block.attn(block.norm1(view[present])[None]))[0]
-                )
-            z = y[slots].flatten()
-            h = functional.layer_norm(z, z.shape, *affine, block.norm2.eps)
-            h = dense.act(functional.linear(h, fc1, bias))
-            h = block.ls2(functional.linear(h, fc2, dense.fc2.bias))
-            out.append(y[present].mean(0) + h)
+    out = []
+    for present, slots in packed_windows(grids, f):
+        y = x.clone()
+        if attention:
+            y[present] += block.ls1(block.attn(block.norm1(x[present])[None]))[0]
+        z = y[slots].flatten()
+        h = functional.layer_norm(z, z.shape, *affine, block.norm2.eps)
+        h = dense.act(functional.linear(h, fc1, bias))
+        out.append(y[present].mean(0) + block.ls2(functional.linear(h, fc2, dense.fc2.bias)))
     return torch.stack(out)
-
-
-def assert_close(actual, expected, roundings=ROUNDINGS):
-    assert actual.shape == expected.shape
-    bound = roundings * torch.finfo(actual.dtype).eps * expected.abs().max()
-    assert (actual - expected).abs().max() <= bound
 
 
 @pytest.mark.parametrize("attention", [True, False], ids=["attention", "MLP only"])
@@ -99,7 +90,7 @@ def test_reuses_the_block_as_the_paper_says(options, form, attention):
 def test_other_windows(form, window):
     block, x = random_block(), tokens()
     compressor = EarlyCompressor.from_block(block, form=form, window=window)
-    assert_close(compressor(x, GRIDS), by_hand(block, x, GRIDS, f=window), 4 * ROUNDINGS)
+    assert_close(compressor(x, GRIDS), by_hand(block, x, GRIDS, f=window), roundings=4 * ROUNDINGS)
 
 
 def test_dense_weights_are_the_formula():

@@ -65,16 +65,17 @@ def test_features(version, mode, merger_times, what):
 
 @VERSIONS
 @MODES
+@pytest.mark.parametrize("merger_times", [1, 2])
 @pytest.mark.parametrize("grids", [ODD, EVEN + ODD], ids=["odd", "even and odd"])
-def test_odd_grids(version, mode, grids):
-    model = accelerate(tiny_model(version))
+def test_odd_grids(version, mode, merger_times, grids):
+    model = accelerate(tiny_model(version, merger_times=merger_times))
     pixels, sizes = images(grids)
     result = model.get_image_features(pixels, sizes, downsample_mode=mode)
     views = tower_by_hand(model.model.vision_tower, pixels, grids, mode == "16x")
     assert_close(result.last_hidden_state[0], torch.cat([tokens for tokens, _ in views]))
     for actual, (tokens, grid) in zip(result.pooler_output, views, strict=True):
         assert_close(actual, connector_by_hand(model.model.merger, tokens, *grid))
-    side = 4 if mode == "16x" else 2
+    side = 2 ** (merger_times + (mode == "16x"))
     counts = [-(-height // side) * -(-width // side) for height, width in grids]
     assert [len(view) for view in result.pooler_output] == counts
     assert torch.equal(sizes, torch.tensor(grids))
@@ -84,17 +85,6 @@ def test_odd_grids(version, mode, grids):
 def test_the_original_refuses_odd_grids(version):
     with pytest.raises(ValueError, match="divisible by window kernel size"):
         tiny_tower(version)(*images([(7, 9)])[:1], target_sizes=torch.tensor([[7, 9]]))
-
-
-@VERSIONS
-@MODES
-def test_odd_grids_with_two_stages(version, mode):
-    model = accelerate(tiny_model(version, merger_times=2))
-    pixels, sizes = images(ODD)
-    result = model.get_image_features(pixels, sizes, downsample_mode=mode)
-    views = tower_by_hand(model.model.vision_tower, pixels, ODD, mode == "16x")
-    for actual, (tokens, grid) in zip(result.pooler_output, views, strict=True):
-        assert_close(actual, connector_by_hand(model.model.merger, tokens, *grid))
 
 
 @VERSIONS

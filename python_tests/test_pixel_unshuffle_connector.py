@@ -2,10 +2,12 @@
 """nn.PixelUnshuffleConnector is LN, Linear, GELU, Linear on the tokens of each window."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
+from families.case import assert_close as close
 from families.case import window_slots
 from torch.nn import functional
 
@@ -16,6 +18,7 @@ GRIDS = [(4, 6), (3, 5), (1, 1)]
 TOKENS, DIM, OUT = 40, 16, 24
 # Two products in each of up to three stages, of at most 9 * DIM terms, and their norms.
 ROUNDINGS = 6 * 2 * 9 * DIM
+assert_close = functools.partial(close, roundings=ROUNDINGS)
 ACTIVATIONS = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda u: functional.gelu(u, approximate="tanh"),
@@ -47,12 +50,6 @@ def by_hand(connector, x, grids, f=2, activation="gelu"):
             views[index] = torch.stack(merged)
             grids[index] = -(-height // f), -(-width // f)
     return torch.cat(views), grids
-
-
-def assert_close(actual, expected):
-    assert actual.shape == expected.shape
-    bound = ROUNDINGS * torch.finfo(actual.dtype).eps * expected.abs().max()
-    assert (actual - expected).abs().max() <= bound
 
 
 @pytest.mark.parametrize("merger_times", [1, 2, 3])

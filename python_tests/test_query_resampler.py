@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """nn.QueryResampler is attention of learned queries to the tokens of each view, one by one."""
 
+import functools
 import math
 
 import pytest
 import torch
+from families.case import assert_close as close
 from torch.nn import functional
 
 from uhd_ops.nn import QueryResampler
@@ -13,7 +15,8 @@ from uhd_ops.nn.query_resampler import sincos_2d
 DIM, OUT, QUERIES, HEADS = 12, 32, 5, 2
 GRIDS = [(4, 6), (3, 5), (1, 1)]
 TOKENS = 40
-EPS = torch.finfo(torch.float64).eps
+# A dozen products of at most 40 terms, one after the other; float32 rounds a sine either way.
+assert_close = functools.partial(close, roundings=12 * TOKENS)
 
 
 def resampler(dim=DIM, **options):
@@ -52,13 +55,6 @@ def by_hand(module, view, grid):
     scores = (q @ k.mT / (OUT // HEADS) ** 0.5).softmax(-1)
     out = module.attn.out_proj((scores @ v).transpose(0, 1).flatten(1))
     return module.ln_post(out) @ module.proj
-
-
-def assert_close(actual, expected):
-    # A dozen products of at most 40 terms, one after the other; float32 rounds a sine either way.
-    bound = 12 * TOKENS * EPS * expected.abs().max()
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= bound
 
 
 @pytest.mark.parametrize("dim", [DIM, OUT])

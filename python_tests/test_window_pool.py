@@ -7,24 +7,13 @@ import pytest
 import torch
 from battery import ISAS, assert_same_bits, gradients, make_call, using_isa
 from battery.marks import native_only
+from families.case import packed_windows
 from specs import SPECS
 
 from uhd_ops import window_mean, window_pool
 
 GRIDS = [(4, 6), (3, 5), (1, 7), (0, 3), (9, 2)]
 TOKENS = sum(h * w for h, w in GRIDS)
-
-
-def windows_of(grids, window):
-    """Yield the packed tokens of each window in raster order."""
-    start = 0
-    for height, width in grids:
-        for top in range(0, height, window):
-            for left in range(0, width, window):
-                rows = range(top, min(top + window, height))
-                cols = range(left, min(left + window, width))
-                yield [start + row * width + col for row in rows for col in cols]
-        start += height * width
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4])
@@ -35,7 +24,7 @@ def test_equals_a_loop_over_windows_and_channels(window):
     # dy/dlogit_i = a_i (x_i - y).
     wanted, rows = torch.zeros(0, 3, dtype=torch.float64), []
     grad_x, grad_logits = torch.zeros_like(x), torch.zeros_like(x)
-    for row, tokens in enumerate(windows_of(GRIDS, window)):
+    for row, (tokens, _) in enumerate(packed_windows(GRIDS, window)):
         rows.append(torch.zeros(3, dtype=torch.float64))
         for c in range(3):
             exponentials = [math.exp(logits[t, c].item()) for t in tokens]
@@ -131,7 +120,7 @@ def test_gradients_of_logits_add_up_to_zero():
     call = make_call("window_pool", torch.float64, GRIDS)
     _, grads = gradients(window_pool, call)
     bound = SPECS["window_pool"].roundings(call) * 2**-52
-    for tokens in windows_of(GRIDS, 2):
+    for tokens, _ in packed_windows(GRIDS, 2):
         assert grads[1][tokens].sum(0).abs().max() <= 4 * bound * call.args[0].abs().max() ** 2
 
 

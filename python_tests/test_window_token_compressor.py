@@ -8,6 +8,7 @@ import pytest
 import torch
 from battery import assert_same_bits
 from battery.marks import native_only
+from families.case import packed_windows
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import uhd_ops
@@ -20,18 +21,6 @@ DIM = 12
 kernels_only = native_only("padded grids, one graph for all grids, and exact bits are theirs")
 
 
-def windows_of(grids, window):
-    """Yield the packed tokens of each window in raster order."""
-    start = 0
-    for height, width in grids:
-        for top in range(0, height, window):
-            for left in range(0, width, window):
-                rows = range(top, min(top + window, height))
-                cols = range(left, min(left + window, width))
-                yield [start + row * width + col for row in rows for col in cols]
-        start += height * width
-
-
 def gelu(x):
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
@@ -39,7 +28,7 @@ def gelu(x):
 def by_hand(module, x, grids):
     """Window by window, as the paper writes it: z_i = W2 GELU(W1 [x_i ; mean] + b1) + b2."""
     merged = []
-    for tokens in windows_of(grids, module.window):
+    for tokens, _ in packed_windows(grids, module.window):
         rows = x[tokens]
         if module.pool == "mean":
             merged.append(rows.mean(0))
@@ -102,7 +91,7 @@ def test_the_first_step_reaches_the_last_layer_and_the_second_the_first():
     module, x = make(random=False), tokens()
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     before = copy.deepcopy(module.state_dict())
-    target = torch.stack([x[w].amax(0) for w in windows_of(GRIDS, 2)])
+    target = torch.stack([x[w].amax(0) for w, _ in packed_windows(GRIDS, 2)])
 
     def step():
         optimizer.zero_grad()
@@ -175,7 +164,7 @@ def test_autocast_keeps_the_residual_stream():
         out = module(x, GRIDS)
     assert out.dtype == torch.float32
     # Weights add up to one, so pooled values lie among the tokens even with rounded logits.
-    for row, window in zip(out, windows_of(GRIDS, 2), strict=True):
+    for row, (window, _) in zip(out, packed_windows(GRIDS, 2), strict=True):
         slack = 8 * torch.finfo(torch.float32).eps * x[window].abs().amax(0)
         assert (row <= x[window].amax(0) + slack).all()
         assert (row >= x[window].amin(0) - slack).all()

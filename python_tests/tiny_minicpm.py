@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small MiniCPM-V models with random weights; what they compute, view by view in plain torch."""
 
+import functools
+
 import torch
+from families.case import assert_close as close
+from families.case import window_slots
 from torch.nn import functional
 from transformers import (
     MiniCPMV4_6Config,
@@ -53,6 +57,7 @@ TEXT = {
 # A dozen products in a row, of sums of at most 4 * 48 terms, and as many norms, which divide by a
 # standard deviation of about one: so many roundings, relative to the largest number on the way.
 ROUNDINGS = 12 * 4 * 48
+assert_close = functools.partial(close, roundings=ROUNDINGS)
 # Grids that the original accepts in 16x mode, of different sizes and with a repeated one; and
 # others: odd, a row, a column, a single patch, even but no multiple of 4.
 EVEN = [(8, 12), (4, 4), (8, 12), (4, 8)]
@@ -96,12 +101,6 @@ def prompt(model, counts):
     return {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()}
 
 
-def assert_close(actual, expected, roundings=ROUNDINGS):
-    assert actual.shape == expected.shape
-    bound = roundings * torch.finfo(actual.dtype).eps * expected.abs().max()
-    assert (actual - expected).abs().max() <= bound
-
-
 def linear(module, x):
     return functional.linear(x, module.weight, module.bias)
 
@@ -127,15 +126,6 @@ def layer(module, x):
     return x + linear(module.mlp.fc2, hidden)
 
 
-def windows(height, width):
-    """For each 2 x 2 window, the tokens that it holds and the nearest of them for its 4 slots."""
-    for top in range(0, height, 2):
-        for left in range(0, width, 2):
-            corners = [(top + i, left + j) for i in (0, 1) for j in (0, 1)]
-            present = [i * width + j for i, j in corners if i < height and j < width]
-            yield present, [min(i, height - 1) * width + min(j, width - 1) for i, j in corners]
-
-
 def mlp(module, z, approximate):
     hidden = functional.gelu(
         linear(module.linear_1, norm(module.pre_norm, z)), approximate=approximate
@@ -145,7 +135,7 @@ def mlp(module, z, approximate):
 
 def compressor(module, x, height, width):
     merged = []
-    for present, slots in windows(height, width):
+    for present, slots in window_slots(height, width):
         y = x.clone()
         y[present] += attention(module.self_attn, norm(module.layer_norm1, x[present]))
         merged.append(y[present].mean(0) + mlp(module, y[slots].flatten(), "tanh"))
@@ -170,7 +160,7 @@ def tower_by_hand(tower, pixels, grids, use_vit_merger=True):
 
 def connector_by_hand(merger, x, height, width):
     for stage in merger.mlp:
-        slots = [slots for _, slots in windows(height, width)]
+        slots = [slots for _, slots in window_slots(height, width)]
         x = torch.stack([mlp(stage, x[window].flatten(), "none") for window in slots])
         height, width = -(-height // 2), -(-width // 2)
     return x

@@ -120,6 +120,15 @@ def window_slots(height, width, f=2):
             yield sorted(set(slots)), slots
 
 
+def packed_windows(grids, f=2):
+    """Yield (tokens present, all slots) of each window of a packed sequence of views."""
+    start = 0
+    for height, width in grids:
+        for present, slots in window_slots(height, width, f):
+            yield [start + i for i in present], [start + i for i in slots]
+        start += height * width
+
+
 def tiled_norm(norm, z):
     """Normalise the patches ``z (p, C)`` of a window as one vector of p * C channels.
 
