@@ -93,83 +93,33 @@ def _scale(call: Call) -> float:
     return rows**0.5 * fc2_weight.double().norm(dim=-2).max().item()
 
 
+_ACTIVATIONS = '"gelu_tanh", "gelu", "quick_gelu", "silu", "relu"'
+_VALUES = {
+    "x must be (N, C), or (B, h*w, C) with one (h, w) grid, got shape (6,)": (0, lambda x: x[0]),
+    "x must have at least one channel, got shape (39, 0)": (0, lambda x: x[:, :0]),
+    "fc1_weight must be dense (J, 24), block (4, I, 6) or tied (I, 6) for C = 6 and factor = 2, "
+    "got shape (40, 23)": (2, lambda w: w[:, 1:]),
+    "fc1_bias must have shape (40,), got shape (10,)": (3, lambda b: b[:10]),
+    "fc2_weight must have shape (6, 40) to follow fc1_weight of shape (40, 24), got shape "
+    "(6, 39)": (4, lambda w: w[:, :-1]),
+    "fc2_bias must have shape (6,), got shape (1, 6)": (5, lambda b: b[None]),
+    "norm_weight must have shape (24,), got shape (6,)": ("norm_weight", lambda w: w[:6]),
+    f"activation must be one of {_ACTIVATIONS}, got 'tanh'": ("activation", lambda _: "tanh"),
+}
+_TYPES = {
+    "fc1_weight must have the dtype of x, torch.float32, got torch.float64": (
+        2,
+        torch.Tensor.double,
+    ),
+    "fc2_weight must be a torch.Tensor, got NoneType": (4, lambda _: None),
+    "residual must be a bool, got int": ("residual", lambda _: 1),
+}
 _BAD_INPUTS = (
     *bad_tensor("x"),
-    bad(
-        "x dimensions",
-        0,
-        lambda x: x[0],
-        ValueError,
-        "x must be (N, C), or (B, h*w, C) with one (h, w) grid, got shape (6,)",
-    ),
-    bad(
-        "no channels",
-        0,
-        lambda x: x[:, :0],
-        ValueError,
-        "x must have at least one channel, got shape (39, 0)",
-    ),
-    bad(
-        "fc1_weight shape",
-        2,
-        lambda w: w[:, 1:],
-        ValueError,
-        "fc1_weight must be dense (J, 24), block (4, I, 6) or tied (I, 6) for C = 6 and "
-        "factor = 2, got shape (40, 23)",
-    ),
-    bad(
-        "fc1_weight dtype",
-        2,
-        lambda w: w.double(),
-        TypeError,
-        "fc1_weight must have the dtype of x, torch.float32, got torch.float64",
-    ),
-    bad(
-        "fc1_bias shape",
-        3,
-        lambda b: b[:10],
-        ValueError,
-        "fc1_bias must have shape (40,), got shape (10,)",
-    ),
-    bad(
-        "fc2_weight shape",
-        4,
-        lambda w: w[:, :-1],
-        ValueError,
-        "fc2_weight must have shape (6, 40) to follow fc1_weight of shape (40, 24), "
-        "got shape (6, 39)",
-    ),
-    bad(
-        "fc2_weight None",
-        4,
-        lambda _: None,
-        TypeError,
-        "fc2_weight must be a torch.Tensor, got NoneType",
-    ),
-    bad(
-        "fc2_bias shape",
-        5,
-        lambda b: b[None],
-        ValueError,
-        "fc2_bias must have shape (6,), got shape (1, 6)",
-    ),
-    bad(
-        "norm_weight shape",
-        "norm_weight",
-        lambda w: w[:6],
-        ValueError,
-        "norm_weight must have shape (24,), got shape (6,)",
-    ),
+    *bad(_VALUES),
+    *bad(_TYPES, TypeError),
     *bad_count("factor"),
     *bad_order("order_in"),
-    bad(
-        "activation",
-        "activation",
-        lambda _: "tanh",
-        ValueError,
-        'activation must be one of "gelu_tanh", "gelu", "quick_gelu", "silu", "relu", got \'tanh\'',
-    ),
-    bad("residual", "residual", lambda _: 1, TypeError, "residual must be a bool, got int"),
     BadInput(
         "eps",
         lambda call: Call(call.args, {**call.kwargs, "eps": -1e-6}),

@@ -39,31 +39,13 @@ _MATRIX_OPTIONS = {"rows": (5, 1, 16), "cols": (7, 1, 16, 100), "tiles": (4, 1, 
 _BAD_MATRICES = (
     *bad_tensor("weight"),
     *bad_count("tiles"),
-    bad(
-        "one dimension",
-        0,
-        lambda weight: weight[0],
-        ValueError,
-        "weight must be (O, I), got shape (7,)",
-    ),
-    bad(
-        "three dimensions",
-        0,
-        lambda weight: weight[None],
-        ValueError,
-        "weight must be (O, I), got shape (1, 5, 7)",
-    ),
+    *bad({"weight must be (O, I), got shape (7,)": (0, lambda weight: weight[0])}),
+    *bad({"weight must be (O, I), got shape (1, 5, 7)": (0, lambda weight: weight[None])}),
 )
 _BAD_VECTORS = (
     *bad_tensor("vector"),
     *bad_count("tiles"),
-    bad(
-        "two dimensions",
-        0,
-        lambda vector: vector[None],
-        ValueError,
-        "vector must be (I,), got shape (1, 7)",
-    ),
+    *bad({"vector must be (I,), got shape (1, 7)": (0, lambda vector: vector[None])}),
 )
 
 BLOCK_DIAGONAL = OpSpec(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from specs._bad_inputs import bad, bad_count, bad_order, bad_tokens
 from specs._spec import ORDERS, Call, OpSpec, random_tensor
 from uhd_ops import reference
@@ -38,34 +40,18 @@ def _roundings(call: Call) -> float:
     return (2 * tokens + 8) * 2 * tokens**0.5
 
 
+_OTHER_DTYPE = {
+    "logits must have the dtype of x, torch.float32, got torch.float64": (1, torch.Tensor.double)
+}
 SPEC = OpSpec(
     name="window_pool",
     reference=reference.window_pool,
     make=_make,
     options={"channels": (8, 1, 7, 72, 100), "window": (2, 1, 3, 5), "order_in": ORDERS},
     bad_inputs=(
-        *(one for one in bad_tokens() if one.label != "too many tokens"),
-        bad(
-            "too many tokens",
-            2,
-            lambda grids: [*grids, (1, 1)],
-            ValueError,
-            "x must be (N, C) with N = 40 tokens (sum of h*w over grids), got shape (39, 8)",
-        ),
-        bad(
-            "logits dtype",
-            1,
-            lambda logits: logits.double(),
-            TypeError,
-            "logits must have the dtype of x, torch.float32, got torch.float64",
-        ),
-        bad(
-            "logits shape",
-            1,
-            lambda logits: logits[:, :1],
-            ValueError,
-            "logits must have the shape of x, (39, 8), got (39, 1)",
-        ),
+        *bad_tokens(grids=2),
+        *bad(_OTHER_DTYPE, TypeError),
+        *bad({"logits must have the shape of x, (39, 8), got (39, 1)": (1, lambda y: y[:, :1])}),
         *bad_count("window"),
         *bad_order("order_in"),
     ),
