@@ -23,7 +23,7 @@ if [[ $# == 0 ]]; then
     fi
     # Every test that runs kernels on their own; under the sanitizers, which take ten times as long, the thorough ones.
     set -- python_tests/test_battery_{values,gradients}.py \
-        python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation,linear_activation_fused}.py
+        python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation}.py
     [[ $sanitize == ON ]] || set -- "$@" python_tests/test_battery_{determinism,memory}.py \
         python_tests/test_{padded_grids,window_attention,window_mean,window_pool,pixel_unshuffle,pixel_unshuffle_mlp}.py \
         python_tests/test_tile_weight.py

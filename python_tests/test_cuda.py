@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a GPU can get wrong: streams, waiting, neighbours in a tile, several devices."""
+"""What only a GPU can get wrong: streams, waiting, neighbours in a tile, graphs, large sizes."""
 
 import pytest
 import torch
-from battery import GRIDS, NATIVE, assert_same_bits, gradients, make_call, public, run
+from battery import (
+    GRIDS,
+    NATIVE,
+    assert_close,
+    assert_same_bits,
+    gradients,
+    make_call,
+    public,
+    run,
+)
 from specs import SPECS
 
 import uhd_ops
+from uhd_ops import PackedGrids, PaddedGrids
 
 pytestmark = pytest.mark.cuda
 
@@ -99,3 +109,148 @@ def test_the_second_device():
     out = uhd_ops.window_mean(x.to("cuda:1"), GRIDS)
     assert out.device == torch.device("cuda:1")
     torch.testing.assert_close(out.cpu(), wanted)
+
+
+# ---- CUDA graphs, very many windows, offsets beyond 32 bits ------------------------------------
+
+GRIDDED_KERNELS = ["pixel_unshuffle", "pixel_unshuffle_mlp"]
+GRIDDED_KERNELS += ["window_attention", "window_mean", "window_pool"]
+BATCHES = [[(4, 6), (3, 5)], [(8, 8)], [(1, 1), (0, 3), (6, 9)], [(2, 2)] * 4]
+MAX_TOKENS, MAX_VIEWS = 80, 6
+
+
+def captured(function, warm_up=3):
+    """Capture one call in a CUDA graph; return the graph and what the call returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", GRIDDED_KERNELS)
+def test_one_graph_serves_other_tokens(name, dtype):
+    call = make_call(name, dtype).to("cuda")
+    graph, out = captured(lambda: run(public(name), call))
+    for seed in range(3):
+        fresh = make_call(name, dtype, seed=seed).to("cuda")
+        for position in call.per_token:
+            call.get(position).copy_(fresh.get(position))
+        graph.replay()
+        assert_same_bits(out, run(public(name), call))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", GRIDDED_KERNELS)
+def test_one_graph_serves_other_grids(name, dtype):
+    """Forward and backward are captured once; then the grids change between replays."""
+    grids = PaddedGrids(MAX_TOKENS, MAX_VIEWS, device="cuda")
+    call = make_call(name, dtype, [(MAX_TOKENS, 1)]).to("cuda")
+    call = call.put(call.grids, grids)
+    leaves = [call.get(key).requires_grad_() for key in call.differentiable]
+    grids.update(BATCHES[0])
+
+    def step():
+        out = run(public(name), call)
+        return out, torch.autograd.grad(out, leaves, grad_out)
+
+    grad_out = torch.ones_like(run(public(name), call))
+    graph, (out, grads) = captured(step)
+    for batch in BATCHES:
+        grids.update(batch)
+        graph.replay()
+        wanted, wanted_grads = step()
+        assert_same_bits(out.detach(), wanted.detach(), str(batch))
+        for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
+            assert_same_bits(grad, wanted_grad, str(batch))
+        exact_grids = PackedGrids(batch)
+        exact = call.put(call.grids, exact_grids)
+        for position in call.per_token:
+            exact = exact.put(position, call.get(position)[: exact_grids.num_tokens].detach())
+        rows = run(public(name), exact)
+        torch.testing.assert_close(out[: len(rows)], rows)
+        assert not out[len(rows) :].any()
+
+
+def test_200_000_windows():
+    # More than a grid dimension but x may have (65 535), in views of every kind.
+    grids = PackedGrids([(400, 400), (1, 1), (801, 997)])
+    assert grids.num_windows(2) > 200_000
+    generator = torch.Generator().manual_seed(0)
+    call = SPECS["window_attention"].make(
+        list(grids), torch.bfloat16, heads=1, head_dim=64, generator=generator
+    )
+    on_device = call.to("cuda").put(3, grids)
+    out = run(uhd_ops.window_attention, on_device).cpu()
+    exact = run(SPECS["window_attention"].reference, call.exact())
+    assert_close(SPECS["window_attention"], call, out, exact)
+
+
+def test_offsets_beyond_32_bits():
+    """One packed projection of more than 2^31 elements; sampled rows of windows are compared."""
+    heads, dim, height = 16, 72, 2
+    width = 2 * (((1 << 31) // (3 * heads * dim) // height) // 2 + 8)
+    tokens = height * width
+    free, _ = torch.cuda.mem_get_info()
+    if free < 8 * tokens * heads * dim * 2:
+        pytest.skip("needs 13 GB of free device memory")
+    qkv = torch.empty(tokens, 3, heads, dim, dtype=torch.float16, device="cuda")
+    assert qkv.numel() > 1 << 31
+    for part in qkv.split(1 << 14):
+        part.normal_()
+    out = uhd_ops.window_attention(*qkv.unbind(1), [(height, width)])
+    grad = torch.ones((), dtype=torch.float16, device="cuda").expand(tokens, heads, dim)
+    leaves = [x.requires_grad_() for x in (qkv[:, i].detach() for i in range(3))]
+    grads = torch.autograd.grad(uhd_ops.window_attention(*leaves, [(height, width)]), leaves, grad)
+    for column in (0, width // 4 * 2, width - 8):
+        rows = torch.cat([torch.arange(column, column + 8) + i * width for i in range(height)])
+        sample = [qkv[rows.cuda(), i].detach().clone().requires_grad_() for i in range(3)]
+        wanted = uhd_ops.window_attention(*sample, [(height, 8)])
+        assert_same_bits(out[rows.cuda()], wanted.detach())
+        wanted_grads = torch.autograd.grad(wanted, sample, grad[: len(rows)])
+        for actual, wanted_grad in zip(grads, wanted_grads, strict=True):
+            assert_same_bits(actual[rows.cuda()], wanted_grad)
+
+
+@pytest.mark.parametrize("name", ["window_mean", "pixel_unshuffle"])
+def test_rows_beyond_32_bits(name):
+    channels, height = 1024, 2
+    width = 2 * (((1 << 31) // channels // height) // 2 + 8)
+    free, _ = torch.cuda.mem_get_info()
+    if free < 4 * height * width * channels * 2:
+        pytest.skip("needs 17 GB of free device memory")
+    x = torch.empty(height * width, channels, dtype=torch.float16, device="cuda")
+    for part in x.split(1 << 16):
+        part.normal_()
+    out = getattr(uhd_ops, name)(x, [(height, width)])
+    for column in (0, width - 8):
+        rows = torch.cat([torch.arange(column, column + 8) + i * width for i in range(height)])
+        wanted = getattr(uhd_ops, name)(x[rows.cuda()], [(height, 8)])
+        assert_same_bits(out[column // 2 : column // 2 + 4], wanted)
+
+
+@pytest.mark.parametrize("order", ["raster", "window"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_windows_of_more_than_256_tokens(dtype, order):
+    spec = SPECS["window_attention"]
+    call = spec.make(
+        [(40, 37), (20, 20), (3, 5)],
+        dtype,
+        heads=2,
+        head_dim=72,
+        window=20,
+        order=order,
+        generator=torch.Generator().manual_seed(0),
+    )
+    out = run(uhd_ops.window_attention, call.to("cuda")).cpu().double()
+    exact = run(spec.reference, call.exact())
+    # torch's kernels round the probabilities, which add up to one, and the result: half an epsilon
+    # of the largest value each.
+    assert out.shape == exact.shape
+    assert (out - exact).abs().max() <= torch.finfo(dtype).eps * call.args[2].abs().max()

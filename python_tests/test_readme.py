@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's code runs, its numbers are those of the newest results, its commands exist."""
+"""The README's code runs, its numbers and commands are true; so is what docs/models.md says."""
 
 import re
 import subprocess
@@ -55,3 +55,18 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+def test_models_page_is_up_to_date():
+    command = [sys.executable, ROOT / "docs" / "models.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_models_page_has_no_unexplained_refusal():
+    rows = [line.split("|") for line in (ROOT / "docs" / "models.md").read_text().splitlines()]
+    rows = [[cell.strip() for cell in row[1:-1]] for row in rows if len(row) == 7]
+    for kind, total, supported, packed, reason in rows[2:]:
+        assert bool(reason) == (int(total) != int(supported)), kind
+        assert packed == supported, kind
+    assert sum(int(row[2]) for row in rows[2:]) == 336
