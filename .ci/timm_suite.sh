@@ -16,4 +16,4 @@ tar -xzf "$folder/timm-$version.tar.gz" -C "$folder" --strip-components 1 "timm-
 cd "$folder"
 export PYTHONPATH=$root:$root/python_tests OMP_NUM_THREADS=1
 "$python" -m pytest -q -p timm_suite -p no:cacheprovider -c /dev/null --rootdir . --disable-warnings "$@" \
-    tests/test_models.py tests/test_model_input.py tests/test_checkpoint_loading.py tests/test_task.py tests/test_utils.py
+    tests/test_{models,model_input,checkpoint_loading,layers_pos_embed,task,utils}.py
