@@ -25,7 +25,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from uhd_ops import insert_early_compressor, insert_progressive_compression
-from uhd_ops.retrofit import layout
+from uhd_ops.retrofit import adapter
 
 LAYER = 1
 ROUNDINGS = 12 * 512  # as in families/case.py: new tensors may lie differently for a product
@@ -182,7 +182,7 @@ def test_passes_die_with_their_graphs():
     x, other = batches()
 
     def alive():
-        return [one for one in layout._LIVE if vit.blocks[LAYER] in one.blocks]
+        return [one for one in adapter._LIVE if vit.blocks[LAYER] in one.blocks]
 
     for checkpointed in (False, True):
         vit.set_grad_checkpointing(checkpointed)

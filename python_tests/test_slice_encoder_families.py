@@ -28,7 +28,7 @@ from uhd_ops import (
 )
 from uhd_ops.nn import EarlyCompressor, SliceEncoder
 from uhd_ops.nn.positions import Rotary, merge_table
-from uhd_ops.retrofit.blocks import CoarsePart
+from uhd_ops.retrofit.adapter import CoarsePart
 from uhd_ops.retrofit.registry import packed_of
 
 # timm's resizing of relative positions gives torch tensors and indices in forms that it warns of;

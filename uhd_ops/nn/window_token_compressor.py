@@ -110,12 +110,14 @@ class WindowTokenCompressor(nn.Module):
             nn.init.zeros_(self.fc2.weight)
             nn.init.zeros_(self.fc2.bias)
 
-    def forward(self, x: torch.Tensor, grids: Grids) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grids: Grids, positions: object = None) -> torch.Tensor:
         """Merge the windows of packed or batched tokens.
 
         Args:
             x: Tokens ``(N, C)``, or ``(B, h*w, C)`` with one grid; no class or register tokens.
             grids: Their grids.
+            positions: Ignored, since pooling has no attention; there so that every compressor is
+                called alike.
 
         Returns:
             Merged tokens ``(M, C)``, or ``(B, M / B, C)``, on the grids

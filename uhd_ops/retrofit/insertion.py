@@ -23,8 +23,7 @@ from uhd_ops.nn.checks import check_reusable
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
-from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
-from uhd_ops.retrofit.model import CompressedWrapper, Family
+from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, CompressedWrapper, Family
 from uhd_ops.retrofit.registry import family_of, refuse_other
 
 

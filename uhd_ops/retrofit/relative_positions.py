@@ -17,9 +17,8 @@ from torch.nn import functional
 
 from uhd_ops.nn import checks
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.retrofit.blocks import CoarseBlock
-from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import CompressedModel, image_layout
+from uhd_ops.retrofit.adapter import CoarseBlock, CompressedModel, image_layout
+from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel
 
 

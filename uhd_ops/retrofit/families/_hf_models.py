@@ -20,16 +20,17 @@ from transformers.utils.generic import can_return_tuple
 from uhd_ops._reclass import is_mixed
 from uhd_ops.nn import checks
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
-from uhd_ops.retrofit.families import _hf_blocks as parts
-from uhd_ops.retrofit.families._hf_checkpoints import OPTIONS
-from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import (
+from uhd_ops.retrofit.adapter import (
+    CoarseBlock,
     Compressed,
+    CompressedBlock,
     CompressedModel,
     CompressedWrapper,
     require_methods,
 )
+from uhd_ops.retrofit.families import _hf_blocks as parts
+from uhd_ops.retrofit.families._hf_checkpoints import OPTIONS
+from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel
 from uhd_ops.retrofit.relative_positions import StandIn
 

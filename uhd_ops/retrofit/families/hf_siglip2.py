@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.retrofit.adapter import Family
 from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,
     CompressedHfModel,
@@ -23,9 +24,8 @@ from uhd_ops.retrofit.families._hf_models import (
     PackedHfModel,
     require_understood,
 )
-from uhd_ops.retrofit.model import Family
+from uhd_ops.retrofit.layouts import PaddedLayout
 from uhd_ops.retrofit.packed import Grid
-from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 
 class CompressedSiglip2VisionModel(CompressedHfModel):

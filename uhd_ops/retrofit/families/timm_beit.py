@@ -16,14 +16,13 @@ from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.score_bias import RelativePositionBias
-from uhd_ops.retrofit.blocks import CoarsePart, CompressedBlock
+from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, Family, require_methods
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
     require_patch_embedding,
 )
-from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import Family, require_methods
+from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.relative_positions import (
     CoarseBiasBlock,

@@ -12,15 +12,20 @@ from torch import nn
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.retrofit.blocks import CompressedBlock
+from uhd_ops.retrofit.adapter import (
+    CompressedBlock,
+    CompressedModel,
+    Family,
+    image_layout,
+    require_methods,
+)
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedTimm,
     PackedVisionTransformer,
     require_patch_embedding,
 )
-from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import CompressedModel, Family, image_layout, require_methods
+from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, by_group
 
 

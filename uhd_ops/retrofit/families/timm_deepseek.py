@@ -12,6 +12,7 @@ from torch import nn
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.retrofit.adapter import Family, encoder_or_self
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families import timm_eva
 from uhd_ops.retrofit.families._timm_encoders import (
@@ -19,7 +20,6 @@ from uhd_ops.retrofit.families._timm_encoders import (
     PackedEncoder,
     require_encoder,
 )
-from uhd_ops.retrofit.model import Family, encoder_or_self
 from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
 
 

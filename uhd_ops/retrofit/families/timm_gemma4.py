@@ -23,18 +23,18 @@ from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.layers import Limits
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.retrofit.blocks import CoarseBlock, CompressedBlock
-from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import (
+from uhd_ops.retrofit.adapter import (
+    CoarseBlock,
+    CompressedBlock,
     CompressedPaddedModel,
     CompressedWrapper,
     Family,
     encoder_or_self,
     require_methods,
 )
+from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.layouts import PaddedLayout, TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel, Tables
-from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 _LIMITS = ("input_min", "input_max", "output_min", "output_max")
 

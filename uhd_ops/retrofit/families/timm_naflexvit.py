@@ -17,12 +17,16 @@ from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.retrofit.blocks import CoarseBlock
+from uhd_ops.retrofit.adapter import (
+    CoarseBlock,
+    CompressedPaddedModel,
+    Family,
+    refuse_masks,
+    require_methods,
+)
 from uhd_ops.retrofit.families.timm_vision_transformer import prefix_tokens
-from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import CompressedPaddedModel, Family, refuse_masks, require_methods
+from uhd_ops.retrofit.layouts import PaddedLayout, TokenLayout
 from uhd_ops.retrofit.packed import Grid
-from uhd_ops.retrofit.padded_layout import PaddedLayout
 from uhd_ops.retrofit.rope import (
     CompressedRopeBlock,
     RotaryTables,

@@ -15,16 +15,16 @@ from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.layers import LinearView, PartView, clone_module
-from uhd_ops.retrofit.blocks import CompressedBlock
-from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.layout import TokenLayout
-from uhd_ops.retrofit.model import (
+from uhd_ops.retrofit.adapter import (
+    CompressedBlock,
     CompressedModel,
     Family,
     image_layout,
     refuse_masks,
     require_methods,
 )
+from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel
 
 

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the class of a model with a compressor becomes, and what a family says about itself."""
+"""What the classes of a model with a compressor and of its blocks become: mixins in front of them.
+
+A block sees tokens only, and their number does not tell the grid: 16 tokens are 4 x 4 or 2 x 8. The
+model, which sees the image, leaves the layout in a context variable for the time of its forward
+pass; each thread has its own.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -15,16 +23,224 @@ from torch import nn
 from uhd_ops._reclass import Mixed, is_mixed
 from uhd_ops.nn.block_spec import BlockSpec, read_block
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.nn.positions import Frequencies
-from uhd_ops.retrofit.blocks import (
-    CoarseBlock,
-    CoarsePart,
-    CompressedBlock,
-    LayoutAware,
-)
-from uhd_ops.retrofit.layout import MODELS, TokenLayout, run_with
+from uhd_ops.nn.positions import Frequencies, Rotary
+from uhd_ops.retrofit.layouts import PaddedLayout, TokenLayout, eager_if_padded, refuse_maps
 from uhd_ops.retrofit.packed import PackedModel
-from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
+
+# ---- the pass that runs a block ----------------------------------------------------------------
+
+
+class RunningForward:
+    """One forward pass of a model with a compressor.
+
+    Once the pass is over, nothing but the graph that it built keeps this object: the nodes that
+    made the tokens of the changed blocks, and what went into and came out of the model, hold it.
+
+    Attributes:
+        layout: How its tokens are laid out.
+        blocks: The changed blocks that it ran.
+        tables: What blocks derived from a tensor that several of them are given, by its id and the
+            side of the windows.
+    """
+
+    def __init__(self, layout: Any) -> None:
+        self.layout = layout
+        self.blocks: set[nn.Module] = set()
+        self.tables: dict[tuple[int, int], tuple[torch.Tensor, Any]] = {}
+
+    def derived(
+        self, source: torch.Tensor, window: int, derive: Callable[[torch.Tensor], Any]
+    ) -> Any:
+        """Return ``derive(source)``, once for all blocks where no gradient flows through it."""
+        if source.requires_grad:
+            return derive(source)
+        key = id(source), window
+        if key not in self.tables:
+            self.tables[key] = source, derive(source)  # keeps the id from being reused
+        return self.tables[key][1]
+
+    def join_graph_of(self, value: Any) -> None:
+        """Live as long as the graph behind the tensors in ``value``, and be found from there."""
+        values = [value]
+        while values:
+            value = values.pop()
+            if isinstance(value, Mapping):
+                values.extend(value.values())
+            elif isinstance(value, (list, tuple)):
+                values.extend(value)
+            elif isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                passes = value.grad_fn.metadata.setdefault(_PASSES, [])
+                if self not in passes:
+                    passes.append(self)
+                    with _LOCK:
+                        _LIVE.add(self)
+
+
+RUNNING: ContextVar[RunningForward | None] = ContextVar("the running forward pass", default=None)
+_PASSES = "uhd_ops.passes"  # a key in the metadata of a node
+_LIVE: WeakSet[RunningForward] = WeakSet()
+_LOCK = threading.Lock()
+
+
+def run_with(layout: Any, method: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call ``method`` while blocks can find ``layout``; not for tracing."""
+    running = RunningForward(layout)
+    token = RUNNING.set(running)
+    try:
+        running.join_graph_of(arguments)
+        output = method(**arguments)
+        running.join_graph_of(output)
+        return output
+    finally:
+        RUNNING.reset(token)
+
+
+def running_forward(block: nn.Module, x: torch.Tensor) -> RunningForward | None:
+    """Find the forward pass in which ``block`` runs on the tokens ``x``, or ran if it runs again.
+
+    Gradient checkpointing runs a block again during the backward pass, when no model is running and
+    other images may have gone through. The tokens need not be the tensor that they were, nor share
+    its memory: FSDP, hooks and offloading make new ones. But autograd says for which node of the
+    graph it wants them, and behind that node are those which the pass has joined. Where no gradient
+    flows that far, or a reentrant checkpoint around several blocks left no such node, the passes of
+    this block that still have a graph decide, as long as those with this number of tokens agree.
+
+    Returns:
+        None where there is no such pass: somebody runs the block without its model.
+
+    Raises:
+        RuntimeError: Several passes may be the one, and their grids differ.
+    """
+    running = RUNNING.get()
+    if running is not None:
+        running.blocks.add(block)
+        running.join_graph_of(x)
+        return running
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return None
+    with _LOCK:
+        live = [one for one in _LIVE if block in one.blocks]
+    joined = [one for one in _passes_behind(node) if one in live]
+    found = joined or [one for one in live if one.layout.merged(block.window).holds(x)]
+    if len({one.layout.places for one in found}) > 1:
+        grids = " and ".join(sorted(str(one.layout.places) for one in found))
+        raise RuntimeError(
+            "the patch grid of these tokens is not known: a block runs again in a backward pass, "
+            f"and forward passes with as many tokens have different grids, {grids}; checkpoint "
+            "blocks one by one, or with use_reentrant=False"
+        )
+    return found[0] if found else None
+
+
+def _passes_behind(node: Any) -> list[RunningForward]:
+    """The passes that joined the graph at the first joined node behind ``node``."""
+    front, seen = [node], {node}
+    while front:
+        for one in front:
+            if _PASSES in one.metadata:
+                return one.metadata[_PASSES]
+        behind = [n for one in front for n, _ in one.next_functions if n is not None]
+        front = [n for n in dict.fromkeys(behind) if n not in seen]
+        seen.update(front)
+    return []
+
+
+# Models with a compressor: a block does not know its own.
+_MODELS: WeakSet[nn.Module] = WeakSet()
+
+
+def layout_of_every_image(block: nn.Module) -> Any:
+    """The layout that the model of ``block`` has for all images; None if their sizes may differ."""
+    with _LOCK:
+        models = list(_MODELS)
+    owner = next((model for model in models if block in model._changed_blocks()), None)
+    return None if owner is None else owner._layout_of_every_image()
+
+
+# ---- blocks ------------------------------------------------------------------------------------
+
+
+class LayoutAware(Mixed):
+    """A block that knows the layout of the tokens in the running forward pass.
+
+    Attributes:
+        window: Side of the windows, in fine tokens, that became one token in front of the block.
+        layout_while_tracing: Stands in for the context variable under torch.compile, which cannot
+            trace one; None otherwise.
+    """
+
+    window: int = 1
+    layout_while_tracing: TokenLayout | None = None
+
+    def _layout_of(self, x: torch.Tensor) -> TokenLayout:
+        """The layout in front of all compressors."""
+        if self.layout_while_tracing is not None:
+            return self.layout_while_tracing
+        running = layout = None
+        if not torch.compiler.is_compiling():
+            running = running_forward(self, x)
+            layout = layout_of_every_image(self) if running is None else running.layout
+        if layout is None:
+            raise RuntimeError(
+                "the patch grid of these tokens is not known: a block with a compressor, or behind "
+                "it, runs in the forward pass of its model, or by itself where the model takes "
+                "images of one size only"
+            )
+        return layout
+
+
+class CompressedBlock(LayoutAware):
+    """A block whose patch tokens are merged after its own body.
+
+    Attributes:
+        compressor: The module that merges them.
+    """
+
+    prefix = "Compressed"
+    compressor: nn.Module
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``(B, P + h*w, C)`` to ``(B, P + ceil(h / window) * ceil(w / window), C)``."""
+        layout = self._layout_of(x)
+        if self.window > 1:
+            layout = layout.merged(self.window)
+        layout.check(x)
+        positions = self._positions(layout, *args, **kwargs)
+        return layout.merge(super().forward(x, *args, **kwargs), self.compressor, positions)
+
+    def _positions(self, layout: TokenLayout, *args: Any, **kwargs: Any) -> Rotary | None:
+        """Rotary embeddings of the patches, from what the block is given beside the tokens."""
+        return None
+
+
+class CoarsePart(Mixed):
+    """A module behind the compressor that needs its positions on the merged grid.
+
+    Attributes:
+        window: Side of a window, in tokens.
+        positions: How merged tokens get their positions; see ``insert_early_compressor``.
+    """
+
+    prefix = "Coarse"
+    window: int
+    positions: str
+
+
+class CoarseBlock(LayoutAware, CoarsePart):
+    """A whole block of that kind; it knows the layout of the tokens in front of the compressor."""
+
+    def _derived(
+        self, x: torch.Tensor, source: torch.Tensor, derive: Callable[[torch.Tensor], Any]
+    ) -> Any:
+        """Return ``derive(source)``, computed once in a forward pass where that is possible."""
+        running = None
+        if self.layout_while_tracing is None:
+            running = running_forward(self, x)
+        return derive(source) if running is None else running.derived(source, self.window, derive)
+
+
+# ---- models ------------------------------------------------------------------------------------
 
 
 class Compressed(Mixed):
@@ -152,16 +368,19 @@ class CompressedModel(Compressed):
 
     def _remember(self, config: CompressorConfig) -> None:
         super()._remember(config)
-        MODELS.add(self)
+        with _LOCK:
+            _MODELS.add(self)
 
     def _forget(self) -> None:
         super()._forget()
-        MODELS.discard(self)
+        with _LOCK:
+            _MODELS.discard(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Finish a copy, or what was loaded from a pickle."""
         super().__setstate__(state)
-        MODELS.add(self)
+        with _LOCK:
+            _MODELS.add(self)
 
     def _layout_of_every_image(self) -> Any:
         """The layout, if the model takes images of one size only; None if it takes others too."""
