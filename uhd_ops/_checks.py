@@ -56,6 +56,8 @@ def check_int(value: object, name: str, least: int | None = None, most: int | No
 
 def check_positive_int(value: object, name: str) -> int:
     """``value`` is an integer in [1, LARGEST_INT], NumPy's included; returns it as an int."""
+    if type(value) is int and 1 <= value <= LARGEST_INT:
+        return value
     value = check_int(value, name, 1)
     if value > LARGEST_INT:
         raise ValueError(f"{name} must be at most {LARGEST_INT}, got {value}")

@@ -315,11 +315,12 @@ def _callers_own() -> contextlib.AbstractContextManager:
 
 def is_single_pair(grids: Grids) -> bool:
     """Whether ``grids`` is one bare ``(h, w)`` pair rather than a collection of pairs."""
-    return (
-        isinstance(grids, (tuple, list))
-        and len(grids) == 2
-        and all(is_int(_number(side)) for side in grids)
-    )
+    if not isinstance(grids, (tuple, list)) or len(grids) != 2:
+        return False
+    first, second = grids
+    if type(first) is type(second) is int:  # what a model computes from an image's size
+        return True
+    return is_int(_number(first)) and is_int(_number(second))
 
 
 def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:

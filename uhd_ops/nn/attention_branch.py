@@ -9,7 +9,7 @@ from torch import nn
 from uhd_ops.grids import Grids
 from uhd_ops.nn.attention import QueryScope, WindowScope, run_attention, run_own_attention
 from uhd_ops.nn.block_spec import AttentionSpec, OwnAttentionSpec
-from uhd_ops.nn.layers import clone_module, post_of
+from uhd_ops.nn.layers import clone_module
 from uhd_ops.nn.positions import Rotary
 
 
@@ -41,7 +41,7 @@ class WindowAttention(nn.Module):
         self.inner_norm = clone_module(spec.inner_norm)
         self.gate = None if spec.gate is None else clone_module(spec.gate)
         self.proj = clone_module(spec.proj)
-        self.post = post_of(spec.post)
+        self.post = clone_module(spec.post)
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
@@ -120,7 +120,7 @@ class OwnWindowAttention(nn.Module):
         self.window, self.drop_path = window, spec.drop_path
         self.norm = clone_module(spec.norm)
         self.module = clone_module(spec.module)
-        self.post = post_of(spec.post)
+        self.post = clone_module(spec.post)
 
     def forward(
         self, x: torch.Tensor, grids: Grids, positions: Rotary | None = None
@@ -132,9 +132,3 @@ class OwnWindowAttention(nn.Module):
     def extra_repr(self) -> str:
         """Show the side of a window."""
         return f"window={self.window}"
-
-
-def attention_branch(spec: AttentionSpec | OwnAttentionSpec, window: int) -> nn.Module:
-    """Make the module for a branch of a host."""
-    kind = WindowAttention if isinstance(spec, AttentionSpec) else OwnWindowAttention
-    return kind(spec, window)

@@ -14,8 +14,7 @@ from uhd_ops.nn.layers import LinearView, ScaleView, is_dense
 
 def require_exactly(module: nn.Module, name: str, classes: tuple[type, ...]) -> None:
     """Refuse a class other than these, or ours of them; a subclass may compute something else."""
-    cls = body_class(module)
-    if cls in classes:
+    if type(module) in classes or (cls := body_class(module)) in classes:
         return
     known = list(dict.fromkeys(known.__name__ for known in classes))
     got = cls.__name__
@@ -28,7 +27,11 @@ def require_exactly(module: nn.Module, name: str, classes: tuple[type, ...]) -> 
 def require_own_forward(module: nn.Module, name: str) -> None:
     """Refuse a forward set on the instance: it hides that of the class, which is understood."""
     if "forward" in vars(module):
-        raise NotImplementedError(f"{name} must have the forward of its class, got one of its own")
+        raise _other_forward(name)
+
+
+def _other_forward(name: str) -> NotImplementedError:
+    return NotImplementedError(f"{name} must have the forward of its class, got one of its own")
 
 
 def require_plain(
@@ -39,7 +42,8 @@ def require_plain(
     torch.nn.utils.prune, weight_norm and spectral_norm keep the class, but compute the weight from
     other parameters in a hook, which a copy would leave behind.
     """
-    require_own_forward(module, name)
+    if "forward" in vars(module):
+        raise _other_forward(name)
     other = (module._parameters.keys() | module._buffers.keys()) - set(tensors)
     if other:
         raise NotImplementedError(
@@ -57,6 +61,8 @@ def optional(module: nn.Module | None, name: str, classes: tuple[type, ...]) -> 
 
 def dropout(module: nn.Module, name: str) -> float:
     """Return the probability of a Dropout, 0 for an Identity."""
+    if type(module) is nn.Dropout:
+        return module.p
     require_exactly(module, name, (nn.Dropout, nn.Identity))
     return getattr(module, "p", 0.0)
 
@@ -91,7 +97,7 @@ class _Reuse:
     def __init__(self, spec: BlockSpec) -> None:
         self.dim, self.name = spec.dim, spec.name
         found = () if spec.block is None else spec.block.named_modules()
-        self.names = {id(module): name for name, module in found}
+        self.names = {id(module): f"{spec.name}.{name}" for name, module in found if name}
 
     def attention(self, branch: AttentionSpec) -> None:
         width = branch.num_heads * branch.head_dim
@@ -102,35 +108,31 @@ class _Reuse:
         self.linear(branch.proj, (self.dim, width))
         if branch.gate is not None:
             self.linear(branch.gate, (width, self.dim))
-        for part in ("norm", "q_norm", "k_norm", "v_norm", "inner_norm", "post"):
-            self.plain(getattr(branch, part))
+        norms = branch.q_norm, branch.k_norm, branch.v_norm, branch.inner_norm
+        self.plain(branch.norm, *norms, branch.post)
 
     def own_attention(self, branch: OwnAttentionSpec) -> None:
         for name in branch.linears:
             rows = {"qkv": 3 * self.dim, "proj": self.dim}.get(name)
             self.linear(getattr(branch.module, name), rows and (rows, self.dim))
-        for name, part in branch.module.named_children():
-            if name not in branch.linears:
-                self.plain(part)
-        self.plain(branch.norm)
-        self.plain(branch.post)
+        children = branch.module.named_children()
+        others = [part for name, part in children if name not in branch.linears]
+        self.plain(*others, branch.norm, branch.post)
 
     def mlp(self, branch: MlpSpec) -> None:
-        self.linear(branch.fc1)
+        self.linear(branch.fc1, (None, self.dim))
         hidden = branch.fc1.weight.shape[0]
-        self.linear(branch.fc1, (hidden, self.dim))
         self.linear(branch.fc2, (self.dim, hidden))
         if branch.gate is not None:
             self.linear(branch.gate, (hidden, self.dim))
-        for part in ("norm", "patch_norm", "inner_norm", "post"):
-            self.plain(getattr(branch, part))
+        self.plain(branch.norm, branch.patch_norm, branch.inner_norm, branch.post)
 
-    def linear(self, part: Any, shape: tuple[int, int] | None = None) -> None:
-        """Refuse a layer that is not plain, or whose weight has another shape."""
+    def linear(self, part: Any, shape: tuple[int | None, int] | None = None) -> None:
+        """Refuse a layer that is not plain, or whose weight has another shape; None is any."""
         whole = part.layer if isinstance(part, LinearView) else part
         if isinstance(part, LinearView) and part.shape is not None:
             self.linear(whole, part.shape)
-        name = self._name_of(whole)
+        name = self.names.get(id(whole)) or self._unnamed(whole)
         if hasattr(whole, "linear"):  # Gemma 4 clamps around its linear layers
             part = whole = whole.linear
             name += ".linear"
@@ -144,18 +146,22 @@ class _Reuse:
             raise NotImplementedError(
                 f"{name}.weight must be a plain tensor, got {type(whole.weight).__name__}"
             )
-        if shape is not None and part.weight.shape != shape:
+        if shape is None:
+            return
+        expected = shape[0] or part.weight.shape[0], shape[1]
+        if part.weight.shape != expected:
             raise NotImplementedError(
-                f"{name}.weight must have shape {tuple(shape)}, got {tuple(part.weight.shape)}"
+                f"{name}.weight must have shape {expected}, got {tuple(part.weight.shape)}"
             )
 
-    def plain(self, part: Any) -> None:
-        """Refuse a norm or a LayerScale whose parameters something else computes."""
-        if isinstance(part, ScaleView):
-            part = part.owner if part.calls else None
-        if isinstance(part, nn.Module):
-            require_plain(part, self._name_of(part), ("weight", "bias", "gamma", "lambda1"))
+    def plain(self, *parts: Any) -> None:
+        """Refuse norms and LayerScales whose parameters something else computes."""
+        for part in parts:
+            if isinstance(part, ScaleView):
+                part = part.owner if part.calls else None
+            if isinstance(part, nn.Module):
+                name = self.names.get(id(part)) or self._unnamed(part)
+                require_plain(part, name, ("weight", "bias", "gamma", "lambda1"))
 
-    def _name_of(self, module: nn.Module) -> str:
-        inner = self.names.get(id(module))
-        return f"{self.name}.{inner}" if inner else f"a {type(module).__name__} of {self.name}"
+    def _unnamed(self, module: nn.Module) -> str:
+        return f"a {type(module).__name__} of {self.name}"

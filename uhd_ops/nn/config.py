@@ -118,13 +118,11 @@ _OF_EARLY, _OF_POOL = ("attention", "mlp", "form"), ("pool", "hidden_dim")
 
 def _check_layers(layers: int | Sequence[int], name: str) -> tuple[int, ...]:
     if name == "layer" and is_int(layers):
-        layers, names = (layers,), (name,)
-    elif isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
-        names = [f"{name}[{index}]" for index in range(len(layers))]
-    else:
+        return (check_int(layers, name, 0),)
+    if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
         kind = "an int" if name == "layer" else "a sequence of ints"
         raise TypeError(f"{name} must be {kind}, got {type(layers).__name__}")
-    checked = tuple(check_int(n, label, 0) for n, label in zip(layers, names, strict=True))
+    checked = tuple(check_int(n, f"{name}[{index}]", 0) for index, n in enumerate(layers))
     if not checked or list(checked) != sorted(set(checked)):
         raise ValueError(f"{name} must ascend, with at least one, got {checked}")
     return checked

@@ -8,14 +8,16 @@ from torch import nn
 
 from uhd_ops.grids import Grids
 from uhd_ops.nn.attention import QUERIES
-from uhd_ops.nn.attention_branch import CrossAttention, attention_branch
-from uhd_ops.nn.block_spec import BlockSpec, read_block
+from uhd_ops.nn.attention_branch import CrossAttention, OwnWindowAttention, WindowAttention
+from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, OwnAttentionSpec, read_block
 from uhd_ops.nn.checks import check_reusable
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.mlp_branch import NoMlp, PlainMlp, WindowMlp
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import check_tokens, parsed
+
+_BRANCHES = {AttentionSpec: WindowAttention, OwnAttentionSpec: OwnWindowAttention}
 
 
 class EarlyCompressor(nn.Module):
@@ -115,7 +117,8 @@ class EarlyCompressor(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self._build(host, window, form, attention, mlp)
+        config = CompressorConfig(window=window, form=form, attention=attention, mlp=mlp)
+        self._build(host, config)
 
     @classmethod
     def from_block(
@@ -154,24 +157,15 @@ class EarlyCompressor(nn.Module):
         Source:
             LLaVA-UHD v4, section 3.2: parameter reuse initialisation.
         """
-        host = read_block(block)
-        options = {"window": window, "form": form, "attention": attention, "mlp": mlp}
-        return cls.from_host(host, **options).train(block.training)
+        config = CompressorConfig(window=window, form=form, attention=attention, mlp=mlp)
+        return cls.from_host(read_block(block), config).train(block.training)
 
     @classmethod
-    def from_host(
-        cls,
-        host: BlockSpec,
-        *,
-        window: int = 2,
-        form: str = "dense",
-        attention: bool | str = "window",
-        mlp: str = "reuse",
-    ) -> EarlyCompressor:
+    def from_host(cls, host: BlockSpec, config: CompressorConfig) -> EarlyCompressor:
         """As :meth:`from_block`, for a block that has been read already."""
         compressor = cls.__new__(cls)
         nn.Module.__init__(compressor)
-        compressor._build(host, window, form, attention, mlp)
+        compressor._build(host, config)
         return compressor
 
     @torch.no_grad()
@@ -196,7 +190,7 @@ class EarlyCompressor(nn.Module):
                 changed then.
         """
         spec = block if isinstance(block, BlockSpec) else read_block(block)
-        new = _tensors(type(self).from_host(spec, **self.options))
+        new = _tensors(type(self).from_host(spec, self.config))
         own = _tensors(self)
         expected, got = (
             {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -212,23 +206,20 @@ class EarlyCompressor(nn.Module):
             tensor.copy_(new[name])
         return self
 
-    def _build(
-        self, host: BlockSpec, window: int, form: str, attention: bool | str, mlp: str
-    ) -> None:
-        config = CompressorConfig(window=window, form=form, attention=attention, mlp=mlp)
+    def _build(self, host: BlockSpec, config: CompressorConfig) -> None:
         check_reusable(host)
-        window, attention = config.window, config.attention
-        self.options = {"window": window, "form": form, "attention": attention, "mlp": mlp}
+        window, form, self.config = config.window, config.form, config
         self.dim, self.window, self.form = host.dim, window, form
-        self.attention, self.parallel = attention, host.parallel
-        if attention in QUERIES:
-            self._build_cross(host, attention, mlp)
+        self.attention, self.parallel = config.attention, host.parallel
+        if config.attention in QUERIES:
+            self._build_cross(host, config.attention, config.mlp)
             return
-        if attention == "window":
-            self.attn = _one_or_sum([attention_branch(part, window) for part in host.attentions])
-        if mlp == "reuse":
+        if config.attention == "window":
+            branches = [_BRANCHES[type(part)](part, window) for part in host.attentions]
+            self.attn = _one_or_sum(branches)
+        if config.mlp == "reuse":
             self.mlp = _one_or_sum([WindowMlp(part, host.dim, window, form) for part in host.mlps])
-        elif mlp == "plain":
+        elif config.mlp == "plain":
             self.mlp = PlainMlp(host.dim, window, like=host.mlps[0].fc2.weight)
         else:
             self.mlp = NoMlp(window)

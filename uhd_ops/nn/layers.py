@@ -198,13 +198,10 @@ class ScaleView(PartView):
         return LayerScale(getattr(self.owner, self.name))
 
 
-def post_of(post: torch.Tensor | nn.Module | None) -> nn.Module:
-    """Return what follows a branch: a LayerScale of a tensor, or a copy of a module."""
-    return LayerScale(post) if isinstance(post, torch.Tensor) else clone_module(post)
+def clone_module(module: nn.Module | torch.Tensor | None) -> nn.Module:
+    """Copy a module with its parameters, buffers and submodules.
 
-
-def clone_module(module: nn.Module | None) -> nn.Module:
-    """Copy a module with its parameters, buffers and submodules; None is Identity.
+    None becomes an Identity, and a tensor, which are the factors of a LayerScale, a LayerScale.
 
     The parameters are new and trainable. Unlike ``copy.deepcopy``, it leaves the hooks behind: what
     somebody observes in the host is not what the compressor does. Likewise ``module.compile()``,
@@ -212,13 +209,14 @@ def clone_module(module: nn.Module | None) -> nn.Module:
     """
     if module is None:
         return nn.Identity()
+    if isinstance(module, torch.Tensor):
+        return LayerScale(module)
     if isinstance(module, PartView):
         return module.clone()
     clone = type(module).__new__(type(module))
     nn.Module.__init__(clone)
-    own = {name: value for name, value in vars(module).items() if name not in vars(clone)}
-    own.pop("_compiled_call_impl", None)
-    vars(clone).update(own)
+    vars(clone).update(vars(module) | vars(clone))
+    vars(clone).pop("_compiled_call_impl", None)
     clone.training = module.training
     for name, parameter in module._parameters.items():
         clone.register_parameter(name, _parameter(parameter))
@@ -286,8 +284,9 @@ def tile_norm(norm: nn.Module | None, patches: int) -> nn.Module:
         if hasattr(norm, "normalized_shape"):
             tiled.normalized_shape = (patches * norm.normalized_shape[0],)
     for name, parameter in norm._parameters.items():
-        repeated = None if parameter is None else tile_vector(parameter.detach(), patches)
-        tiled.register_parameter(name, _parameter(repeated))
+        if parameter is not None:
+            parameter = nn.Parameter(tile_vector(parameter.detach(), patches))
+        tiled.register_parameter(name, parameter)
     return tiled
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 from uhd_ops.grids import Grids
 from uhd_ops.nn.attention import drop_views
 from uhd_ops.nn.block_spec import MlpSpec
-from uhd_ops.nn.layers import BlockLinear, clone_module, is_plain, linear_of, post_of, tile_norm
-from uhd_ops.nn.mlp_forms import MlpWeights, convert_mlp
+from uhd_ops.nn.layers import BlockLinear, clone_module, is_plain, linear_of, tile_norm
+from uhd_ops.nn.mlp_forms import MlpWeights, tied_to_block, tied_to_dense
 from uhd_ops.ops._linear_activation import ACTIVATIONS
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
@@ -95,14 +95,16 @@ class WindowMlp(nn.Module):
         self.inner_norm = clone_module(spec.inner_norm)
         self.limits = nn.ModuleDict({n: clone_module(limits) for n, limits in spec.limits.items()})
         self.output_drop = nn.Dropout(spec.output_dropout)
-        self.post = post_of(spec.post)
+        self.post = clone_module(spec.post)
 
     def _tile(self, fc1: nn.Module, fc2: nn.Module) -> tuple[nn.Module, nn.Module]:
         """Make both layers in the form of this MLP from those for one patch."""
         weights = MlpWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        weights = convert_mlp(weights, self.form, factor=self.window, channels=self.dim)
         if self.form == "block":
+            weights = tied_to_block(weights, factor=self.window)
             return BlockLinear(*weights[:2]), BlockLinear(*weights[2:], summed=True)
+        if self.form == "dense":
+            weights = tied_to_dense(weights, factor=self.window)
         return linear_of(*weights[:2]), linear_of(*weights[2:])
 
     def forward(self, x: torch.Tensor, grids: Grids, *, residual: bool) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from uhd_ops._reclass import Mixed, is_mixed
-from uhd_ops.nn.block_spec import BlockSpec, read_block
+from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.positions import Frequencies, Rotary
 from uhd_ops.retrofit.layouts import PaddedLayout, TokenLayout, eager_if_padded, refuse_maps
@@ -465,7 +465,7 @@ class Family:
         coarse: Mixin for the blocks behind it, or None where they can stay as they are.
         check: Refuses a model that is not understood, before anything is changed.
         parts: Mixins for submodules of the blocks behind, by name; a block may lack any of them.
-        read: ``read(vit, block)`` reads block ``layer``.
+        read: ``read(vit, block)`` reads block ``layer``, where a block does not tell everything.
         transformer: Finds the transformer in the model that the user has, which may wrap it.
         wrapper: Mixin for a model that does.
         heads: Mixins for submodules of the transformer, by name; it may lack any of them.
@@ -477,7 +477,7 @@ class Family:
     coarse: type[CoarseBlock] | None
     check: Callable[[nn.Module, CompressorConfig], None]
     parts: Mapping[str, type[CoarsePart]] = field(default_factory=dict)
-    read: Callable[[nn.Module, nn.Module], BlockSpec] = lambda vit, block: read_block(block)
+    read: Callable[[nn.Module, nn.Module], BlockSpec] | None = None
     transformer: Callable[[nn.Module], nn.Module] = lambda vit: vit
     wrapper: type[CompressedWrapper] = CompressedWrapper
     heads: Mapping[str, type[CoarseBlock]] = field(default_factory=dict)

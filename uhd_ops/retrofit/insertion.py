@@ -24,7 +24,7 @@ from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, CompressedWrapper, Family
-from uhd_ops.retrofit.registry import family_of, refuse_other
+from uhd_ops.retrofit.registry import family_of, read_in
 
 
 def insert_early_compressor(
@@ -216,17 +216,28 @@ def insert(vit: nn.Module, library: str = "", **options: Any) -> nn.Module:
     if isinstance(vit, DistributedDataParallel):
         _refuse_data_parallel(vit)
     family, config = family_of(vit, library), CompressorConfig(**options)
-    present = getattr(family.transformer(vit), "compression", None)
-    refuse_other(present, config)
+    transformer = family.transformer(vit)
+    present = getattr(transformer, "compression", None)
+    if present not in (None, config):  # to insert others would lose trained weights
+        raise ValueError(
+            f"vit holds a compressor already, {present}; call {present.removed_by}(vit) before "
+            f"inserting {config}"
+        )
     if "transformers.modeling_utils" in sys.modules:
         # vit may be inside a model of transformers, which then must save the compressor too.
         importlib.import_module("uhd_ops.retrofit.families._hf_checkpoints")
-    return (_insert_again if present == config else _insert_new)(vit, config, family)
+    if present is None:
+        return _insert_new(vit, transformer, config, family)
+    if vit is not transformer and not isinstance(vit, CompressedWrapper):
+        vit.__class__ = mixed(family.wrapper, type(vit))  # a model around it that knows nothing yet
+        _remember(vit, config)
+    return vit
 
 
-def _insert_new(vit: nn.Module, config: CompressorConfig, family: Family) -> nn.Module:
+def _insert_new(
+    vit: nn.Module, transformer: nn.Module, config: CompressorConfig, family: Family
+) -> nn.Module:
     """Insert the compressors; everything that can fail comes before the first change."""
-    transformer = family.transformer(vit)
     _refuse_data_parallel(transformer)
     if isinstance(vit, CompressedWrapper):  # the compressor was removed from its transformer only
         restore_model(vit)
@@ -234,7 +245,8 @@ def _insert_new(vit: nn.Module, config: CompressorConfig, family: Family) -> nn.
     config.check_depth(len(blocks))
     family.check(vit, config)
     compressors = {
-        index: _build(config, family.read(transformer, blocks[index])) for index in config.layers
+        index: _build(config, read_in(family, transformer, blocks[index]))
+        for index in config.layers
     }
     changes: list[tuple[nn.Module, type[Mixed], int]] = [(transformer, family.model, 1)]
     if vit is not transformer:
@@ -272,8 +284,7 @@ def _insert_new(vit: nn.Module, config: CompressorConfig, family: Family) -> nn.
 def _build(config: CompressorConfig, host: BlockSpec) -> nn.Module:
     """Make the compressor behind a block."""
     if config.pool is None:
-        options = {name: getattr(config, name) for name in ("window", "form", "attention", "mlp")}
-        return EarlyCompressor.from_host(host, **options)
+        return EarlyCompressor.from_host(host, config)
     like = check_reusable(host).mlps[0].fc2.weight
     return WindowTokenCompressor(
         host.dim,
@@ -303,14 +314,6 @@ def _refuse_data_parallel(vit: nn.Module) -> None:
                 "DistributedDataParallel, which would not average the gradients of a compressor "
                 "that it does not know: insert first, and wrap the model then"
             )
-
-
-def _insert_again(vit: nn.Module, config: CompressorConfig, family: Family) -> nn.Module:
-    """Insert what the transformer holds already; a model that wraps it may not know of it yet."""
-    if vit is not family.transformer(vit) and not isinstance(vit, CompressedWrapper):
-        vit.__class__ = mixed(family.wrapper, type(vit))
-        _remember(vit, config)
-    return vit
 
 
 def _remove(vit: nn.Module, family: Family) -> nn.Module:

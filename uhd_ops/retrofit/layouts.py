@@ -50,7 +50,7 @@ class TokenLayout(NamedTuple):
 
     def check(self, x: torch.Tensor) -> None:
         """Refuse tokens of another number: something added or dropped some."""
-        height, width, prefix = self[:3]
+        height, width, prefix, _ = self
         if not self.holds(x):
             raise ValueError(
                 f"x must hold {prefix} prefix tokens and {height} x {width} patches, "

@@ -13,6 +13,7 @@ from uhd_ops._reclass import body_class
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.retrofit import families
 from uhd_ops.retrofit.adapter import Family
 from uhd_ops.retrofit.packed import PackedModel
 
@@ -192,7 +193,7 @@ def takes_compressor(module: nn.Module) -> bool:
 def read_block(block: nn.Module, **context: object) -> BlockSpec:
     """Read a block by the file of its family; see :func:`uhd_ops.nn.block_spec.read_block`."""
     cls = body_class(block)
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = _dotted(cls)
     if name not in _BLOCKS:
         known = ", ".join(sorted({known.rpartition(".")[2] for known in _BLOCKS}))
         raise NotImplementedError(
@@ -201,36 +202,34 @@ def read_block(block: nn.Module, **context: object) -> BlockSpec:
     return _import(_BLOCKS[name]).read(block, **context)
 
 
-def refuse_other(present: CompressorConfig | None, config: CompressorConfig) -> None:
-    """Refuse a second insertion with other options: it would lose trained weights."""
-    if present is not None and present != config:
-        raise ValueError(
-            f"vit holds a compressor already, {present}; call {present.removed_by}(vit) before "
-            f"inserting {config}"
-        )
+def read_in(family: Family, vit: nn.Module, block: nn.Module) -> BlockSpec:
+    """Read a block of a model."""
+    return read_block(block) if family.read is None else family.read(vit, block)
 
 
 def _import(file: str) -> object:
-    name = f"uhd_ops.retrofit.families.{file}"
+    name = f"{families.__name__}.{file}"
     # torch.compile traces a look-up of what is there, but no import.
     return sys.modules.get(name) or importlib.import_module(name)
 
 
 def _look_up(module: nn.Module, library: str = "") -> tuple[str, str] | None:
-    names = (name for name in _class_names(module) if name.startswith(library))
-    return next((_MODELS[name] for name in names if name in _MODELS), None)
+    for cls in type(module).__mro__:
+        name = _dotted(cls)
+        if name in _MODELS and name.startswith(library):
+            return _MODELS[name]
+    return None
 
 
-def _class_names(module: nn.Module) -> list[str]:
-    """The class of a module and those that it extends, with the modules that define them."""
-    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+def _dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _reason(vit: nn.Module) -> str | None:
     """Say why a model takes no compressor; None where nothing is known of its class."""
-    for name in _class_names(vit):
-        if name in _REFUSALS:
-            return _REFUSALS[name]
+    for cls in type(vit).__mro__:
+        if _dotted(cls) in _REFUSALS:
+            return _REFUSALS[_dotted(cls)]
     info = getattr(vit, "feature_info", None)
     if isinstance(info, list) and len({stage.get("reduction") for stage in info}) > 1:
         return "its stages reduce the resolution already"

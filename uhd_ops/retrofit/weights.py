@@ -10,7 +10,7 @@ from torch import nn
 
 from uhd_ops._checks import check_int
 from uhd_ops.retrofit.adapter import CompressedBlock
-from uhd_ops.retrofit.registry import family_of
+from uhd_ops.retrofit.registry import family_of, read_in
 
 
 def freeze_for_stage(vit: nn.Module, stage: int) -> nn.Module:
@@ -136,7 +136,7 @@ def compressed_blocks(vit: nn.Module) -> list[CompressedBlock]:
 def _read(vit: nn.Module) -> list[tuple[CompressedBlock, object]]:
     family = family_of(vit)
     transformer = family.transformer(vit)
-    return [(block, family.read(transformer, block)) for block in compressed_blocks(vit)]
+    return [(block, read_in(family, transformer, block)) for block in compressed_blocks(vit)]
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

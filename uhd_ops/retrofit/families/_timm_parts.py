@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from timm import layers
 from timm.layers import activations
@@ -15,8 +17,8 @@ from uhd_ops.nn.layers import LinearView, ScaleView
 
 # Older versions of timm have no differential attention.
 DiffAttention = getattr(layers, "DiffAttention", None)
-_ATTENTIONS = tuple(cls for cls in (layers.Attention, DiffAttention) if cls)
-_MLPS = (layers.Mlp, layers.GluMlp, layers.SwiGLU, vitamin.GeGluMlp)
+_ATTENTIONS = (layers.Attention, DiffAttention) if DiffAttention else (layers.Attention,)
+_MLPS = (layers.Mlp, layers.GluMlp, layers.SwiGLU)
 
 
 def vit_attention(
@@ -29,9 +31,9 @@ def vit_attention(
         name: What to call it in messages.
         branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec.
     """
-    checks.require_exactly(module, name, _ATTENTIONS)
     if type(module) is layers.Attention:
         return attention(module, name, **branch)
+    checks.require_exactly(module, name, _ATTENTIONS)
     checks.require_own_forward(module, name)
     check_scale(module, name)
     for part in ("q_norm", "k_norm", "norm", "sub_norm"):
@@ -49,9 +51,9 @@ def vit_mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
         name: What to call it in messages.
         branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
     """
-    checks.require_exactly(module, name, _MLPS)
-    if type(module) is not vitamin.GeGluMlp:
+    if type(module) in _MLPS:
         return mlp(module, name, **branch)
+    checks.require_exactly(module, name, (*_MLPS, vitamin.GeGluMlp))
     checks.require_own_forward(module, name)
     return MlpSpec(
         module.w1,
@@ -76,9 +78,8 @@ ACTIVATIONS = {
 }
 
 
-def norm(module: nn.Module, name: str) -> nn.Module | None:
-    """Return a norm over the last dimension; None for an Identity."""
-    return checks.optional(module, name, NORMS)
+# A norm over the last dimension; None for an Identity.
+norm = functools.partial(checks.optional, classes=NORMS)
 
 
 def layer_scale(module: nn.Module, name: str) -> ScaleView | None:
@@ -98,6 +99,29 @@ def drop_path(module: nn.Module, name: str) -> float:
     if not getattr(module, "scale_by_keep", True):
         raise NotImplementedError(f"{name} must have scale_by_keep=True, got False")
     return float(getattr(module, "drop_prob", 0.0) or 0.0)
+
+
+def around(
+    block: nn.Module, branch: int, scale: str = "", *, post_norm: bool = False
+) -> dict[str, object]:
+    """Read what is around one of the two branches of a block, for AttentionSpec and MlpSpec.
+
+    Args:
+        block: It has ``norm<branch>`` and ``drop_path<branch>``.
+        branch: 1 for the attention, 2 for the MLP.
+        scale: What the name of the LayerScale begins with, ``"ls"`` for modules and ``"gamma_"``
+            for parameters; empty where there is none.
+        post_norm: Whether the norm follows the branch.
+    """
+    normalise = norm(getattr(block, f"norm{branch}"), f"block.norm{branch}")
+    path = drop_path(getattr(block, f"drop_path{branch}"), f"block.drop_path{branch}")
+    if post_norm:
+        return {"post": normalise, "drop_path": path}
+    if scale == "ls":
+        post = layer_scale(getattr(block, f"ls{branch}"), f"block.ls{branch}")
+    else:
+        post = factors(block, f"{scale}{branch}") if scale else None
+    return {"norm": normalise, "post": post, "drop_path": path}
 
 
 def activation(module: nn.Module, name: str) -> str:
@@ -159,7 +183,7 @@ def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
         name: What to call it in messages.
         branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
     """
-    checks.require_exactly(module, name, (layers.Mlp, layers.GluMlp, layers.SwiGLU))
+    checks.require_exactly(module, name, _MLPS)
     checks.require_own_forward(module, name)
     if type(module) is layers.SwiGLU:
         gate, fc1 = module.fc1_g, module.fc1_x

@@ -45,20 +45,8 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
         shared_bias: The model's ``rel_pos_bias``, which adds to the block's own.
     """
     checks.require_own_forward(block, "block")
-    attention = _attention(
-        block.attn,
-        shared_bias,
-        norm=parts.norm(block.norm1, "block.norm1"),
-        post=parts.factors(block, "gamma_1"),
-        drop_path=parts.drop_path(block.drop_path1, "block.drop_path1"),
-    )
-    mlp = parts.mlp(
-        block.mlp,
-        "block.mlp",
-        norm=parts.norm(block.norm2, "block.norm2"),
-        post=parts.factors(block, "gamma_2"),
-        drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
-    )
+    attention = _attention(block.attn, shared_bias, **parts.around(block, 1, "gamma_"))
+    mlp = parts.mlp(block.mlp, "block.mlp", **parts.around(block, 2, "gamma_"))
     return BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,), block=block)
 
 

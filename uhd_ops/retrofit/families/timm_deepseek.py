@@ -26,18 +26,8 @@ from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of a ``DeepseekVitBlock``: pre-norm, without LayerScale."""
     checks.require_own_forward(block, "block")
-    attention = timm_eva.attention(
-        block.attn,
-        "block.attn",
-        norm=parts.norm(block.norm1, "block.norm1"),
-        drop_path=parts.drop_path(block.drop_path1, "block.drop_path1"),
-    )
-    mlp = parts.mlp(
-        block.mlp,
-        "block.mlp",
-        norm=parts.norm(block.norm2, "block.norm2"),
-        drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
-    )
+    attention = timm_eva.attention(block.attn, "block.attn", **parts.around(block, 1))
+    mlp = parts.mlp(block.mlp, "block.mlp", **parts.around(block, 2))
     return BlockSpec(attention.proj.out_features, (attention,), (mlp,), block=block)
 
 

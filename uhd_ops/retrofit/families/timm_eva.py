@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,18 +36,11 @@ from uhd_ops.retrofit.rope import (
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of an ``EvaBlock``, pre-norm, or of an ``EvaBlockPostNorm``."""
     checks.require_own_forward(block, "block")
-    norms = [parts.norm(getattr(block, name), f"block.{name}") for name in ("norm1", "norm2")]
-    if body_class(block) is EvaBlockPostNorm:
-        around = [{"post": norm} for norm in norms]
-    else:
-        # Sapiens2 scales the attention only.
-        scales = [parts.factors(block, name) for name in ("gamma_1", "gamma_2")]
-        around = [{"norm": n, "post": s} for n, s in zip(norms, scales, strict=True)]
-    for index, branch in enumerate(around, 1):
-        name = f"drop_path{index}"
-        branch["drop_path"] = parts.drop_path(getattr(block, name), f"block.{name}")
-    host = attention(block.attn, "block.attn", **around[0])
-    mlp = parts.mlp(block.mlp, "block.mlp", **around[1])
+    post_norm = body_class(block) is EvaBlockPostNorm
+    # Sapiens2 scales the attention only.
+    around = functools.partial(parts.around, block, scale="gamma_", post_norm=post_norm)
+    host = attention(block.attn, "block.attn", **around(1))
+    mlp = parts.mlp(block.mlp, "block.mlp", **around(2))
     return BlockSpec(host.proj.out_features, (host,), (mlp,), block=block)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 from timm import layers
-from timm.models import vision_transformer_relpos
 from timm.models import vision_transformer_relpos as relpos
 from torch import nn
 
@@ -46,27 +45,18 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
         shared_bias: The model's ``shared_rel_pos``; used by blocks that have no bias of their own.
     """
     checks.require_own_forward(block, "block")
+    post_norm = not hasattr(block, "ls1")
+    around = functools.partial(parts.around, block, scale="ls", post_norm=post_norm)
     bias = shared_bias if block.attn.rel_pos is None else block.attn.rel_pos
     attention = parts.attention(
         block.attn,
         "block.attn",
-        (vision_transformer_relpos.RelPosAttention,),
+        (relpos.RelPosAttention,),
         score_bias=None if bias is None else functools.partial(_score_bias, bias),
-        **_around(block, 1),
+        **around(1),
     )
-    mlp = parts.mlp(block.mlp, "block.mlp", **_around(block, 2))
+    mlp = parts.mlp(block.mlp, "block.mlp", **around(2))
     return BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,), block=block)
-
-
-def _around(block: nn.Module, index: int) -> dict[str, object]:
-    """What is around the first or the second branch."""
-    norm, drop_path = f"norm{index}", f"drop_path{index}"
-    around = {"drop_path": parts.drop_path(getattr(block, drop_path), f"block.{drop_path}")}
-    normalise = parts.norm(getattr(block, norm), f"block.{norm}")
-    if hasattr(block, "ls1"):
-        post = parts.layer_scale(getattr(block, f"ls{index}"), f"block.ls{index}")
-        return {**around, "norm": normalise, "post": post}
-    return {**around, "post": normalise}
 
 
 def _score_bias(bias: nn.Module, window: int) -> RelativePositionBias:

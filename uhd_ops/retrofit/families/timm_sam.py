@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from timm import layers
-from timm.models import vision_transformer_sam
 from timm.models import vision_transformer_sam as sam
 from torch import nn
 
@@ -61,19 +60,11 @@ def read(block: nn.Module) -> BlockSpec:
     attention = parts.attention(
         block.attn,
         "block.attn",
-        (vision_transformer_sam.Attention,),
-        norm=parts.norm(block.norm1, "block.norm1"),
+        (sam.Attention,),
         score_bias=_score_bias(block.attn),
-        post=parts.layer_scale(block.ls1, "block.ls1"),
-        drop_path=parts.drop_path(block.drop_path1, "block.drop_path1"),
+        **parts.around(block, 1, "ls"),
     )
-    mlp = parts.mlp(
-        block.mlp,
-        "block.mlp",
-        norm=parts.norm(block.norm2, "block.norm2"),
-        post=parts.layer_scale(block.ls2, "block.ls2"),
-        drop_path=parts.drop_path(block.drop_path2, "block.drop_path2"),
-    )
+    mlp = parts.mlp(block.mlp, "block.mlp", **parts.around(block, 2, "ls"))
     return BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,), block=block)
 
 

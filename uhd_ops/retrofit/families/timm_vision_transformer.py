@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -36,31 +37,12 @@ def read(block: nn.Module) -> BlockSpec:
         return _read_things(block)
     if cls in (timm.ParallelScalingBlock, timm.DiffParallelScalingBlock):
         return _read_scaling(block)
-    around = _post_norm if cls is timm.ResPostBlock else _pre_norm
-    attention = parts.vit_attention(block.attn, "block.attn", **around(block, 1))
-    mlp = parts.vit_mlp(block.mlp, "block.mlp", **around(block, 2))
+    post_norm = cls is timm.ResPostBlock
+    around = functools.partial(parts.around, block, scale="ls", post_norm=post_norm)
+    attention = parts.vit_attention(block.attn, "block.attn", **around(1))
+    mlp = parts.vit_mlp(block.mlp, "block.mlp", **around(2))
     dim = block.attn.qkv.in_features
     return BlockSpec(dim, (attention,), (mlp,), block=block)
-
-
-def _pre_norm(block: nn.Module, branch: int) -> dict[str, object]:
-    return {
-        "norm": _norm(block, branch),
-        "post": parts.layer_scale(getattr(block, f"ls{branch}"), f"block.ls{branch}"),
-        "drop_path": _drop_path(block, branch),
-    }
-
-
-def _post_norm(block: nn.Module, branch: int) -> dict[str, object]:
-    return {"post": _norm(block, branch), "drop_path": _drop_path(block, branch)}
-
-
-def _norm(block: nn.Module, branch: int) -> nn.Module | None:
-    return parts.norm(getattr(block, f"norm{branch}"), f"block.norm{branch}")
-
-
-def _drop_path(block: nn.Module, branch: int) -> float:
-    return parts.drop_path(getattr(block, f"drop_path{branch}"), f"block.drop_path{branch}")
 
 
 _LAMBDAS = ("lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
