@@ -21,7 +21,7 @@ from battery.activation_bounds import (
 from battery.marks import native_only
 
 from uhd_ops import _native
-from uhd_ops.ops import _linear_activation
+from uhd_ops.ops import pixel_unshuffle_mlp
 
 pytestmark = native_only("the private operators have no other kernels")
 
@@ -230,8 +230,8 @@ def test_both_modes_have_the_gradients_of_the_layer(width, group, mode, save, dt
 
 def test_the_mode_reaches_the_operator(monkeypatch):
     inputs = layer(72, 1, torch.bfloat16)
-    monkeypatch.setattr(_linear_activation, "_fused", lambda z, activation, group: True)
-    hidden = _linear_activation.linear_activation(*inputs, "gelu_tanh")
+    monkeypatch.setattr(pixel_unshuffle_mlp, "_fused", lambda z, activation, group: True)
+    hidden = pixel_unshuffle_mlp.linear_activation(*inputs, "gelu_tanh")
     expected, _ = fused(*inputs, 1)
     assert_same_bits(hidden, expected)
     grad_h = torch.randn_like(hidden)
@@ -252,7 +252,7 @@ def test_fake_and_autograd(save):
 def test_what_is_fused(monkeypatch):
     def is_fused(dtype=torch.bfloat16, activation="gelu_tanh", group=1, is_cuda=True):
         z = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-        return _linear_activation._fused(z, activation, group)
+        return pixel_unshuffle_mlp._fused(z, activation, group)
 
     monkeypatch.setattr(_native, "cublaslt_enabled", False)
     assert not is_fused()

@@ -10,9 +10,8 @@ from specs import SPECS
 from torch.nn import functional
 
 import uhd_ops
-from uhd_ops.ops import _linear_activation
-from uhd_ops.ops._linear_activation import linear_activation
-from uhd_ops.ops._unshuffle_norm import unshuffle_norm
+from uhd_ops.ops import pixel_unshuffle_mlp as implementation
+from uhd_ops.ops.pixel_unshuffle_mlp import linear_activation, unshuffle_norm
 from uhd_ops.reference.pixel_unshuffle_mlp import ACTIVATIONS
 from uhd_ops.reference.pixel_unshuffle_mlp import pixel_unshuffle_mlp as definition
 from uhd_ops.windows import locate
@@ -90,8 +89,8 @@ def test_norm_makes_no_temporaries():
 
 def test_layers_without_kernels_have_the_same_activations():
     x = torch.linspace(-14, 14, 2001, dtype=torch.float64)
-    assert list(_linear_activation.ACTIVATIONS) == list(ACTIVATIONS)
-    for name, function in _linear_activation.ACTIVATIONS.items():
+    assert list(implementation.ACTIVATIONS) == list(ACTIVATIONS)
+    for name, function in implementation.ACTIVATIONS.items():
         torch.testing.assert_close(function(x), ACTIVATIONS[name](x), rtol=1e-14, atol=1e-15)
 
 

@@ -158,7 +158,7 @@ def _backend(op: str, device: str) -> str:
     kernels = f"native {_native.cpu_isa()}" if device == "cpu" else "native cuda"
     if "_linear_activation" not in parts:
         return kernels
-    # Its parts may use it where ops/_linear_activation.py says so.
+    # Its parts may use it where ops/pixel_unshuffle_mlp.py says so.
     gelu = " and cuBLASLt" if device == "cuda" and _native.cublaslt_enabled else ""
     return f"{kernels}, matrix products by torch{gelu}"
 

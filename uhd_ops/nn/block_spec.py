@@ -36,7 +36,7 @@ from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.nn.attention import Scope, end_branch, run_attention, run_own_attention
 from uhd_ops.nn.layers import Limits
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.ops._linear_activation import ACTIVATIONS, check_activation
+from uhd_ops.ops.pixel_unshuffle_mlp import ACTIVATIONS, check_activation
 
 
 @dataclass(frozen=True, eq=False)

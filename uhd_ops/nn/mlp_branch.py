@@ -15,9 +15,8 @@ from uhd_ops.nn.attention import drop_views
 from uhd_ops.nn.block_spec import MlpSpec
 from uhd_ops.nn.layers import BlockLinear, clone_module, is_plain, linear_of, tile_norm
 from uhd_ops.nn.mlp_forms import MlpWeights, tied_to_block, tied_to_dense
-from uhd_ops.ops._linear_activation import ACTIVATIONS
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
-from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
+from uhd_ops.ops.pixel_unshuffle_mlp import ACTIVATIONS, pixel_unshuffle_mlp
 from uhd_ops.ops.window_mean import window_mean
 
 

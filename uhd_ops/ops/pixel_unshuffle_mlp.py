@@ -1,16 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixel-unshuffle, LayerNorm and MLP: the f x f tokens of a window become one merged token."""
+"""Pixel-unshuffle, LayerNorm and MLP: the f x f tokens of a window become one merged token.
+
+Two native operators do what torch's products do not: ``_unshuffle_norm`` in front of the MLP, and
+``_linear_activation``, whose kernels follow the product of a linear layer.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
 from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
-from uhd_ops.ops._linear_activation import check_activation, linear_activation
-from uhd_ops.ops._unshuffle_norm import unshuffle_norm
-from uhd_ops.windows import TokenOrder
+from uhd_ops.windows import TokenOrder, Windows
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": lambda u: functional.gelu(u, approximate="tanh"),
+    "gelu": functional.gelu,
+    "quick_gelu": lambda u: u * torch.sigmoid(1.702 * u),
+    "silu": functional.silu,
+    "relu": functional.relu,
+}
+"""What the kernels compute, for layers that do not run them, by the name in the public API."""
+
+
+def check_activation(activation: str) -> None:
+    """Refuse what is no name of an activation."""
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
+        raise ValueError(f"activation must be one of {names}, got {activation!r}")
 
 
 def pixel_unshuffle_mlp(
@@ -212,3 +232,170 @@ def _check_vector(vector, name, x, shape) -> None:
     _checks.check_like(vector, name, x, "x")
     if vector.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got shape {tuple(vector.shape)}")
+
+
+# ---- pixel-unshuffle, LayerNorm and the mean of each window, in one pass ------------------------
+
+
+def unshuffle_norm(
+    x: torch.Tensor,
+    where: Windows,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    factor: int,
+    residual: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``z (M, f²C)``, normalised over each window, and the window means ``(M, C)``.
+
+    The arguments are checked already; ``x`` is packed. The statistics and the arithmetic are in
+    float32, float64 for float64. The means are empty unless ``residual``.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = None if norm_weight is None else norm_weight.to(wide).contiguous()
+    bias = None if norm_bias is None else norm_bias.to(wide).contiguous()
+    z, mean, *_ = torch.ops.uhd_ops._unshuffle_norm(
+        x, where.views, where.all_windows, weight, bias, eps, factor, residual
+    )
+    return z, mean
+
+
+def _norm_fake(x, views, num_windows, norm_weight, norm_bias, eps, factor, residual):
+    channels = x.shape[1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty((num_windows, factor * factor * channels)),
+        x.new_empty((num_windows if residual else 0, channels)),
+        x.new_empty((num_windows,), dtype=wide),
+        x.new_empty((num_windows,), dtype=wide),
+    )
+
+
+def _norm_backward_fake(grad_z, grad_residual, x, views, norm_weight, mean, rstd, factor, affine):
+    channels = grad_z.shape[1] if affine else 0
+    grad_norm = (mean.new_empty((channels,)) for _ in range(2))
+    return x.new_empty(x.shape), *grad_norm
+
+
+def _norm_setup_context(ctx, inputs, output):
+    x, views, _, norm_weight, norm_bias, _, ctx.factor, ctx.residual = inputs
+    _, _, mean, rstd = output
+    ctx.affine = norm_weight is not None, norm_bias is not None
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, views, norm_weight, mean, rstd)
+
+
+def _norm_backward(ctx, grad_z, grad_residual, *_):
+    x, views, norm_weight, mean, rstd = ctx.saved_tensors
+    grad_x, *grad_norm = torch.ops.uhd_ops._unshuffle_norm_backward(
+        grad_z,
+        grad_residual if ctx.residual else None,
+        x,
+        views,
+        norm_weight,
+        mean,
+        rstd,
+        ctx.factor,
+        any(ctx.affine),
+    )
+    grad_weight, grad_bias = (
+        grad if given else None for grad, given in zip(grad_norm, ctx.affine, strict=True)
+    )
+    return grad_x, None, None, grad_weight, grad_bias, None, None, None
+
+
+# ---- a linear layer, its activation, and the mean over groups of rows ---------------------------
+
+
+def linear_activation(
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    group: int = 1,
+) -> torch.Tensor:
+    """Return ``activation(z weightᵀ + bias)``, averaged over each ``group`` of consecutive rows.
+
+    Args:
+        z: ``(R, I)``; the rows may lie apart, so that a slice of columns needs no copy.
+        weight: ``(O, I)``.
+        bias: ``(O,)`` or None.
+        activation: Name of the activation.
+        group: Rows to average; divides R.
+
+    Returns:
+        ``(R / group, O)``. Bias, activation and mean are computed in float32 (float64 for float64)
+        from the products in the dtype of ``z``, and rounded once. Where cuBLASLt is
+        enabled, the products need not have been rounded before.
+    """
+    bias = None if bias is None else bias.contiguous()
+    # The products are kept for the backward pass only: without it no (R, O) tensor is made.
+    differentiated = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (z, weight, bias)
+    )
+    hidden, _ = torch.ops.uhd_ops._linear_activation(
+        z, weight, bias, activation, group, differentiated, _fused(z, activation, group)
+    )
+    return hidden
+
+
+def _fused(z, activation, group):
+    """Whether cuBLASLt may add the bias and apply the activation; ``u`` then includes the bias.
+
+    If it has no kernel for the sizes and addresses at hand, ours runs after a product with bias, so
+    that the meaning of ``u`` depends on this function only.
+    """
+    return (
+        _native.cublaslt_enabled
+        and z.is_cuda
+        and z.dtype in (torch.bfloat16, torch.float16)
+        and activation == "gelu_tanh"
+        and group == 1
+    )
+
+
+def _layer_fake(z, weight, bias, activation, group, save_products, fused):
+    rows, width = z.shape[0], weight.shape[0]
+    return z.new_empty((rows // group, width)), z.new_empty((rows if save_products else 0, width))
+
+
+def _layer_backward_fake(grad_h, u, bias, activation, group, grad_bias):
+    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return u.new_empty(u.shape), u.new_empty((u.shape[1] if grad_bias else 0,), dtype=wide)
+
+
+def _layer_setup_context(ctx, inputs, output):
+    z, weight, bias, ctx.activation, ctx.group, ctx.saved_products, fused = inputs
+    ctx.bias_in_products = fused and ctx.saved_products
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(z, weight, bias, output[1])
+
+
+def _layer_backward(ctx, grad_h, _):
+    z, weight, bias, u = ctx.saved_tensors
+    if not ctx.saved_products:
+        u = z @ weight.mT
+    shift = None if ctx.bias_in_products else bias
+    needs_z, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_u, grad_bias = torch.ops.uhd_ops._linear_activation_backward(
+        grad_h, u, shift, ctx.activation, ctx.group, needs_bias
+    )
+    grad_z = grad_u @ weight if needs_z else None
+    grad_weight = grad_u.mT @ z if needs_weight else None
+    grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+    return grad_z, grad_weight, grad_bias, None, None, None, None
+
+
+if _native.status["cpu"] == "loaded":
+    torch.library.register_fake("uhd_ops::_unshuffle_norm", _norm_fake)
+    torch.library.register_fake("uhd_ops::_unshuffle_norm_backward", _norm_backward_fake)
+    torch.library.register_autograd(
+        "uhd_ops::_unshuffle_norm", _norm_backward, setup_context=_norm_setup_context
+    )
+    _native.refuse_second_derivative("unshuffle_norm", public="pixel_unshuffle_mlp")
+    torch.library.register_fake("uhd_ops::_linear_activation", _layer_fake)
+    torch.library.register_fake("uhd_ops::_linear_activation_backward", _layer_backward_fake)
+    torch.library.register_autograd(
+        "uhd_ops::_linear_activation", _layer_backward, setup_context=_layer_setup_context
+    )
+    _native.refuse_second_derivative("linear_activation", public="pixel_unshuffle_mlp")
