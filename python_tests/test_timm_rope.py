@@ -15,7 +15,7 @@ from timm.layers import (
 from timm.layers.pos_embed_sincos import _apply_coord_augs
 
 from uhd_ops import insert_early_compressor
-from uhd_ops.retrofit.layouts import TokenLayout
+from uhd_ops.retrofit.adapter import TokenLayout
 from uhd_ops.retrofit.rope import frequencies_of, merge_rope, window_rotary
 
 EPS = torch.finfo(torch.float32).eps

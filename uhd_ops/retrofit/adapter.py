@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -23,11 +23,68 @@ from torch import nn
 from uhd_ops._reclass import Mixed, is_mixed
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.nn.positions import Frequencies, Rotary
-from uhd_ops.retrofit.layouts import PaddedLayout, TokenLayout, eager_if_padded, refuse_maps
+from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
 from uhd_ops.retrofit.packed import PackedModel
+from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps
 
-# ---- the pass that runs a block ----------------------------------------------------------------
+# ---- how a sequence is made up, and the pass that runs a block ---------------------------------
+
+
+class TokenLayout(NamedTuple):
+    """A sequence ``(B, P + h*w, C)``: ``prefix`` tokens, then the patches of one grid.
+
+    Attributes:
+        height: Rows h of the grid.
+        width: Columns w of the grid.
+        prefix: Tokens P in front of the patches.
+        frequencies: Those of the rotary embeddings, where neighbours may differ by pi or more.
+    """
+
+    height: int
+    width: int
+    prefix: int
+    frequencies: Frequencies | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(h, w)``."""
+        return self.height, self.width
+
+    def merged(self, window: int) -> TokenLayout:
+        """The layout behind the compressor."""
+        height, width = -(-self.height // window), -(-self.width // window)
+        return self._replace(height=height, width=width)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """What tells it from other layouts of the same model."""
+        return self[:3]
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` has as many tokens."""
+        return x.shape[1] == self.prefix + self.height * self.width
+
+    def check(self, x: torch.Tensor) -> None:
+        """Refuse tokens of another number: something added or dropped some."""
+        height, width, prefix, _ = self
+        if not self.holds(x):
+            raise ValueError(
+                f"x must hold {prefix} prefix tokens and {height} x {width} patches, "
+                f"{prefix + height * width} tokens, got shape {tuple(x.shape)}"
+            )
+
+    def merge(
+        self, x: torch.Tensor, compressor: nn.Module, positions: Rotary | None = None
+    ) -> torch.Tensor:
+        """Run the compressor on the patches; prefix tokens pass unchanged."""
+        merged = compressor(x[:, self.prefix :], self.grid, positions)
+        return torch.cat([x[:, : self.prefix], merged], dim=1) if self.prefix else merged
+
+    def merge_table(
+        self, sin: torch.Tensor, cos: torch.Tensor, window: int, positions: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give each merged token its sine and cosine; see ``nn.positions.merge_table``."""
+        return merge_table(sin, cos, self.grid, window, positions, self.frequencies)
 
 
 class RunningForward:
@@ -195,13 +252,17 @@ class CompressedBlock(LayoutAware):
 
     Attributes:
         compressor: The module that merges them.
+        masks: What the block is given behind the tokens, where that are masks, which are refused.
     """
 
     prefix = "Compressed"
     compressor: nn.Module
+    masks: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``(B, P + h*w, C)`` to ``(B, P + ceil(h / window) * ceil(w / window), C)``."""
+        if self.masks:
+            refuse_masks(dict(zip(self.masks, args, strict=False)) | kwargs)
         layout = self._layout_of(x)
         if self.window > 1:
             layout = layout.merged(self.window)
@@ -326,13 +387,17 @@ def _reusing(init_weights: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CompressedModel(Compressed):
-    """What all models with a compressor share; the mixin of a family adds ``_layout``."""
+    """What all models with a compressor share."""
 
     blocks_name = "blocks"
     adapted: ClassVar[Mapping[str, str]] = {
         "forward_features": "_run",
         "forward_intermediates": "_intermediates",
     }
+
+    def _layout(self, x: torch.Tensor, **options: Any) -> Any:
+        """The layout of images, as a model of timm cuts them."""
+        return image_layout(self, x, self.num_prefix_tokens)
 
     def _run(self, layout: Any, method: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         """Call ``method`` while the blocks know the layout of the tokens."""

@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from uhd_ops.nn import checks
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.retrofit.adapter import CoarseBlock, CompressedModel, image_layout
-from uhd_ops.retrofit.layouts import TokenLayout
+from uhd_ops.retrofit.adapter import CoarseBlock, TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel
 
 
@@ -127,13 +126,6 @@ def require_blocks(
     for index, block in enumerate(vit.blocks[first:], first):
         checks.require_exactly(block, f"vit.blocks.{index}", classes)
         checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (attention,))
-
-
-class RelativePositionsModel(CompressedModel):
-    """A model of one image size, whose blocks add relative positions to their scores."""
-
-    def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
-        return image_layout(self, x, self.num_prefix_tokens)
 
 
 class PackedRelativePositions(PackedModel):

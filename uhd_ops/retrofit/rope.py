@@ -22,8 +22,7 @@ from timm.layers import (
 from torch import nn
 
 from uhd_ops.nn.positions import Frequencies, Rotary
-from uhd_ops.retrofit.adapter import CoarseBlock, CompressedBlock
-from uhd_ops.retrofit.layouts import TokenLayout
+from uhd_ops.retrofit.adapter import CoarseBlock, CompressedBlock, TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel, Tables
 
 # Those that return the tensor described above.

@@ -26,11 +26,11 @@ from uhd_ops.retrofit.adapter import (
     CompressedBlock,
     CompressedModel,
     CompressedWrapper,
+    TokenLayout,
     require_methods,
 )
 from uhd_ops.retrofit.families import _hf_blocks as parts
 from uhd_ops.retrofit.families._hf_checkpoints import OPTIONS
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel
 from uhd_ops.retrofit.relative_positions import StandIn
 

@@ -15,9 +15,14 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from uhd_ops.retrofit.adapter import CompressedModel, encoder_or_self, image_layout, require_methods
+from uhd_ops.retrofit.adapter import (
+    CompressedModel,
+    TokenLayout,
+    encoder_or_self,
+    image_layout,
+    require_methods,
+)
 from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.rope import RotaryTables, frequencies_of, require_rope
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.positions import Frequencies, Rotary
-from uhd_ops.retrofit.adapter import Family
+from uhd_ops.retrofit.adapter import Family, TokenLayout
 from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,
     CompressedBackbone,
@@ -23,7 +23,6 @@ from uhd_ops.retrofit.families._hf_models import (
     PackedHfModel,
     require_understood,
 )
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, Tables
 
 Table = tuple[torch.Tensor, torch.Tensor]  # cosines, then sines

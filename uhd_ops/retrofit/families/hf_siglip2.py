@@ -24,8 +24,8 @@ from uhd_ops.retrofit.families._hf_models import (
     PackedHfModel,
     require_understood,
 )
-from uhd_ops.retrofit.layouts import PaddedLayout
 from uhd_ops.retrofit.packed import Grid
+from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 
 class CompressedSiglip2VisionModel(CompressedHfModel):

@@ -16,18 +16,23 @@ from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.score_bias import RelativePositionBias
-from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, Family, require_methods
+from uhd_ops.retrofit.adapter import (
+    CoarsePart,
+    CompressedBlock,
+    CompressedModel,
+    Family,
+    TokenLayout,
+    require_methods,
+)
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
     require_patch_embedding,
 )
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.relative_positions import (
     CoarseBiasBlock,
     PackedRelativePositions,
-    RelativePositionsModel,
     StandIn,
     merge_bias,
     relative_index,
@@ -92,7 +97,7 @@ def _score_bias(
 _METHODS = ("forward", "forward_features", "forward_intermediates")
 
 
-class CompressedBeit(RelativePositionsModel):
+class CompressedBeit(CompressedModel):
     """The methods that a compressed Beit replaces."""
 
     def no_weight_decay(self) -> set[str]:

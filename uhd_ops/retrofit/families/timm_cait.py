@@ -16,6 +16,7 @@ from uhd_ops.retrofit.adapter import (
     CompressedBlock,
     CompressedModel,
     Family,
+    TokenLayout,
     image_layout,
     require_methods,
 )
@@ -25,7 +26,6 @@ from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
     require_patch_embedding,
 )
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, by_group
 
 

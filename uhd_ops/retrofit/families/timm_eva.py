@@ -15,13 +15,18 @@ from uhd_ops._reclass import body_class
 from uhd_ops.nn import checks
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.retrofit.adapter import CompressedModel, Family, image_layout, require_methods
+from uhd_ops.retrofit.adapter import (
+    CompressedModel,
+    Family,
+    TokenLayout,
+    image_layout,
+    require_methods,
+)
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
     require_patch_embedding,
 )
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, Tables
 from uhd_ops.retrofit.rope import (
     CoarseRopeBlock,

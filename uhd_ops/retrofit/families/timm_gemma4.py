@@ -29,12 +29,13 @@ from uhd_ops.retrofit.adapter import (
     CompressedPaddedModel,
     CompressedWrapper,
     Family,
+    TokenLayout,
     encoder_or_self,
     require_methods,
 )
 from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.layouts import PaddedLayout, TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel, Tables
+from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 _LIMITS = ("input_min", "input_max", "output_min", "output_max")
 

@@ -21,12 +21,13 @@ from uhd_ops.retrofit.adapter import (
     CoarseBlock,
     CompressedPaddedModel,
     Family,
+    TokenLayout,
     refuse_masks,
     require_methods,
 )
 from uhd_ops.retrofit.families.timm_vision_transformer import prefix_tokens
-from uhd_ops.retrofit.layouts import PaddedLayout, TokenLayout
 from uhd_ops.retrofit.packed import Grid
+from uhd_ops.retrofit.padded_layout import PaddedLayout
 from uhd_ops.retrofit.rope import (
     CompressedRopeBlock,
     RotaryTables,

@@ -15,13 +15,12 @@ from timm.models.qwen3_vit import (
 from torch import nn
 
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.retrofit.adapter import CompressedWrapper, Family, encoder_or_self
+from uhd_ops.retrofit.adapter import CompressedWrapper, Family, TokenLayout, encoder_or_self
 from uhd_ops.retrofit.families._timm_encoders import (
     CompressedEncoder,
     PackedEncoder,
     require_encoder,
 )
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
 

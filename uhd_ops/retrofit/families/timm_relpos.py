@@ -21,15 +21,20 @@ from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.layers import clone_module
 from uhd_ops.nn.score_bias import RelativePositionBias
-from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, Family, require_methods
+from uhd_ops.retrofit.adapter import (
+    CoarsePart,
+    CompressedBlock,
+    CompressedModel,
+    Family,
+    TokenLayout,
+    require_methods,
+)
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.relative_positions import (
     CoarseBiasBlock,
     PackedRelativePositions,
-    RelativePositionsModel,
     StandIn,
     merge_bias,
     relative_index,
@@ -68,10 +73,6 @@ def _score_bias(bias: nn.Module, window: int) -> RelativePositionBias:
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates")
-
-
-class CompressedRelPos(RelativePositionsModel):
-    """The methods that a compressed VisionTransformerRelPos replaces."""
 
 
 class CoarseRelPos(CoarsePart):
@@ -159,7 +160,7 @@ def read_in_model(vit: relpos.VisionTransformerRelPos, block: nn.Module) -> Bloc
 
 
 FAMILY = Family(
-    CompressedRelPos,
+    CompressedModel,
     CompressedBlock,
     CoarseBiasBlock,
     check,

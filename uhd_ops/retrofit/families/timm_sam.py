@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm import layers
@@ -25,6 +25,7 @@ from uhd_ops.nn import checks
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.positions import Rotary
 from uhd_ops.nn.score_bias import DecomposedPositionBias
 from uhd_ops.retrofit.adapter import (
     CoarseBlock,
@@ -37,7 +38,6 @@ from uhd_ops.retrofit.adapter import (
 )
 from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
-from uhd_ops.retrofit.layouts import MapLayout
 from uhd_ops.retrofit.packed import Grid, by_group
 from uhd_ops.retrofit.relative_positions import (
     StandIn,
@@ -73,6 +73,46 @@ def _score_bias(module: nn.Module) -> functools.partial | None:
         return None
     checks.require_plain(module, "block.attn", ("rel_pos_h", "rel_pos_w"))
     return functools.partial(DecomposedPositionBias.from_grid, module.rel_pos_h, module.rel_pos_w)
+
+
+class MapLayout(NamedTuple):
+    """Tokens as a map ``(B, h, w, C)``.
+
+    Attributes:
+        height: Rows h.
+        width: Columns w.
+    """
+
+    height: int
+    width: int
+
+    def merged(self, window: int) -> MapLayout:
+        """The layout behind the compressor."""
+        return MapLayout(-(-self.height // window), -(-self.width // window))
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """What tells it from other layouts of the same model."""
+        return tuple(self)
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` is a map of that size."""
+        return tuple(x.shape[1:3]) == self
+
+    def check(self, x: torch.Tensor) -> None:
+        """Refuse a map of another size."""
+        if not self.holds(x):
+            raise ValueError(
+                f"x must be a map of {self.height} x {self.width} tokens, (B, h, w, C), "
+                f"got shape {tuple(x.shape)}"
+            )
+
+    def merge(
+        self, x: torch.Tensor, compressor: nn.Module, positions: Rotary | None = None
+    ) -> torch.Tensor:
+        """Run the compressor on the map."""
+        merged = compressor(x.flatten(1, 2), tuple(self), positions)
+        return merged.unflatten(1, self.merged(compressor.window))
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates")

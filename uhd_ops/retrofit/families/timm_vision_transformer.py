@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from timm import layers
@@ -20,12 +19,9 @@ from uhd_ops.retrofit.adapter import (
     CompressedBlock,
     CompressedModel,
     Family,
-    image_layout,
-    refuse_masks,
     require_methods,
 )
 from uhd_ops.retrofit.families import _timm_parts as parts
-from uhd_ops.retrofit.layouts import TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel
 
 
@@ -196,19 +192,7 @@ _METHODS = ("forward", "forward_features", "forward_intermediates", "get_interme
 class CompressedVitBlock(CompressedBlock):
     """A block of a VisionTransformer."""
 
-    def forward(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
-        """``(B, P + h*w, C)`` to ``(B, P + ceil(h / window) * ceil(w / window), C)``."""
-        refuse_masks({"attn_mask": attn_mask, "is_causal": is_causal})
-        return super().forward(x)
-
-
-class CompressedVisionTransformer(CompressedModel):
-    """A VisionTransformer with a compressor."""
-
-    def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
-        return image_layout(self, x, self.num_prefix_tokens)
+    masks = ("attn_mask", "is_causal")
 
 
 def check(vit: timm.VisionTransformer, config: CompressorConfig) -> None:
@@ -334,6 +318,4 @@ def prefix_tokens(vit: nn.Module) -> list[torch.Tensor]:
     return [token for token in tokens if token is not None]
 
 
-FAMILY = Family(
-    CompressedVisionTransformer, CompressedVitBlock, None, check, packed=PackedVisionTransformer
-)
+FAMILY = Family(CompressedModel, CompressedVitBlock, None, check, packed=PackedVisionTransformer)

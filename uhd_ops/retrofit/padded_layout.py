@@ -1,114 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the sequence of a forward pass is made up: of one grid, as a map, or padded to one length."""
+"""How a batch is made up whose samples have grids of their own, padded to one length."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
-
-
-class TokenLayout(NamedTuple):
-    """A sequence ``(B, P + h*w, C)``: ``prefix`` tokens, then the patches of one grid.
-
-    Attributes:
-        height: Rows h of the grid.
-        width: Columns w of the grid.
-        prefix: Tokens P in front of the patches.
-        frequencies: Those of the rotary embeddings, where neighbours may differ by pi or more.
-    """
-
-    height: int
-    width: int
-    prefix: int
-    frequencies: Frequencies | None = None
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """``(h, w)``."""
-        return self.height, self.width
-
-    def merged(self, window: int) -> TokenLayout:
-        """The layout behind the compressor."""
-        height, width = -(-self.height // window), -(-self.width // window)
-        return self._replace(height=height, width=width)
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """What tells it from other layouts of the same model."""
-        return self[:3]
-
-    def holds(self, x: torch.Tensor) -> bool:
-        """Whether ``x`` has as many tokens."""
-        return x.shape[1] == self.prefix + self.height * self.width
-
-    def check(self, x: torch.Tensor) -> None:
-        """Refuse tokens of another number: something added or dropped some."""
-        height, width, prefix, _ = self
-        if not self.holds(x):
-            raise ValueError(
-                f"x must hold {prefix} prefix tokens and {height} x {width} patches, "
-                f"{prefix + height * width} tokens, got shape {tuple(x.shape)}"
-            )
-
-    def merge(
-        self, x: torch.Tensor, compressor: nn.Module, positions: Rotary | None = None
-    ) -> torch.Tensor:
-        """Run the compressor on the patches; prefix tokens pass unchanged."""
-        merged = compressor(x[:, self.prefix :], self.grid, positions)
-        return torch.cat([x[:, : self.prefix], merged], dim=1) if self.prefix else merged
-
-    def merge_table(
-        self, sin: torch.Tensor, cos: torch.Tensor, window: int, positions: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give each merged token its sine and cosine; see ``nn.positions.merge_table``."""
-        return merge_table(sin, cos, self.grid, window, positions, self.frequencies)
-
-
-class MapLayout(NamedTuple):
-    """Tokens as a map ``(B, h, w, C)``.
-
-    Attributes:
-        height: Rows h.
-        width: Columns w.
-    """
-
-    height: int
-    width: int
-
-    def merged(self, window: int) -> MapLayout:
-        """The layout behind the compressor."""
-        return MapLayout(-(-self.height // window), -(-self.width // window))
-
-    @property
-    def places(self) -> tuple[int, int]:
-        """What tells it from other layouts of the same model."""
-        return tuple(self)
-
-    def holds(self, x: torch.Tensor) -> bool:
-        """Whether ``x`` is a map of that size."""
-        return tuple(x.shape[1:3]) == self
-
-    def check(self, x: torch.Tensor) -> None:
-        """Refuse a map of another size."""
-        if not self.holds(x):
-            raise ValueError(
-                f"x must be a map of {self.height} x {self.width} tokens, (B, h, w, C), "
-                f"got shape {tuple(x.shape)}"
-            )
-
-    def merge(
-        self, x: torch.Tensor, compressor: nn.Module, positions: Rotary | None = None
-    ) -> torch.Tensor:
-        """Run the compressor on the map."""
-        merged = compressor(x.flatten(1, 2), tuple(self), positions)
-        return merged.unflatten(1, self.merged(compressor.window))
 
 
 class PaddedLayout:
