@@ -9,8 +9,7 @@ import uhd_ops
 from uhd_ops.nn import EarlyCompressor
 from uhd_ops.nn.attention import drop_path, gathered_window_attention
 from uhd_ops.nn.block_spec import MlpSpec
-from uhd_ops.nn.mlp_branch import WindowMlp
-from uhd_ops.nn.mlp_forms import FORMS
+from uhd_ops.nn.mlp_forms import FORMS, WindowMlp
 
 DIM, HEADS = 16, 2
 GRIDS = [(4, 6), (3, 5), (1, 1)]

@@ -148,3 +148,30 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+_WRAPS = "__tensor_flatten__"
+
+
+def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
+    """Whether calling ``module`` does nothing but what ``cls`` does with its own parameters.
+
+    Then an operator may read them instead. It must not where a subclass, a hook or a ``forward`` on
+    the instance does something else (adapters, offloading, observers), or where the weight is no
+    dense tensor (quantised or sharded).
+    """
+    if type(module) is not cls or "forward" in vars(module):  # parametrised modules change class
+        return False
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    return not [p for p in module._parameters.values() if hasattr(type(p), _WRAPS)]
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds its numbers itself: quantised and sharded ones wrap others."""
+    return not hasattr(type(tensor), _WRAPS)

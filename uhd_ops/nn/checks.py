@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from uhd_ops._checks import is_dense
 from uhd_ops._reclass import body_class
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
-from uhd_ops.nn.layers import LinearView, ScaleView, is_dense
+from uhd_ops.nn.layers import LinearView, ScaleView
 
 
 def require_exactly(module: nn.Module, name: str, classes: tuple[type, ...]) -> None:

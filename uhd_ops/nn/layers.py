@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from uhd_ops._checks import is_plain
 from uhd_ops.ops.tile_weight import tile_vector
 
 
@@ -226,33 +227,6 @@ def clone_module(module: nn.Module | torch.Tensor | None) -> nn.Module:
     for name, child in module._modules.items():
         clone.add_module(name, None if child is None else clone_module(child))
     return clone
-
-
-def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does nothing but what ``cls`` does with its own parameters.
-
-    Then an operator may read them instead. It must not where a subclass, a hook or a ``forward`` on
-    the instance does something else (adapters, offloading, observers), or where the weight is no
-    dense tensor (quantised or sharded).
-    """
-    if type(module) is not cls or "forward" in vars(module):  # parametrised modules change class
-        return False
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return False
-    return not [p for p in module._parameters.values() if hasattr(type(p), _WRAPS)]
-
-
-_WRAPS = "__tensor_flatten__"
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds its numbers itself: quantised and sharded ones wrap others."""
-    return not hasattr(type(tensor), _WRAPS)
 
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

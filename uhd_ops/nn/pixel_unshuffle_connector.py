@@ -8,7 +8,7 @@ from torch import nn
 
 from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.nn.mlp_branch import merge_windows
+from uhd_ops.nn.mlp_forms import merge_windows
 from uhd_ops.ops.pixel_unshuffle_mlp import check_activation
 from uhd_ops.windows import check_tokens, parsed
 

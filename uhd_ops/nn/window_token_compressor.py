@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uhd_ops._checks import check_positive_int
+from uhd_ops._checks import check_positive_int, is_plain
 from uhd_ops.grids import Grids
-from uhd_ops.nn.layers import is_plain
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.ops.window_pool import window_pool

@@ -17,7 +17,7 @@ from torch import nn
 from uhd_ops._reclass import Mixed
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.attention import gathered_window_attention
-from uhd_ops.nn.mlp_branch import merge_windows
+from uhd_ops.nn.mlp_forms import merge_windows
 from uhd_ops.ops.view_attention import view_attention
 from uhd_ops.ops.window_attention import window_attention
 
