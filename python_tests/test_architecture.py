@@ -29,9 +29,9 @@ TOP_LEVEL = {
 FLOORS = ("cli", "integrations", "retrofit", "nn", "ops", "_native")
 ASIDE = {
     "cli": {"", "slicing", "flops", "grids", "_build_info"},  # "": public names
-    "integrations": {"grids", "_reclass"},
-    "retrofit": {"slicing", "flops", "grids", "windows", "_reclass"},
-    "nn": {"slicing", "grids", "windows", "_reclass"},
+    "integrations": {"grids"},
+    "retrofit": {"slicing", "flops", "grids", "windows"},
+    "nn": {"slicing", "grids", "windows"},
     "ops": {"grids", "padded_grids", "windows", "reference"},
     "_native": set(),
     "slicing": {"grids", "_native", "_host"},

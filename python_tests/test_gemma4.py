@@ -11,7 +11,7 @@ from families.gemma4 import CASES, make, make_classifier, make_encoder
 from padded_batches import images_of, padded
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
-from uhd_ops.nn.layers import Limits
+from uhd_ops.nn.modules import Limits
 
 ROUNDINGS = CASES["Gemma4VitEncoder"].roundings
 # Whatever its dtype, the soft pooler computes in float32: it rounds the tokens and a ninth, and

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 from uhd_ops import nn as uhd_nn
 from uhd_ops._checks import is_plain
-from uhd_ops.nn.layers import BlockLinear
 from uhd_ops.nn.mlp_forms import WindowMlp
+from uhd_ops.nn.modules import BlockLinear
 
 GRIDS = [(4, 6), (3, 5)]
 TOKENS = 4 * 6 + 3 * 5

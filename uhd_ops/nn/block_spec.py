@@ -12,11 +12,11 @@ parallel, the MLP reads X. ``uhd_ops/retrofit/families`` holds one file per fami
 in.
 
 A description refers to the parts and copies none. :class:`uhd_ops.nn.EarlyCompressor` copies them,
-which it can only where they are plain (:func:`uhd_ops.nn.checks.check_reusable`).
+which it can only where they are plain (:func:`uhd_ops.nn.modules.check_reusable`).
 :meth:`BlockSpec.run` computes the block on packed tokens with the parts as they are, by calling
 them: adapters, quantised layers and hooks of leaf modules take effect, and gradients arrive in the
-host. Parts that a host holds in another shape are views: :class:`uhd_ops.nn.layers.LinearView`,
-:class:`uhd_ops.nn.layers.ScaleView`.
+host. Parts that a host holds in another shape are views: :class:`uhd_ops.nn.modules.LinearView`,
+:class:`uhd_ops.nn.modules.ScaleView`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,9 +34,11 @@ from torch.nn import functional
 
 from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.nn.attention import Scope, end_branch, run_attention, run_own_attention
-from uhd_ops.nn.layers import Limits
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.ops.pixel_unshuffle_mlp import ACTIVATIONS, check_activation
+
+if TYPE_CHECKING:
+    from uhd_ops.nn.modules import Limits  # which stands on this file
 
 
 @dataclass(frozen=True, eq=False)

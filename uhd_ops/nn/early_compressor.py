@@ -19,10 +19,9 @@ from uhd_ops.nn.attention import (
     run_own_attention,
 )
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, OwnAttentionSpec, read_block
-from uhd_ops.nn.checks import check_reusable
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.nn.layers import clone_module
 from uhd_ops.nn.mlp_forms import NoMlp, PlainMlp, WindowMlp
+from uhd_ops.nn.modules import check_reusable, clone_module
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import check_tokens, parsed

@@ -20,7 +20,7 @@ from uhd_ops._checks import is_plain
 from uhd_ops.grids import Grids
 from uhd_ops.nn.attention import drop_views
 from uhd_ops.nn.block_spec import MlpSpec
-from uhd_ops.nn.layers import BlockLinear, clone_module, linear_of, tile_norm
+from uhd_ops.nn.modules import BlockLinear, clone_module, linear_of, tile_norm
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.pixel_unshuffle_mlp import ACTIVATIONS, mlp_form, pixel_unshuffle_mlp
 from uhd_ops.ops.tile_weight import tile_average, tile_block_diagonal, tile_vector

@@ -20,9 +20,9 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from uhd_ops._reclass import Mixed, is_mixed
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.modules import Mixed, is_mixed
 from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
 from uhd_ops.retrofit.packed import PackedModel
 from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse_maps

@@ -17,11 +17,10 @@ from typing import Any
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uhd_ops._reclass import Mixed, is_mixed, mixed
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.nn.checks import check_reusable
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.early_compressor import EarlyCompressor
+from uhd_ops.nn.modules import Mixed, check_reusable, is_mixed, mixed
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, CompressedWrapper, Family
 from uhd_ops.retrofit.registry import family_of, read_in

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from uhd_ops._reclass import body_class
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.modules import body_class
 from uhd_ops.retrofit import families
 from uhd_ops.retrofit.adapter import Family
 from uhd_ops.retrofit.packed import PackedModel

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.adapter import CoarseBlock, TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel
@@ -124,8 +124,8 @@ def require_blocks(
     """Refuse blocks, from the compressed one on, of another class or with another attention."""
     first = config.layers[0]
     for index, block in enumerate(vit.blocks[first:], first):
-        checks.require_exactly(block, f"vit.blocks.{index}", classes)
-        checks.require_exactly(block.attn, f"vit.blocks.{index}.attn", (attention,))
+        modules.require_exactly(block, f"vit.blocks.{index}", classes)
+        modules.require_exactly(block.attn, f"vit.blocks.{index}.attn", (attention,))
 
 
 class PackedRelativePositions(PackedModel):

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from uhd_ops._reclass import is_mixed, mixed
 from uhd_ops.integrations.transformers.minicpmv import PARTS, Accelerated, VisionModel
+from uhd_ops.nn.modules import is_mixed, mixed
 
 
 def accelerate(model: nn.Module) -> nn.Module:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from uhd_ops._reclass import Mixed
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.attention import gathered_window_attention
 from uhd_ops.nn.mlp_forms import merge_windows
+from uhd_ops.nn.modules import Mixed
 from uhd_ops.ops.view_attention import view_attention
 from uhd_ops.ops.window_attention import window_attention
 

@@ -13,9 +13,9 @@ import transformers
 from torch import nn
 from transformers import activations
 
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, MlpSpec
-from uhd_ops.nn.layers import ScaleView
+from uhd_ops.nn.modules import ScaleView
 
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(
@@ -41,19 +41,19 @@ def sibling(cls: type, name: str) -> type:
 
 def norm(module: nn.Module, name: str) -> nn.Module:
     """Return a LayerNorm."""
-    checks.require_exactly(module, name, (nn.LayerNorm,))
+    modules.require_exactly(module, name, (nn.LayerNorm,))
     return module
 
 
 def layer_scale(module: nn.Module, name: str, cls: type) -> ScaleView:
     """Return the factors of a LayerScale."""
-    checks.require_exactly(module, name, (cls,))
+    modules.require_exactly(module, name, (cls,))
     return ScaleView(module, "lambda1", calls=True)
 
 
 def drop_path(module: nn.Module, name: str, cls: type) -> float:
     """Return the probability of a DropPath, 0 for an Identity."""
-    checks.require_exactly(module, name, (cls, nn.Identity))
+    modules.require_exactly(module, name, (cls, nn.Identity))
     return float(getattr(module, "drop_prob", 0.0))
 
 
@@ -67,8 +67,8 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
         branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec; and
             ``rotate_half``.
     """
-    checks.require_exactly(module, name, (cls,))
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, (cls,))
+    modules.require_own_forward(module, name)
     projections = [f"{part}_proj" for part in "qkv"]
     out = "o_proj" if hasattr(module, "o_proj") else "out_proj"
     dropout = "dropout" if hasattr(module, "dropout") else "attention_dropout"
@@ -93,8 +93,8 @@ def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: objec
         classes: The classes that it may have.
         branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
     """
-    checks.require_exactly(module, name, classes)
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, classes)
+    modules.require_own_forward(module, name)
     first, second = ("up_proj", "down_proj") if hasattr(module, "up_proj") else ("fc1", "fc2")
     act = "act_fn" if hasattr(module, "act_fn") else "activation_fn"
     gate = getattr(module, "gate_proj", None)
@@ -111,6 +111,6 @@ def activation(module: nn.Module, name: str) -> str:
     """Return the operators' name of an activation."""
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    checks.require_exactly(module, name, tuple(_ACTIVATIONS))
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, tuple(_ACTIVATIONS))
+    modules.require_own_forward(module, name)
     return _ACTIVATIONS[type(module)]

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers.utils.generic import can_return_tuple
 
-from uhd_ops._reclass import is_mixed
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.modules import is_mixed
 from uhd_ops.retrofit.adapter import (
     CoarseBlock,
     Compressed,
@@ -164,5 +164,5 @@ def require_understood(
     for index in range(config.layers[0], len(vit.get_submodule(blocks_name))):
         expected[f"{blocks_name}.{index}"] = parts.sibling(cls, f"{family}{layer}")
     for name, part in expected.items():
-        checks.require_exactly(vit.get_submodule(name), f"vit.{name}", (part,))
-        checks.require_own_forward(vit.get_submodule(name), f"vit.{name}")
+        modules.require_exactly(vit.get_submodule(name), f"vit.{name}", (part,))
+        modules.require_own_forward(vit.get_submodule(name), f"vit.{name}")

@@ -11,9 +11,9 @@ from timm.layers import activations
 from timm.models import vision_transformer, vitamin
 from torch import nn
 
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, MlpSpec, OwnAttentionSpec
-from uhd_ops.nn.layers import LinearView, ScaleView
+from uhd_ops.nn.modules import LinearView, ScaleView
 
 # Older versions of timm have no differential attention.
 DiffAttention = getattr(layers, "DiffAttention", None)
@@ -33,13 +33,13 @@ def vit_attention(
     """
     if type(module) is layers.Attention:
         return attention(module, name, **branch)
-    checks.require_exactly(module, name, _ATTENTIONS)
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, _ATTENTIONS)
+    modules.require_own_forward(module, name)
     check_scale(module, name)
     for part in ("q_norm", "k_norm", "norm", "sub_norm"):
         norm(getattr(module, part), f"{name}.{part}")
     for part in ("attn_drop", "proj_drop"):
-        checks.dropout(getattr(module, part), f"{name}.{part}")
+        modules.dropout(getattr(module, part), f"{name}.{part}")
     return OwnAttentionSpec(module, **branch)
 
 
@@ -53,16 +53,16 @@ def vit_mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
     """
     if type(module) in _MLPS:
         return mlp(module, name, **branch)
-    checks.require_exactly(module, name, (*_MLPS, vitamin.GeGluMlp))
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, (*_MLPS, vitamin.GeGluMlp))
+    modules.require_own_forward(module, name)
     return MlpSpec(
         module.w1,
         module.w2,
         activation(module.act, f"{name}.act"),
         gate=module.w0,
         patch_norm=norm(module.norm, f"{name}.norm"),
-        hidden_dropout=checks.dropout(module.drop1, f"{name}.drop1"),
-        output_dropout=checks.dropout(module.drop2, f"{name}.drop2"),
+        hidden_dropout=modules.dropout(module.drop1, f"{name}.drop1"),
+        output_dropout=modules.dropout(module.drop2, f"{name}.drop2"),
         **branch,
     )
 
@@ -79,12 +79,12 @@ ACTIVATIONS = {
 
 
 # A norm over the last dimension; None for an Identity.
-norm = functools.partial(checks.optional, classes=NORMS)
+norm = functools.partial(modules.optional, classes=NORMS)
 
 
 def layer_scale(module: nn.Module, name: str) -> ScaleView | None:
     """Return the factors of a LayerScale; None for an Identity."""
-    scale = checks.optional(module, name, (vision_transformer.LayerScale,))
+    scale = modules.optional(module, name, (vision_transformer.LayerScale,))
     return None if scale is None else ScaleView(scale, "gamma", calls=True)
 
 
@@ -95,7 +95,7 @@ def factors(block: nn.Module, name: str) -> ScaleView | None:
 
 def drop_path(module: nn.Module, name: str) -> float:
     """Return the probability of a DropPath, 0 for an Identity."""
-    checks.require_exactly(module, name, (layers.DropPath, nn.Identity))
+    modules.require_exactly(module, name, (layers.DropPath, nn.Identity))
     if not getattr(module, "scale_by_keep", True):
         raise NotImplementedError(f"{name} must have scale_by_keep=True, got False")
     return float(getattr(module, "drop_prob", 0.0) or 0.0)
@@ -128,7 +128,7 @@ def activation(module: nn.Module, name: str) -> str:
     """Return the operators' name of an activation."""
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
-    checks.require_exactly(module, name, (nn.GELU, *ACTIVATIONS))
+    modules.require_exactly(module, name, (nn.GELU, *ACTIVATIONS))
     return ACTIVATIONS[type(module)]
 
 
@@ -148,8 +148,8 @@ def attention(
         projections: As for AttentionSpec; None means ``module.qkv``.
         branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec.
     """
-    checks.require_exactly(module, name, classes)
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, classes)
+    modules.require_own_forward(module, name)
     check_scale(module, name)
     return AttentionSpec(
         module.num_heads,
@@ -159,9 +159,9 @@ def attention(
         q_norm=norm(module.q_norm, f"{name}.q_norm"),
         k_norm=norm(module.k_norm, f"{name}.k_norm"),
         inner_norm=norm(getattr(module, "norm", None), f"{name}.norm"),
-        gate=checks.optional(getattr(module, "gate", None), f"{name}.gate", (nn.Linear,)),
-        attention_dropout=checks.dropout(module.attn_drop, f"{name}.attn_drop"),
-        proj_dropout=checks.dropout(module.proj_drop, f"{name}.proj_drop"),
+        gate=modules.optional(getattr(module, "gate", None), f"{name}.gate", (nn.Linear,)),
+        attention_dropout=modules.dropout(module.attn_drop, f"{name}.attn_drop"),
+        proj_dropout=modules.dropout(module.proj_drop, f"{name}.proj_drop"),
         **branch,
     )
 
@@ -183,8 +183,8 @@ def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
         name: What to call it in messages.
         branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
     """
-    checks.require_exactly(module, name, _MLPS)
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, _MLPS)
+    modules.require_own_forward(module, name)
     if type(module) is layers.SwiGLU:
         gate, fc1 = module.fc1_g, module.fc1_x
     elif type(module) is layers.GluMlp:
@@ -198,8 +198,8 @@ def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
         activation(module.act, f"{name}.act"),
         gate=gate,
         inner_norm=norm(module.norm, f"{name}.norm"),
-        hidden_dropout=checks.dropout(module.drop1, f"{name}.drop1"),
-        output_dropout=checks.dropout(module.drop2, f"{name}.drop2"),
+        hidden_dropout=modules.dropout(module.drop1, f"{name}.drop1"),
+        output_dropout=modules.dropout(module.drop2, f"{name}.drop2"),
         **branch,
     )
 

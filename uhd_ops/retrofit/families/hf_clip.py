@@ -12,10 +12,10 @@ import math
 import torch
 from torch import nn
 
-from uhd_ops._reclass import body_class
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.modules import body_class
 from uhd_ops.retrofit.adapter import Family
 from uhd_ops.retrofit.families import _hf_blocks as parts
 from uhd_ops.retrofit.families._hf_models import (
@@ -30,7 +30,7 @@ from uhd_ops.retrofit.packed import Grid
 
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of an encoder layer: pre-norm, with separate projections."""
-    checks.require_own_forward(block, "layer")
+    modules.require_own_forward(block, "layer")
     cls = body_class(block)
     family = cls.__name__.removesuffix("EncoderLayer")
     attention = parts.attention(

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import nn
 
-from uhd_ops._reclass import body_class
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.modules import body_class
 from uhd_ops.retrofit.adapter import Family
 from uhd_ops.retrofit.families import _hf_blocks as parts
 from uhd_ops.retrofit.families._hf_models import (
@@ -41,7 +41,7 @@ _NAMES = {
 
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of a layer: pre-norm, with LayerScale and one DropPath for both branches."""
-    checks.require_own_forward(block, "layer")
+    modules.require_own_forward(block, "layer")
     cls = body_class(block)
     family, drop_path, gated_mlp = _NAMES[cls.__name__]
     scale = parts.sibling(cls, f"{family}LayerScale")

@@ -12,7 +12,7 @@ import torch
 from timm.models import beit
 from torch import nn
 
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.nn.score_bias import RelativePositionBias
@@ -49,7 +49,7 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
         block: The block.
         shared_bias: The model's ``rel_pos_bias``, which adds to the block's own.
     """
-    checks.require_own_forward(block, "block")
+    modules.require_own_forward(block, "block")
     attention = _attention(block.attn, shared_bias, **parts.around(block, 1, "gamma_"))
     mlp = parts.mlp(block.mlp, "block.mlp", **parts.around(block, 2, "gamma_"))
     return BlockSpec(block.attn.qkv.in_features, (attention,), (mlp,), block=block)
@@ -57,8 +57,8 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
 
 def _attention(module: nn.Module, shared_bias: nn.Module | None, **branch: object) -> AttentionSpec:
     name = "block.attn"
-    checks.require_exactly(module, name, (beit.Attention,))
-    checks.require_plain(module, name, _TENSORS)
+    modules.require_exactly(module, name, (beit.Attention,))
+    modules.require_plain(module, name, _TENSORS)
     head_dim = module.qkv.out_features // (3 * module.num_heads)
     parts.check_scale(module, name, head_dim)
     return AttentionSpec(
@@ -67,8 +67,8 @@ def _attention(module: nn.Module, shared_bias: nn.Module | None, **branch: objec
         module.proj,
         head_dim,
         score_bias=_score_bias(module, shared_bias),
-        attention_dropout=checks.dropout(module.attn_drop, f"{name}.attn_drop"),
-        proj_dropout=checks.dropout(module.proj_drop, f"{name}.proj_drop"),
+        attention_dropout=modules.dropout(module.attn_drop, f"{name}.attn_drop"),
+        proj_dropout=modules.dropout(module.proj_drop, f"{name}.proj_drop"),
         **branch,
     )
 
@@ -81,7 +81,7 @@ def _score_bias(
     if module.relative_position_bias_table is not None:
         sources.append((module._get_rel_pos_bias, module.window_size))
     if shared_bias is not None:
-        checks.require_exactly(shared_bias, "vit.rel_pos_bias", (beit.RelativePositionBias,))
+        modules.require_exactly(shared_bias, "vit.rel_pos_bias", (beit.RelativePositionBias,))
         sources.append((shared_bias, shared_bias.window_size))
     if not sources:
         return None

@@ -9,7 +9,7 @@ import torch
 from timm.models.cait import Cait, TalkingHeadAttn
 from torch import nn
 
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.adapter import (
@@ -31,8 +31,8 @@ from uhd_ops.retrofit.packed import Grid, by_group
 
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of a ``LayerScaleBlock``: pre-norm, with talking heads."""
-    checks.require_own_forward(block, "block")
-    checks.require_plain(block, "block", ("gamma_1", "gamma_2"))
+    modules.require_own_forward(block, "block")
+    modules.require_plain(block, "block", ("gamma_1", "gamma_2"))
     drop_path = parts.drop_path(block.drop_path, "block.drop_path")
     attention = OwnAttentionSpec(
         _check_attention(block.attn, "block.attn"),
@@ -52,10 +52,10 @@ def read(block: nn.Module) -> BlockSpec:
 
 
 def _check_attention(module: nn.Module, name: str) -> nn.Module:
-    checks.require_exactly(module, name, (TalkingHeadAttn,))
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, (TalkingHeadAttn,))
+    modules.require_own_forward(module, name)
     for part in ("attn_drop", "proj_drop"):
-        checks.dropout(getattr(module, part), f"{name}.{part}")
+        modules.dropout(getattr(module, part), f"{name}.{part}")
     return module
 
 

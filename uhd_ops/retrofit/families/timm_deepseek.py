@@ -9,7 +9,7 @@ from __future__ import annotations
 from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from torch import nn
 
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.adapter import Family, encoder_or_self
@@ -25,7 +25,7 @@ from uhd_ops.retrofit.rope import CoarseRopeBlock, CompressedRopeBlock
 
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of a ``DeepseekVitBlock``: pre-norm, without LayerScale."""
-    checks.require_own_forward(block, "block")
+    modules.require_own_forward(block, "block")
     attention = timm_eva.attention(block.attn, "block.attn", **parts.around(block, 1))
     mlp = parts.mlp(block.mlp, "block.mlp", **parts.around(block, 2))
     return BlockSpec(attention.proj.out_features, (attention,), (mlp,), block=block)

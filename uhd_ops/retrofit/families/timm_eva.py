@@ -11,10 +11,10 @@ from timm import layers
 from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
 from torch import nn
 
-from uhd_ops._reclass import body_class
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.modules import body_class
 from uhd_ops.retrofit.adapter import (
     CompressedModel,
     Family,
@@ -40,7 +40,7 @@ from uhd_ops.retrofit.rope import (
 
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of an ``EvaBlock``, pre-norm, or of an ``EvaBlockPostNorm``."""
-    checks.require_own_forward(block, "block")
+    modules.require_own_forward(block, "block")
     post_norm = body_class(block) is EvaBlockPostNorm
     # Sapiens2 scales the attention only.
     around = functools.partial(parts.around, block, scale="gamma_", post_norm=post_norm)
@@ -58,7 +58,7 @@ def attention(module: nn.Module, name: str, **branch: object) -> AttentionSpec:
         branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec.
     """
     classes = layers.AttentionRope, EvaAttention
-    checks.require_exactly(module, name, classes)
+    modules.require_exactly(module, name, classes)
     return parts.attention(
         module,
         name,

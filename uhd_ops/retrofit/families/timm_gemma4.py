@@ -18,10 +18,10 @@ from timm.models import gemma4_vit
 from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
 from torch import nn
 
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.nn.layers import Limits
+from uhd_ops.nn.modules import Limits
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.adapter import (
     CoarseBlock,
@@ -42,7 +42,7 @@ _LIMITS = ("input_min", "input_max", "output_min", "output_max")
 
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of a ``Gemma4Block``: a norm in front of each branch and one behind it."""
-    checks.require_own_forward(block, "block")
+    modules.require_own_forward(block, "block")
     drop_path = parts.drop_path(block.drop_path, "block.drop_path")
     attention = _attention(
         block.attn,
@@ -62,8 +62,8 @@ def read(block: nn.Module) -> BlockSpec:
 
 def _attention(module: nn.Module, **branch: object) -> AttentionSpec:
     name = "block.attn"
-    checks.require_exactly(module, name, (gemma4_vit.Gemma4Attention,))
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, (gemma4_vit.Gemma4Attention,))
+    modules.require_own_forward(module, name)
     for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
         _linear(getattr(module, projection), f"{name}.{projection}")
     return AttentionSpec(
@@ -77,16 +77,16 @@ def _attention(module: nn.Module, **branch: object) -> AttentionSpec:
         k_norm=parts.norm(module.k_norm, f"{name}.k_norm"),
         v_norm=parts.norm(module.v_norm, f"{name}.v_norm"),
         rotate_half=2,  # the first half of a head turns with the column, the second with the row
-        attention_dropout=checks.dropout(module.attn_drop, f"{name}.attn_drop"),
-        proj_dropout=checks.dropout(module.proj_drop, f"{name}.proj_drop"),
+        attention_dropout=modules.dropout(module.attn_drop, f"{name}.attn_drop"),
+        proj_dropout=modules.dropout(module.proj_drop, f"{name}.proj_drop"),
         **branch,
     )
 
 
 def _mlp(module: nn.Module, **branch: object) -> MlpSpec:
     name = "block.mlp"
-    checks.require_exactly(module, name, (gemma4_vit.Gemma4GatedMlp,))
-    checks.require_own_forward(module, name)
+    modules.require_exactly(module, name, (gemma4_vit.Gemma4GatedMlp,))
+    modules.require_own_forward(module, name)
     limits = {
         "fc1": _limits(module.up_proj),
         "gate": _limits(module.gate_proj),
@@ -98,15 +98,15 @@ def _mlp(module: nn.Module, **branch: object) -> MlpSpec:
         gate=_linear(module.gate_proj, f"{name}.gate_proj"),
         activation=parts.activation(module.act, f"{name}.act"),
         limits={part: found for part, found in limits.items() if found is not None},
-        output_dropout=checks.dropout(module.drop, f"{name}.drop"),
+        output_dropout=modules.dropout(module.drop, f"{name}.drop"),
         **branch,
     )
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
     """Return the layer inside a ``Gemma4ClippableLinear``."""
-    checks.require_exactly(module, name, (gemma4_vit.Gemma4ClippableLinear,))
-    checks.require_plain(module, name, _LIMITS)
+    modules.require_exactly(module, name, (gemma4_vit.Gemma4ClippableLinear,))
+    modules.require_plain(module, name, _LIMITS)
     return module.linear
 
 

@@ -15,11 +15,10 @@ from timm import layers
 from timm.models import vision_transformer_relpos as relpos
 from torch import nn
 
-from uhd_ops._reclass import body_class
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.nn.layers import clone_module
+from uhd_ops.nn.modules import body_class, clone_module
 from uhd_ops.nn.score_bias import RelativePositionBias
 from uhd_ops.retrofit.adapter import (
     CoarsePart,
@@ -49,7 +48,7 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
         block: The block.
         shared_bias: The model's ``shared_rel_pos``; used by blocks that have no bias of their own.
     """
-    checks.require_own_forward(block, "block")
+    modules.require_own_forward(block, "block")
     post_norm = not hasattr(block, "ls1")
     around = functools.partial(parts.around, block, scale="ls", post_norm=post_norm)
     bias = shared_bias if block.attn.rel_pos is None else block.attn.rel_pos
@@ -66,7 +65,7 @@ def read(block: nn.Module, shared_bias: nn.Module | None = None) -> BlockSpec:
 
 def _score_bias(bias: nn.Module, window: int) -> RelativePositionBias:
     """The bias inside a window, as a table: what it is computed from depends on the whole grid."""
-    checks.require_exactly(bias, "rel_pos", (layers.RelPosBias, layers.RelPosMlp))
+    modules.require_exactly(bias, "rel_pos", (layers.RelPosBias, layers.RelPosMlp))
     with torch.no_grad():
         scores = clone_module(bias).eval().get_bias()[0]  # RelPosMlp has dropout
     return RelativePositionBias.from_grid(scores, bias.window_size, window)
@@ -151,7 +150,7 @@ def check(vit: relpos.VisionTransformerRelPos, config: CompressorConfig) -> None
     for index, block in enumerate(vit.blocks[first:], first):
         if block.attn.rel_pos is not None:
             name = f"vit.blocks.{index}.attn.rel_pos"
-            checks.require_exactly(block.attn.rel_pos, name, allowed)
+            modules.require_exactly(block.attn.rel_pos, name, allowed)
 
 
 def read_in_model(vit: relpos.VisionTransformerRelPos, block: nn.Module) -> BlockSpec:

@@ -19,12 +19,12 @@ from timm import layers
 from timm.models import vision_transformer_sam as sam
 from torch import nn
 
-from uhd_ops._reclass import body_class
 from uhd_ops.grids import PackedGrids
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
 from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.modules import body_class
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.nn.score_bias import DecomposedPositionBias
 from uhd_ops.retrofit.adapter import (
@@ -51,7 +51,7 @@ def read(block: nn.Module) -> BlockSpec:
 
     The windows that the block itself may attend in say nothing about those of the compressor.
     """
-    checks.require_own_forward(block, "block")
+    modules.require_own_forward(block, "block")
     if block.attn.rope is not None:
         raise NotImplementedError(
             "block.attn.rope must be None: rotary embeddings of a VisionTransformerSAM are for one "
@@ -71,7 +71,7 @@ def read(block: nn.Module) -> BlockSpec:
 def _score_bias(module: nn.Module) -> functools.partial | None:
     if not module.use_rel_pos:
         return None
-    checks.require_plain(module, "block.attn", ("rel_pos_h", "rel_pos_w"))
+    modules.require_plain(module, "block.attn", ("rel_pos_h", "rel_pos_w"))
     return functools.partial(DecomposedPositionBias.from_grid, module.rel_pos_h, module.rel_pos_w)
 
 

@@ -10,11 +10,10 @@ from timm import layers
 from timm.models import vision_transformer as timm
 from torch import nn
 
-from uhd_ops._reclass import body_class
-from uhd_ops.nn import checks
+from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
 from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.nn.layers import LinearView, PartView, clone_module
+from uhd_ops.nn.modules import LinearView, PartView, body_class, clone_module
 from uhd_ops.retrofit.adapter import (
     CompressedBlock,
     CompressedModel,
@@ -27,7 +26,7 @@ from uhd_ops.retrofit.packed import Grid, PackedModel
 
 def read(block: nn.Module) -> BlockSpec:
     """Return the parts of a block that runs its branches one after the other, or side by side."""
-    checks.require_own_forward(block, "block")
+    modules.require_own_forward(block, "block")
     cls = body_class(block)
     if cls is timm.ParallelThingsBlock:
         return _read_things(block)
@@ -61,11 +60,11 @@ def _read_things(block: nn.Module) -> BlockSpec:
 def _sequences(block: nn.Module, name: str, body: str) -> list[tuple[nn.Module, str]]:
     """The branches by name, each a Sequential of four."""
     branches = getattr(block, name)
-    checks.require_exactly(branches, f"block.{name}", (nn.ModuleList,))
+    modules.require_exactly(branches, f"block.{name}", (nn.ModuleList,))
     found = [(branch, f"block.{name}.{index}") for index, branch in enumerate(branches)]
     for branch, label in found:
-        checks.require_exactly(branch, label, (nn.Sequential,))
-        checks.require_own_forward(branch, label)
+        modules.require_exactly(branch, label, (nn.Sequential,))
+        modules.require_own_forward(branch, label)
         expected, names = ["norm", body, "ls", "drop_path"], list(branch._modules)
         if names != expected:
             raise NotImplementedError(f"{label} must hold {expected}, got {names}")
@@ -86,7 +85,7 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
     Either branch has the norm and the LayerScale. Drop path, which takes both branches of a view
     together in the block, takes each on its own in the compressor.
     """
-    checks.require_plain(block, "block", ("mlp_bias", *_LAMBDAS))
+    modules.require_plain(block, "block", ("mlp_bias", *_LAMBDAS))
     fc1, qkv = _split_in(block)
     proj, fc2 = _split_out(block)
     around = {
@@ -98,7 +97,7 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
         fc1,
         fc2,
         parts.activation(block.mlp_act, "block.mlp_act"),
-        hidden_dropout=checks.dropout(block.mlp_drop, "block.mlp_drop"),
+        hidden_dropout=modules.dropout(block.mlp_drop, "block.mlp_drop"),
         **around,
     )
     parts.check_scale(block, "block")
@@ -114,7 +113,7 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
             block.head_dim,
             q_norm=parts.norm(block.q_norm, "block.q_norm"),
             k_norm=parts.norm(block.k_norm, "block.k_norm"),
-            attention_dropout=checks.dropout(block.attn_drop, "block.attn_drop"),
+            attention_dropout=modules.dropout(block.attn_drop, "block.attn_drop"),
             **around,
         )
     dim = block.in_proj.in_features
@@ -218,8 +217,8 @@ class PackedTimm(PackedModel):
     @classmethod
     def check(cls, vit: nn.Module) -> None:
         """Refuse a patch embedding that is not understood."""
-        checks.require_exactly(vit.patch_embed, "vit.patch_embed", _STEMS)
-        checks.require_own_forward(vit.patch_embed, "vit.patch_embed")
+        modules.require_exactly(vit.patch_embed, "vit.patch_embed", _STEMS)
+        modules.require_own_forward(vit.patch_embed, "vit.patch_embed")
 
     @classmethod
     def patch_size(cls, vit: nn.Module) -> tuple[int, int]:
