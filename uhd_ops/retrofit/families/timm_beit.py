@@ -24,7 +24,7 @@ from uhd_ops.retrofit.adapter import (
     TokenLayout,
     require_methods,
 )
-from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families import timm_vision_transformer as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
     require_patch_embedding,

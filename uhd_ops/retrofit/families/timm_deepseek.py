@@ -13,8 +13,8 @@ from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.config import CompressorConfig
 from uhd_ops.retrofit.adapter import Family, encoder_or_self
-from uhd_ops.retrofit.families import _timm_parts as parts
 from uhd_ops.retrofit.families import timm_eva
+from uhd_ops.retrofit.families import timm_vision_transformer as parts
 from uhd_ops.retrofit.families._timm_encoders import (
     CompressedEncoder,
     PackedEncoder,

@@ -22,7 +22,7 @@ from uhd_ops.retrofit.adapter import (
     image_layout,
     require_methods,
 )
-from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families import timm_vision_transformer as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
     require_patch_embedding,

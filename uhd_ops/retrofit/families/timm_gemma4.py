@@ -33,7 +33,7 @@ from uhd_ops.retrofit.adapter import (
     encoder_or_self,
     require_methods,
 )
-from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families import timm_vision_transformer as parts
 from uhd_ops.retrofit.packed import Grid, PackedModel, Tables
 from uhd_ops.retrofit.padded_layout import PaddedLayout
 

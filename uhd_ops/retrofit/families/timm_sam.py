@@ -36,7 +36,7 @@ from uhd_ops.retrofit.adapter import (
     refuse_patch_dropout,
     require_methods,
 )
-from uhd_ops.retrofit.families import _timm_parts as parts
+from uhd_ops.retrofit.families import timm_vision_transformer as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
 from uhd_ops.retrofit.packed import Grid, by_group
 from uhd_ops.retrofit.relative_positions import (
