@@ -25,7 +25,7 @@ _lock = threading.RLock()
 _limit = _DEFAULT_LIMIT
 _held = 0  # bytes
 _owners: dict[int, Any] = {}  # by id
-_clock = itertools.count()
+clock = itertools.count()
 # CUDA graphs read the tables of these grids at every replay, and nobody tells when the last one is.
 _captured: dict[int, Any] = {}
 
@@ -37,7 +37,7 @@ class Tables(dict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes, self.used = 0, next(_clock)
+        self.bytes, self.used = 0, next(clock)
 
 
 class _OnStream(NamedTuple):
@@ -104,7 +104,7 @@ def kept(owner: Any, key: Hashable, device: torch.device, make: Callable[[], Any
     tables = owner._tables
     found = tables.get(key)
     if found is not None:
-        tables.used = next(_clock)
+        tables.used = next(clock)
         return found if device.type != "cuda" else _on_current_stream(owner, found)
     on_cuda = device.type == "cuda"
     if on_cuda and torch.cuda.is_current_stream_capturing():
@@ -128,7 +128,7 @@ def note(owner: Any, size: int) -> None:
         if id(owner) in _captured:
             return
         owner._tables.bytes += size
-        owner._tables.used = next(_clock)
+        owner._tables.used = next(clock)
         _held += size
         _owners[id(owner)] = owner
         if _held > _limit:

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from uhd_ops import _native
-from uhd_ops._cache import kept
+from uhd_ops._cache import clock, kept
 from uhd_ops._checks import LARGEST_INT, check_positive_int, check_tensor
 from uhd_ops.grids import Grids, PackedGrids, TracedGrids, is_single_pair
 from uhd_ops.padded_grids import PaddedGrids
@@ -70,7 +70,10 @@ class Windows:
         """Return the windows of grids; with ``batch``, of one grid that stands so many times."""
         if not grids.is_kept or torch.compiler.is_compiling():
             return cls._made(grids, window, device, batch)
-        key = ("windows", window, device, batch)
+        key, tables = ("windows", window, device, batch), grids._tables
+        if type(found := tables.get(key)) is Windows:  # on CUDA, streams may have to wait
+            tables.used = next(clock)
+            return found
         return kept(grids, key, device, lambda: cls._made(grids, window, device, batch))
 
     @classmethod
@@ -207,9 +210,8 @@ class Windows:
             place, rows, cols, _, _ = self._extents(1)
             index = torch.arange(self.all_windows + 1, device=self.device)
             views = torch.stack([place, rows, cols, index.minimum(self.views[-1, 3])], 1)
-        return Windows(
-            views, self.window, self.num_tokens, self.num_windows, self.batch, self.grids
-        )
+        counts = self.num_tokens, self.num_windows
+        return Windows(views, self.window, *counts, self.batch, self.grids)
 
     def _kept(self, name: Any, make: Callable[[], Any]) -> Any:
         if not self.keeps:

@@ -15,7 +15,7 @@ from uhd_ops import flops
 from uhd_ops.cli import _flops_report
 from uhd_ops.cli._support import UserError, non_negative_int, positive_int, require, user_errors
 from uhd_ops.flops.paper import RECIPE_GRID, STATED_GRID
-from uhd_ops.nn.config import ATTENTIONS, FORMS, MLPS, POOLS
+from uhd_ops.nn.early_compressor import ATTENTIONS, FORMS, MLPS, POOLS
 from uhd_ops.retrofit import insert_early_compressor, insert_progressive_compression
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from uhd_ops.flops.paper import PAPER_ROWS, PaperRow, PaperTotal, paper_totals
 from uhd_ops.flops.report import FlopReport, LayerCount
 from uhd_ops.flops.timm_vit import compressor_config, vit_config
 from uhd_ops.flops.trace import count_forward
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 
 __all__ = [
     "PAPER_ROWS",

@@ -9,7 +9,7 @@ from uhd_ops.flops.config import ViTConfig
 from uhd_ops.flops.report import LayerCount
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.attention import QUERIES
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 
 
 class Counting(NamedTuple):

@@ -9,7 +9,7 @@ from uhd_ops.flops._compressors import COUNTINGS, Counting, compressor_row
 from uhd_ops.flops.config import ConnectorConfig, ViTConfig
 from uhd_ops.flops.report import FlopReport, LayerCount, compressor_names
 from uhd_ops.grids import Grids, PackedGrids
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 
 
 def count_vit(

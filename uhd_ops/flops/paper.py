@@ -8,7 +8,7 @@ import dataclasses
 from uhd_ops.flops.config import SIGLIP_SO400M
 from uhd_ops.flops.count import count_vit
 from uhd_ops.grids import Grids
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 
 STATED_GRID = (70, 70)
 """980x980 px, for which the paper states its numbers."""

@@ -8,7 +8,7 @@ import dataclasses
 from torch import nn
 
 from uhd_ops.flops.config import ViTConfig
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 
 
 def vit_config(vit: nn.Module) -> ViTConfig:

@@ -3,8 +3,7 @@
 
 from uhd_ops.nn.ablation import ABLATION
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
-from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.nn.early_compressor import EarlyCompressor
+from uhd_ops.nn.early_compressor import CompressorConfig, EarlyCompressor
 from uhd_ops.nn.pixel_unshuffle_connector import PixelUnshuffleConnector
 from uhd_ops.nn.query_resampler import QueryResampler
 from uhd_ops.nn.slice_encoder import SliceEncoder, SliceTokens

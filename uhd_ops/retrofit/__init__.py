@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Insert compressors into an existing vision transformer, and take them out again."""
 
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.insertion import (
     insert_early_compressor,
     insert_progressive_compression,

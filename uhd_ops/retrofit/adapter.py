@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import Mixed, is_mixed
 from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
 from uhd_ops.retrofit.packed import PackedModel

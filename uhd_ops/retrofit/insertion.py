@@ -18,8 +18,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.nn.config import CompressorConfig
-from uhd_ops.nn.early_compressor import EarlyCompressor
+from uhd_ops.nn.early_compressor import CompressorConfig, EarlyCompressor
 from uhd_ops.nn.modules import Mixed, check_reusable, is_mixed, mixed
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, CompressedWrapper, Family

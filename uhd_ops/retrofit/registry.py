@@ -11,7 +11,7 @@ from torch import nn
 
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import body_class
 from uhd_ops.retrofit import families
 from uhd_ops.retrofit.adapter import Family

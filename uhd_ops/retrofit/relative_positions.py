@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from uhd_ops.nn import modules
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.adapter import CoarseBlock, TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel
 

@@ -27,7 +27,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.insertion import insert
 from uhd_ops.retrofit.registry import takes_compressor
 

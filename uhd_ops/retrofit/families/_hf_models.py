@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from uhd_ops.nn import modules
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import is_mixed
 from uhd_ops.retrofit.adapter import (
     CoarseBlock,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.positions import Frequencies, Rotary
 from uhd_ops.retrofit.adapter import Family, TokenLayout
 from uhd_ops.retrofit.families._hf_models import (

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from uhd_ops.grids import PackedGrids
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.adapter import Family
 from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,

@@ -11,7 +11,7 @@ from torch import nn
 
 from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.adapter import (
     CompressedBlock,
     CompressedModel,

@@ -11,7 +11,7 @@ from torch import nn
 
 from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.adapter import Family, encoder_or_self
 from uhd_ops.retrofit.families import timm_eva
 from uhd_ops.retrofit.families import timm_vision_transformer as parts

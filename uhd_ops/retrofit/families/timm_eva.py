@@ -13,7 +13,7 @@ from torch import nn
 
 from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import body_class
 from uhd_ops.retrofit.adapter import (
     CompressedModel,

@@ -20,7 +20,7 @@ from torch import nn
 
 from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import Limits
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.adapter import (

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.adapter import (
     CoarseBlock,

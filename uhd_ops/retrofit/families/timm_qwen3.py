@@ -14,7 +14,7 @@ from timm.models.qwen3_vit import (
 )
 from torch import nn
 
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.adapter import CompressedWrapper, Family, TokenLayout, encoder_or_self
 from uhd_ops.retrofit.families._timm_encoders import (
     CompressedEncoder,

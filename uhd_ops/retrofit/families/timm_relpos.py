@@ -17,7 +17,7 @@ from torch import nn
 
 from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import body_class, clone_module
 from uhd_ops.nn.score_bias import RelativePositionBias
 from uhd_ops.retrofit.adapter import (

@@ -23,7 +23,7 @@ from uhd_ops.grids import PackedGrids
 from uhd_ops.nn import modules
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import body_class
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.nn.score_bias import DecomposedPositionBias

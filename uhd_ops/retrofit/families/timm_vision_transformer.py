@@ -18,7 +18,7 @@ from torch import nn
 
 from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
-from uhd_ops.nn.config import CompressorConfig
+from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import LinearView, PartView, ScaleView, body_class, clone_module
 from uhd_ops.retrofit.adapter import (
     CompressedBlock,
