@@ -5,6 +5,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from battery.marks import native_only
 from specs import SPECS
 
 import uhd_ops
@@ -329,3 +331,41 @@ def test_import_is_light():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+# In a process of its own: what was imported and made before would not be seen to be.
+JOURNEY = """
+import json, pathlib, sys
+import torch
+from timm.models.vision_transformer import VisionTransformer
+import uhd_ops
+
+def own_calls(function):
+    calls, package = [], str(pathlib.Path(uhd_ops.__file__).parent)
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            calls.append(frame.f_code.co_filename)
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return [len(calls), len(set(calls))]
+
+vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=8, num_heads=2).eval()
+x = torch.randn(1, 3, 32, 32)
+inserted = own_calls(lambda: uhd_ops.insert_early_compressor(vit, layer=6))
+vit(x)  # fills the caches
+print(json.dumps([inserted, own_calls(lambda: vit(x))]))
+"""
+
+
+@native_only("definitions take other ways")
+def test_what_a_newcomer_walks_through():
+    """Calls of our own functions, and files that they are in: as few as they are, and no more."""
+    command = [sys.executable, "-c", JOURNEY]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (insertion, files), (forward, files_of_forward) = json.loads(result.stdout)
+    assert 50 < insertion <= 178
+    assert 50 < forward <= 120
+    assert max(files, files_of_forward) <= 10
