@@ -9,7 +9,9 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -126,23 +128,65 @@ def set_cpu_isa(name: str) -> None:
     torch.ops.uhd_ops._set_cpu_isa(name)
 
 
-def refuse_second_derivative(name: str, public: str | None = None) -> None:
-    """Make differentiating ``uhd_ops::_<name>_backward`` an error; torch would give no gradient.
-
-    Only the second backward pass raises: ``create_graph=True`` alone is fine.
+def register(
+    name: str,
+    fake: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    twice: tuple[Callable[..., Any], Callable[..., None]] | None = None,
+    public: str | None = None,
+) -> None:
+    """Tell torch the shapes and the gradients of an operator, where it is there.
 
     Args:
         name: Name of the operator.
-        public: Public function that calls it, where that has another name.
+        fake: Its result for tensors without data.
+        backward_fake: That of ``_<name>_backward``.
+        backward: Gradients of its inputs.
+        setup_context: What they need.
+        twice: Both of these for ``_<name>_backward``. None where there is no second derivative,
+            which is an error then, in the second backward pass: torch would give no gradient, and
+            ``create_graph=True`` alone is fine.
+        public: Public function that calls the operator, where that has another name.
     """
+    if not hasattr(torch.ops.uhd_ops, name):
+        return
     public = public or name
 
-    def backward(ctx, *grads):
+    def refuse(ctx, *grads):
         raise NotImplementedError(
             f"uhd_ops.{public} has no second derivative; uhd_ops.reference.{public} has one"
         )
 
-    torch.library.register_autograd(f"uhd_ops::_{name}_backward", backward)
+    derivative = f"uhd_ops::_{name.lstrip('_')}_backward"
+    torch.library.register_fake(f"uhd_ops::{name}", fake)
+    torch.library.register_fake(derivative, backward_fake)
+    torch.library.register_autograd(f"uhd_ops::{name}", backward, setup_context=setup_context)
+    again, setup_again = twice or (refuse, None)
+    torch.library.register_autograd(derivative, again, setup_context=setup_again)
+
+
+def register_linear(name: str, fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> None:
+    """As :func:`register`, for a linear operator ``(rows, views, side, rows of the result)``.
+
+    The derivative of its backward pass is its forward pass.
+    """
+
+    def setup_context(ctx, inputs, output):
+        rows, views, ctx.side, _ = inputs
+        ctx.num_rows = rows.shape[0]
+        ctx.save_for_backward(views)
+
+    def by(operator: str) -> Callable[..., Any]:
+        def backward(ctx, grad):
+            function = getattr(torch.ops.uhd_ops, operator)
+            return function(grad, *ctx.saved_tensors, ctx.side, ctx.num_rows), None, None, None
+
+        return backward
+
+    twice = by(name), setup_context
+    register(name, fake, backward_fake, by(f"_{name}_backward"), setup_context, twice)
 
 
 _load_all()

@@ -386,16 +386,19 @@ def _layer_backward(ctx, grad_h, _):
     return grad_z, grad_weight, grad_bias, None, None, None, None
 
 
-if _native.status["cpu"] == "loaded":
-    torch.library.register_fake("uhd_ops::_unshuffle_norm", _norm_fake)
-    torch.library.register_fake("uhd_ops::_unshuffle_norm_backward", _norm_backward_fake)
-    torch.library.register_autograd(
-        "uhd_ops::_unshuffle_norm", _norm_backward, setup_context=_norm_setup_context
-    )
-    _native.refuse_second_derivative("unshuffle_norm", public="pixel_unshuffle_mlp")
-    torch.library.register_fake("uhd_ops::_linear_activation", _layer_fake)
-    torch.library.register_fake("uhd_ops::_linear_activation_backward", _layer_backward_fake)
-    torch.library.register_autograd(
-        "uhd_ops::_linear_activation", _layer_backward, setup_context=_layer_setup_context
-    )
-    _native.refuse_second_derivative("linear_activation", public="pixel_unshuffle_mlp")
+_native.register(
+    "_unshuffle_norm",
+    _norm_fake,
+    _norm_backward_fake,
+    _norm_backward,
+    _norm_setup_context,
+    public="pixel_unshuffle_mlp",
+)
+_native.register(
+    "_linear_activation",
+    _layer_fake,
+    _layer_backward_fake,
+    _layer_backward,
+    _layer_setup_context,
+    public="pixel_unshuffle_mlp",
+)

@@ -143,10 +143,11 @@ def _double_backward(ctx, grad_grad_weight):
     return torch.ops.uhd_ops.tile_weight(grad_grad_weight, ctx.tiles, ctx.mode), None, None
 
 
-if _native.status["cpu"] == "loaded":
-    torch.library.register_fake("uhd_ops::tile_weight", _fake)
-    torch.library.register_fake("uhd_ops::_tile_weight_backward", _backward_fake)
-    torch.library.register_autograd("uhd_ops::tile_weight", _backward, setup_context=_setup_context)
-    torch.library.register_autograd(
-        "uhd_ops::_tile_weight_backward", _double_backward, setup_context=_setup_context
-    )
+_native.register(
+    "tile_weight",
+    _fake,
+    _backward_fake,
+    _backward,
+    _setup_context,
+    twice=(_double_backward, _setup_context),
+)

@@ -227,12 +227,10 @@ def _gradients(
     return grad_q, grad_k, grad_v
 
 
-@torch.library.register_fake("uhd_ops::_view_attention")
 def _fake(q, k, v, rows, scale):
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("uhd_ops::_view_attention_backward")
 def _backward_fake(grad_out, q, k, v, rows, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -247,5 +245,6 @@ def _backward(ctx, grad_out):
     return *grads, None, None
 
 
-torch.library.register_autograd("uhd_ops::_view_attention", _backward, setup_context=_setup_context)
-_native.refuse_second_derivative("view_attention")
+_native.register(
+    "_view_attention", _fake, _backward_fake, _backward, _setup_context, public="view_attention"
+)

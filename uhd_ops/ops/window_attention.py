@@ -156,10 +156,4 @@ def _backward(ctx, grad_out):
     return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
-if _native.status["cpu"] == "loaded":
-    torch.library.register_fake("uhd_ops::window_attention", _fake)
-    torch.library.register_fake("uhd_ops::_window_attention_backward", _backward_fake)
-    torch.library.register_autograd(
-        "uhd_ops::window_attention", _backward, setup_context=_setup_context
-    )
-    _native.refuse_second_derivative("window_attention")
+_native.register("window_attention", _fake, _backward_fake, _backward, _setup_context)

@@ -68,35 +68,4 @@ def _backward_fake(grad_out, views, window, num_tokens):
     return grad_out.new_empty((num_tokens, grad_out.shape[1]))
 
 
-def _setup_context(ctx, inputs, output):
-    x, views, ctx.window, _ = inputs
-    ctx.num_tokens = x.shape[0]
-    ctx.save_for_backward(views)
-
-
-def _backward(ctx, grad_out):
-    (views,) = ctx.saved_tensors
-    grad_x = torch.ops.uhd_ops._window_mean_backward(grad_out, views, ctx.window, ctx.num_tokens)
-    return grad_x, None, None, None
-
-
-# The operator is linear, so the derivative of its backward pass is its forward pass.
-def _backward_setup_context(ctx, inputs, output):
-    grad_out, views, ctx.window, _ = inputs
-    ctx.num_windows = grad_out.shape[0]
-    ctx.save_for_backward(views)
-
-
-def _double_backward(ctx, grad_grad_x):
-    (views,) = ctx.saved_tensors
-    out = torch.ops.uhd_ops.window_mean(grad_grad_x, views, ctx.window, ctx.num_windows)
-    return out, None, None, None
-
-
-if _native.status["cpu"] == "loaded":
-    torch.library.register_fake("uhd_ops::window_mean", _fake)
-    torch.library.register_fake("uhd_ops::_window_mean_backward", _backward_fake)
-    torch.library.register_autograd("uhd_ops::window_mean", _backward, setup_context=_setup_context)
-    torch.library.register_autograd(
-        "uhd_ops::_window_mean_backward", _double_backward, setup_context=_backward_setup_context
-    )
+_native.register_linear("window_mean", _fake, _backward_fake)

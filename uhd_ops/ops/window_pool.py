@@ -100,8 +100,4 @@ def _backward(ctx, grad_out):
     return grad_x, grad_logits, None, None, None
 
 
-if _native.status["cpu"] == "loaded":
-    torch.library.register_fake("uhd_ops::window_pool", _fake)
-    torch.library.register_fake("uhd_ops::_window_pool_backward", _backward_fake)
-    torch.library.register_autograd("uhd_ops::window_pool", _backward, setup_context=_setup_context)
-    _native.refuse_second_derivative("window_pool")
+_native.register("window_pool", _fake, _backward_fake, _backward, _setup_context)
