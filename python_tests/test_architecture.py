@@ -43,7 +43,7 @@ ASIDE = {
     "_build_info": {"_native", "_host", "ops", "slicing"},
 }
 NO_KERNELS = "not _native.has_kernels("
-TIMES_DEFINITIONS = "uhd_ops/cli/_bench_cases.py"  # as one of the rivals of an operator
+TIMES_DEFINITIONS = "uhd_ops/cli/_bench.py"  # as one of the rivals of an operator
 # Files under 25 lines, which are otherwise part of a subject that has a file.
 SHORT = {
     "csrc/host/build_info.h": "what follows is compiled with macros of CMake",

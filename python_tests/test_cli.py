@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import uhd_ops
 from uhd_ops.cli import main
-from uhd_ops.cli._bench_cases import CASES
+from uhd_ops.cli._bench import CASES
 from uhd_ops.cli._picture import norm_map
 
 MODEL = "test_vit"  # timm's smallest: 6 blocks of width 64, patch 16, one class token

@@ -21,14 +21,17 @@ Example:
     1573.1
 """
 
-from uhd_ops.flops.config import SIGLIP_SO400M, ConnectorConfig, ViTConfig
-from uhd_ops.flops.count import count_vit
-from uhd_ops.flops.models import of_vit, patch_size
-from uhd_ops.flops.operators import register_formulas
+from uhd_ops.flops.count import (
+    SIGLIP_SO400M,
+    ConnectorConfig,
+    FlopReport,
+    LayerCount,
+    ViTConfig,
+    count_vit,
+)
+from uhd_ops.flops.models import compressor_config, of_vit, patch_size, vit_config
 from uhd_ops.flops.paper import PAPER_ROWS, PaperRow, PaperTotal, paper_totals
-from uhd_ops.flops.report import FlopReport, LayerCount
-from uhd_ops.flops.timm_vit import compressor_config, vit_config
-from uhd_ops.flops.trace import count_forward
+from uhd_ops.flops.trace import count_forward, register_formulas
 from uhd_ops.nn.early_compressor import CompressorConfig
 
 __all__ = [

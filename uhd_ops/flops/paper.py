@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from uhd_ops.flops.config import SIGLIP_SO400M
-from uhd_ops.flops.count import count_vit
+from uhd_ops.flops.count import SIGLIP_SO400M, count_vit
 from uhd_ops.grids import Grids
 from uhd_ops.nn.early_compressor import CompressorConfig
 
