@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native libraries: present, self-contained, switchable, and dispensable."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from battery import ISAS
 from battery.marks import native_only
+from families.case import assert_close
 
 import uhd_ops
 from uhd_ops import _native
@@ -44,6 +46,23 @@ def test_libraries_are_loaded():
     assert _native.status["host"] == "loaded"
     assert _native.has_kernels(torch.device("cpu"))
     assert not _native.has_kernels(torch.device("xpu"))
+
+
+@needs_library
+def test_definitions_on_request():
+    x, grids = torch.randn(11, 3), [(3, 3), (1, 2)]
+    expected = uhd_ops.reference.window_mean(x, grids)
+    compiled = torch.compile(uhd_ops.window_mean, backend="aot_eager")
+    with uhd_ops.definitions(), uhd_ops.definitions(), torch.profiler.profile() as profile:
+        assert not _native.has_kernels(torch.device("cpu"))
+        assert torch.equal(uhd_ops.window_mean(x, grids), expected)
+    assert not any("uhd_ops" in event.key for event in profile.key_averages())
+    with pytest.raises(ZeroDivisionError), uhd_ops.definitions():
+        _ = 1 / 0
+    assert _native.has_kernels(torch.device("cpu"))
+    for mode in (contextlib.nullcontext, uhd_ops.definitions, contextlib.nullcontext):
+        with mode():
+            assert_close(compiled(x, grids), expected, 16)
 
 
 @needs_library

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from specs import SPECS
 
 import uhd_ops
@@ -57,8 +58,9 @@ def test_make_targets_exist():
         assert f"\n{target}:" in makefile
 
 
-def test_models_page_is_up_to_date():
-    command = [sys.executable, ROOT / "docs" / "models.py", "--check"]
+@pytest.mark.parametrize("page", ["models", "works_with"])
+def test_page_is_up_to_date(page):
+    command = [sys.executable, ROOT / "docs" / f"{page}.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -4,6 +4,7 @@
 from uhd_ops import flops, nn, reference
 from uhd_ops._build_info import build_info
 from uhd_ops._cache import clear_caches, set_cache_limit
+from uhd_ops._native import definitions
 from uhd_ops.grids import PackedGrids
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
@@ -41,6 +42,7 @@ __all__ = [
     "SlicePlan",
     "build_info",
     "clear_caches",
+    "definitions",
     "flops",
     "freeze_for_stage",
     "insert_early_compressor",

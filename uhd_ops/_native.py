@@ -5,11 +5,12 @@
 library is touched only where torch has CUDA.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,39 @@ def _load_all() -> None:
         )
 
 
+_definitions_only = 0  # how many definitions() are open
+
+
+@contextlib.contextmanager
+def definitions() -> Iterator[None]:
+    """Run the operators' definitions in plain PyTorch instead of the native kernels, in this block.
+
+    They are slower by far, and made of PyTorch's own operators alone, so what is traced inside can
+    be exported to formats that know no others, such as ONNX. Values agree within rounding.
+    PaddedGrids, which exist for the kernels, are refused. It holds for all threads of the process.
+
+    Returns:
+        A context manager.
+
+    Example:
+        >>> import torch
+        >>> import uhd_ops
+        >>> with uhd_ops.definitions():
+        ...     uhd_ops.window_mean(torch.arange(4.0)[:, None], (2, 2))
+        tensor([[1.5000]])
+    """
+    global _definitions_only
+    _definitions_only += 1
+    try:
+        yield
+    finally:
+        _definitions_only -= 1
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether the operators have native kernels for tensors on ``device``."""
+    if _definitions_only:
+        return False
     if device.type == "cuda":
         return status["cuda"] == "loaded" and _kernels_fit(device)
     # "meta" has no kernels, but shapes are computed by the fakes that accompany the CPU library.

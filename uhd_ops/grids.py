@@ -434,7 +434,7 @@ def _count_in(number: torch.Tensor) -> int:
 
 def _table_of_sides(sides: Sequence[Sequence[int]], batch: int, window: int) -> torch.Tensor:
     """The view table of sides that may be symbols."""
-    if _native.status["cpu"] == "loaded":
+    if _native.has_kernels(_CPU):
         flat = [side for pair in sides for side in pair]
         return torch.ops.uhd_ops._view_table(flat, batch, window)
     pairs = [(int(height), int(width)) for height, width in sides] * int(batch)
@@ -443,7 +443,7 @@ def _table_of_sides(sides: Sequence[Sequence[int]], batch: int, window: int) -> 
 
 def _table_of_rows(rows: torch.Tensor, window: int) -> torch.Tensor:
     """The view table of grids ``(S + 1, 2)``, whose last row does not matter."""
-    if _native.status["cpu"] == "loaded":
+    if _native.has_kernels(_CPU):
         return torch.ops.uhd_ops._view_table_from_rows(rows, window)
     sides = torch.cat([rows[:-1], rows.new_zeros((1, 2))])
     windows = (sides + (window - 1)) // window
