@@ -3,8 +3,10 @@
 
 import contextlib
 
+import hf_models
 import pytest
 import torch
+import transformers
 from families import all_cases
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from uhd_ops import flops, insert_early_compressor, insert_progressive_compression
 from uhd_ops.nn import ABLATION
 
-CASES = all_cases()
+CASES = all_cases() | hf_models.all_cases()
 LAYER = 1
 FORMS = ("dense", "block", "tied")
 VARIANTS = [(name, variant) for name, case in CASES.items() for variant in case.variants]
@@ -28,16 +30,12 @@ ABLATED = [
 ROTARY = ("Eva, rotary", "Gemma4VitEncoder")
 
 
-def made(name, variant):
-    model = CASES[name].make(**CASES[name].variants[variant])
+def made(name, variant=None):
+    model = CASES[name].make_first() if variant is None else CASES[name].make_variant(variant)
     return model.requires_grad_(False)  # torch's ModuleTracker fails on a leaf as input
 
 
-def first(case):
-    return next(iter(case.variants))
-
-
-def counted(forward, blocks, *inputs):
+def counted(forward, blocks, *inputs, **options):
     """Count a real pass: the total, and what happens inside each block, in MACs."""
     flops.register_formulas()
     per_block, handles = [], []
@@ -54,7 +52,7 @@ def counted(forward, blocks, *inputs):
         # The fused kernels of the CPU have no formula.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         with torch.no_grad():
-            forward(*inputs)
+            forward(*inputs, **options)
     for handle in handles:
         handle.remove()
     return counter.get_total_flops() // 2, [count // 2 for count in per_block]
@@ -72,9 +70,9 @@ def by_block(report):
 
 
 def check(case, model, x):
-    report = flops.count_forward(model.forward_features, x)
-    blocks = model.get_submodule(case.blocks)
-    total, per_block = counted(model.forward_features, blocks, x)
+    forward = getattr(model, "forward_features", model)
+    report = flops.count_forward(forward, x)
+    total, per_block = counted(forward, model.get_submodule(case.blocks), x)
     assert per_block == by_block(report)
     assert report.total == total
     return report
@@ -96,7 +94,7 @@ def test_equals_the_flop_counter(name, variant, form):
 @pytest.mark.parametrize("name", CASES)
 def test_of_vit(name):
     """Per grid, without the head, and with or without the native kernels the same."""
-    case, model = CASES[name], made(name, first(CASES[name]))
+    case, model = CASES[name], made(name)
     x = case.images(model, 1)
     before = check(case, model, x)
     grid = tuple(s // p for s, p in zip(x.shape[-2:], flops.patch_size(model), strict=True))
@@ -131,3 +129,30 @@ def test_progressive_compression(name, variant):
     tokens = [row.tokens for row in report.layers if row.name.startswith("compressors.")]
     assert len(tokens) == 2
     assert tokens[0] > 3 * tokens[1]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_padded_batch_of_transformers(compressed):
+    """Siglip2 takes patches with a mask and the shapes of the images."""
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
+    config = transformers.Siglip2VisionConfig(**size, intermediate_size=48, num_patches=16)
+    model = transformers.Siglip2VisionModel(config).eval().requires_grad_(False)
+    if compressed:
+        insert_early_compressor(model, LAYER)
+    shapes = torch.tensor([(3, 5), (4, 2)])
+    mask = (torch.arange(16) < shapes.prod(1)[:, None]).int()
+    inputs = torch.randn(2, 16, 3 * 8 * 8), mask, shapes
+    assert flops.count_forward(model, *inputs).total == counted(model, (), *inputs)[0]
+    with pytest.raises(NotImplementedError, match=r"^vit must take images and nothing else, but"):
+        flops.of_vit(model, [(3, 5)])
+
+
+@pytest.mark.parametrize("name", hf_models.CASES)
+def test_grids_that_a_model_was_not_made_for(name):
+    case = hf_models.CASES[name]
+    model = insert_early_compressor(case.make(), LAYER).requires_grad_(False)
+    x = hf_models.random_images(12, 20, 1, torch.float32)
+    report = flops.count_forward(model, x, **case.options_for(x))
+    assert flops.of_vit(model, [(3, 5)]).total == report.total - report["head"].total
+    total, _ = counted(model, (), x, **case.options_for(x))
+    assert report.total == total
