@@ -21,46 +21,6 @@ from uhd_ops.nn import EarlyCompressor
 DIM, HEADS = 32, 2
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"form": "sparse"}, ValueError, 'form must be "dense", "block" or "tied", got \'sparse\''),
-        ({"window": 1}, ValueError, "window must be at least 2, got 1"),
-        ({"window": True}, TypeError, "window must be an int, got bool"),
-        ({"attention": 1}, TypeError, "attention must be a bool or a str, got int"),
-        ({"num_heads": 5}, ValueError, "num_heads must divide dim = 32, got 5"),
-        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
-        ({"hidden_dim": 1.5}, TypeError, "hidden_dim must be an int, got float"),
-        ({"drop_path": 1.5}, ValueError, "drop_path must be between 0 and 1, got 1.5"),
-        ({"bias": None}, TypeError, "bias must be a bool, got NoneType"),
-        ({"qk_norm": 1}, TypeError, "qk_norm must be a bool, got int"),
-        ({"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
-        ({"layer_scale": "0.1"}, TypeError, "layer_scale must be a number, got str"),
-        ({"activation": "mish"}, ValueError, "activation must be one of .*, got 'mish'"),
-    ],
-)
-def test_bad_options(options, error, message):
-    with pytest.raises(error, match=message):
-        EarlyCompressor(**{"dim": DIM, "num_heads": HEADS, **options})
-
-
-@pytest.mark.parametrize(
-    ("x", "grids", "error", "message"),
-    [
-        (torch.zeros(15, 31), [(3, 5)], ValueError, r"x must have C = 32 .* got shape \(15, 31\)"),
-        (torch.zeros(14, 32), [(3, 5)], ValueError, r"x must be \(N, C\) with N = 15 tokens"),
-        (torch.zeros(2, 15, 32), [(3, 5)] * 2, ValueError, r"x of shape \(2, 15, 32\) is batched"),
-        (torch.zeros(15, 32).int(), [(3, 5)], TypeError, "x must be float32"),
-        (None, [(3, 5)], TypeError, "x must be a torch.Tensor, got NoneType"),
-        (torch.zeros(15, 32), None, TypeError, "grids must be a PackedGrids"),
-    ],
-)
-@pytest.mark.parametrize("attention", [True, False])
-def test_bad_calls(x, grids, error, message, attention):
-    with pytest.raises(error, match=message):
-        EarlyCompressor(DIM, HEADS, attention=attention)(x, grids)
-
-
 def spoil(cls=Block, **parts):
     block = cls(DIM, HEADS)
     for name, part in parts.items():

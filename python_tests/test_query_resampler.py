@@ -70,12 +70,6 @@ def test_definition(dim):
     assert module(x[:0], []).shape == (0, QUERIES, OUT)
 
 
-def test_every_parameter_learns():
-    module = resampler()
-    module(torch.randn(TOKENS, DIM, dtype=torch.float64), GRIDS).square().sum().backward()
-    assert all(parameter.grad.any() for parameter in module.parameters())
-
-
 def test_names_are_those_of_the_released_resampler():
     names = {
         *("query", "proj", "kv_proj.weight", "attn.in_proj_weight", "attn.in_proj_bias"),
@@ -90,32 +84,3 @@ def test_embedding():
     assert table.shape == (6, 8)
     assert torch.equal(table[0], torch.tensor([0, 0, 1, 1] * 2, dtype=torch.float32))
     assert torch.equal(table[1, 4:], table[0, 4:])  # one column further: the same row
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"out_dim": 30}, ValueError, "out_dim must be a multiple of 4 and of num_heads = 1"),
-        ({"num_heads": 3}, ValueError, "out_dim must be a multiple of 4 and of num_heads = 3"),
-        ({"num_queries": 0}, ValueError, "num_queries must be at least 1, got 0"),
-        ({"dim": 1.5}, TypeError, "dim must be an int, got float"),
-        ({"eps": -1}, ValueError, "eps must not be negative, got -1"),
-    ],
-)
-def test_bad_options(options, error, message):
-    with pytest.raises(error, match=message):
-        QueryResampler(**{"dim": DIM, "out_dim": OUT, **options})
-
-
-@pytest.mark.parametrize(
-    ("x", "grids", "error", "message"),
-    [
-        (torch.zeros(15, DIM), [(3, 5), (0, 2)], ValueError, "grids must not hold an empty view"),
-        (torch.zeros(15, DIM + 1), [(3, 5)], ValueError, "x must have C = 12 channels"),
-        (torch.zeros(14, DIM), [(3, 5)], ValueError, "N = 15 tokens"),
-        (None, [(3, 5)], TypeError, "x must be a torch.Tensor, got NoneType"),
-    ],
-)
-def test_bad_calls(x, grids, error, message):
-    with pytest.raises(error, match=message):
-        QueryResampler(DIM, OUT)(x, grids)

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from battery import TWELVE
 from battery.marks import native_only
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -124,13 +125,6 @@ def test_nothing_to_attend(heads, dim):
     out = uhd_ops.view_attention(q, k, v, grids)
     assert out.shape == q.shape
     out.sum().backward()
-
-
-# No two sets have the same number of tokens, of views and of distinct lengths all at once.
-TWELVE = (
-    *([(4, 6)], [(5, 5)], [(8, 8)], [(4, 6), (3, 5)], [(2, 2), (9, 7)], [(1, 1), (6, 6), (3, 8)]),
-    *([(7, 7)] * 4, [(16, 12)], [(3, 3)] * 9, [(10, 2), (2, 10)], [(5, 4)] * 2, [(12, 12), (6, 6)]),
-)
 
 
 def assert_gradients(actual, wanted, length):

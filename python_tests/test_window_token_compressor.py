@@ -9,10 +9,9 @@ import torch
 from battery import assert_same_bits
 from battery.marks import native_only
 from families.case import packed_windows
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import uhd_ops
-from uhd_ops import PackedGrids, PaddedGrids
+from uhd_ops import PaddedGrids
 from uhd_ops.nn import WindowTokenCompressor
 
 GRIDS = [(4, 6), (3, 5), (0, 2), (1, 7)]
@@ -125,21 +124,6 @@ def test_both_layers_at_zero_would_never_train():
     assert not module.fc2.weight.grad.any()
 
 
-@pytest.mark.parametrize("pool", ["adaptive", "mean", "unshuffle"])
-@pytest.mark.parametrize("window", [2, 3])
-def test_batched_equals_packed(pool, window):
-    module, grids = make(pool=pool, window=window), [(3, 5)] * 2
-    x = tokens(grids).requires_grad_()
-    packed = module(x, grids)
-    batched = module(x.view(2, 15, DIM), (3, 5))
-    assert batched.shape == (2, PackedGrids([(3, 5)]).num_windows(window), DIM)
-    bound = 64 * (6 * DIM) * torch.finfo(x.dtype).eps  # torch's products may add in another order
-    assert (batched.flatten(0, 1) - packed).abs().max() <= bound
-    wanted = torch.autograd.grad(packed.sum(), x)[0]
-    assert (torch.autograd.grad(batched.sum(), x)[0] - wanted).abs().max() <= bound * 64
-    assert PackedGrids(grids).merged(window).num_tokens == len(packed)
-
-
 def test_unshuffle_is_an_mlp_of_the_concatenated_tokens():
     module, x = make(pool="unshuffle", hidden_dim=20), tokens()
     rows = uhd_ops.reference.pixel_unshuffle(x, GRIDS)
@@ -191,27 +175,6 @@ def test_padded_grids():
         assert (actual - grad).abs().max() <= bound * TOKENS * (1 + grad.abs().max())
 
 
-@kernels_only
-def test_one_compiled_graph_serves_all_grids():
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    module = make()
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
-    graphs = []
-    for grids in ([(4, 6), (3, 5)], [(7, 4), (2, 9)], [(6, 6), (5, 3), (4, 4)]):
-        x = tokens(grids).requires_grad_()
-        wanted = module(x, grids)
-        (wanted_grad,) = torch.autograd.grad(wanted.square().sum(), x)
-        out = compiled(x, PackedGrids(grids))
-        (grad,) = torch.autograd.grad(out.square().sum(), x)
-        bound = 64 * (6 * DIM) * torch.finfo(x.dtype).eps
-        assert (out - wanted).abs().max() <= bound
-        assert (grad - wanted_grad).abs().max() <= bound * 64
-        graphs.append(backend.frame_count)
-    assert graphs == graphs[:1] * len(graphs)
-    torch._dynamo.reset()
-
-
 def test_its_parts_and_what_it_says():
     module = WindowTokenCompressor(DIM, hidden_dim=20, window=3)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -223,33 +186,3 @@ def test_its_parts_and_what_it_says():
     }
     assert module.extra_repr() == "dim=12, pool='adaptive', window=3"
     assert WindowTokenCompressor(DIM).fc1.out_features == DIM
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        (
-            {"pool": "max"},
-            ValueError,
-            'pool must be "adaptive", "mean" or "unshuffle", got \'max\'',
-        ),
-        ({"window": 1}, ValueError, "window must be at least 2, got 1"),
-        ({"window": 2.0}, TypeError, "window must be an int, got float"),
-        ({"hidden_dim": 0}, ValueError, "hidden_dim must be at least 1, got 0"),
-        ({"dim": True}, TypeError, "dim must be an int, got bool"),
-    ],
-)
-def test_refuses_options(options, error, message):
-    with pytest.raises(error) as caught:
-        WindowTokenCompressor(**{"dim": DIM, **options})
-    assert str(caught.value) == message
-
-
-def test_refuses_other_tokens():
-    module = make()
-    with pytest.raises(ValueError, match=r"^x must have C = 12 channels, got shape \(46, 11\)$"):
-        module(tokens()[:, 1:], GRIDS)
-    with pytest.raises(ValueError, match=r"^x must be \(N, C\) with N = 46 tokens"):
-        module(tokens()[1:], GRIDS)
-    with pytest.raises(TypeError, match=r"^x must be a torch.Tensor, got list$"):
-        module([[1.0]], (1, 1))

@@ -17,6 +17,11 @@ OPS = sorted(SPECS)
 GRIDDED = [name for name in OPS if SPECS[name].output is not None]
 # 39 tokens: full 2 x 2 windows only, then ragged ones on both edges.
 GRIDS = [(4, 6), (3, 5)]
+# No two sets have the same number of tokens, of views and of distinct lengths all at once.
+TWELVE = (
+    *([(4, 6)], [(5, 5)], [(8, 8)], [(4, 6), (3, 5)], [(2, 2), (9, 7)], [(1, 1), (6, 6), (3, 8)]),
+    *([(7, 7)] * 4, [(16, 12)], [(3, 3)] * 9, [(10, 2), (2, 10)], [(5, 4)] * 2, [(12, 12), (6, 6)]),
+)
 
 
 def not_exempt(check: str, names: list[str] = OPS) -> list[str]:
