@@ -33,7 +33,7 @@ ASIDE = {
     "cli": {"", "slicing", "flops", "grids", "_build_info"},  # "": public names
     "integrations": {"grids"},
     "retrofit": {"slicing", "flops", "grids", "windows"},
-    "nn": {"slicing", "grids", "windows"},
+    "nn": {"slicing", "grids", "windows", "_cache"},
     "ops": {"grids", "padded_grids", "windows", "reference"},
     "_native": set(),
     "slicing": {"grids", "_native", "_host"},

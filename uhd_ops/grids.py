@@ -32,6 +32,7 @@ _EXPECTED = (
 # grids: the products of the sides that two merges have.
 _COMMON_WINDOWS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 _CPU = torch.device("cpu")
+_COUNTS = ("num_views", "num_tokens", "max_seqlen", "has_empty_views", "_pairs")
 
 
 class PackedGrids:
@@ -60,6 +61,8 @@ class PackedGrids:
     num_tokens: int
     max_seqlen: int
     """Tokens of the largest view; 0 if there is none."""
+    has_empty_views: bool
+    """Whether a view has no tokens; where nothing tells, it is taken not to."""
     is_known = True  # whether the counts can be told without reading a tensor
     is_kept = True  # whether this is the one object for its grids, which keeps their tables
 
@@ -142,7 +145,7 @@ class PackedGrids:
 
     def __getattr__(self, name: str) -> Any:
         # Counts of what torch.export traces are not there before somebody asks.
-        if name in ("num_views", "num_tokens", "max_seqlen", "_pairs") and not self.is_kept:
+        if name in _COUNTS and not self.is_kept:
             return getattr(self._traced, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -275,6 +278,13 @@ class TracedGrids(PackedGrids):
             self._longest[1] = _count_in(self._rows.prod(1).max())
         return self._longest[1]
 
+    @property
+    def has_empty_views(self) -> bool:
+        """As for PackedGrids."""
+        if self._sides is None:
+            return self._source is not None and self._source[0].has_empty_views
+        return any(0 in pair for pair in self._sides)
+
     def num_windows(self, window: int) -> int:
         """As for PackedGrids; where nothing tells, the number is read in the graph."""
         window = check_int(window, "window", 1)
@@ -402,6 +412,7 @@ def _make(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
     put("num_views", len(pairs))
     put("num_tokens", grids._counts[1])
     put("max_seqlen", grids._longest[1])
+    put("has_empty_views", any(0 in pair for pair in pairs))
     # The extra last row keeps the length above one: torch.compile specialises on "exactly one view"
     # otherwise.
     with outlives_modes():

@@ -133,6 +133,18 @@ class Windows:
         """Return row and column of every token in its view, ``(N, 2)`` float32."""
         return self._kept("coordinates", lambda: torch.stack(self._places()[:2], 1).float())
 
+    def nearest(self, rows: int, cols: int) -> torch.Tensor:
+        """Return the place in a table ``(rows, cols)`` that is nearest below every token's, (N,).
+
+        A token in row i of n takes row ``floor(i * rows / n)``.
+        """
+
+        def make() -> torch.Tensor:
+            row, col, _, height, width, _ = self._places()
+            return self._narrow(row * rows // height * cols + col * cols // width)
+
+        return self._kept(("nearest", rows, cols), make)
+
     def window_of_token(self) -> torch.Tensor:
         """Return the number of every token's window, ``(N,)``; padding is in window 0."""
         return self._kept("window_of_token", self._window_of_token)
@@ -569,32 +581,3 @@ def split_prefix(
     tokens = both.shape[0] - in_front
     first, patches = both.split([in_front, tokens])
     return first.unflatten(0, (grids.num_views, prefix)), patches
-
-
-class _Spread(torch.autograd.Function):
-    """Gather rows. Indexing would scatter the gradient, on CUDA in no fixed order."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows, window_of_token, sizes, views, window):
-        return rows.index_select(0, window_of_token)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, sizes, views, ctx.window = inputs
-        ctx.save_for_backward(sizes, views)
-
-    @staticmethod
-    def backward(ctx, grad):
-        sizes, views = ctx.saved_tensors
-        means = torch.ops.uhd_ops.window_mean(grad, views, ctx.window, sizes.shape[0])
-        return (means * sizes[:, None]).to(grad.dtype), None, None, None, None
-
-
-def spread_windows(rows: torch.Tensor, where: Windows) -> torch.Tensor:
-    """Return ``(N, C)`` tokens, in raster order, each the row of its window in ``(M, C)``."""
-    index = where.window_of_token()
-    if not _native.has_kernels(rows.device):
-        return rows.index_select(0, index)
-    return _Spread.apply(rows, index, where.sizes(), where.views, where.window)

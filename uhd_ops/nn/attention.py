@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.positions import Rotary, rotate
-from uhd_ops.ops.view_attention import attend_views
+from uhd_ops.ops.view_attention import attend_views, by_group
 from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import Windows, locate
@@ -292,36 +292,15 @@ class ViewScope(Scope):
             )
             return out.transpose(-3, -2)
 
-        return self._by_group([q, k, v], attend)
+        lengths = self.lengths
+        kinds = self.bias and [*zip(lengths, map(id, self.bias), strict=True)]
+        return by_group(attend, (q, k, v), lengths, kinds)
 
     def run_module(
         self, module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
         """Views of one length are one batch."""
-        return self._by_group([x], lambda views, first: module(views[0]))
-
-    def _by_group(
-        self,
-        tensors: list[torch.Tensor],
-        run: Callable[[list[torch.Tensor], int], torch.Tensor],
-    ) -> torch.Tensor:
-        """Call ``run`` on stacks ``(V, L, ...)`` of the views that can be computed together.
-
-        Its second argument is the index of the first of them.
-        """
-        lengths = self.lengths
-        groups = {}  # what the views have in common -> their indices
-        for view, length in enumerate(lengths):
-            if length:
-                key = length, None if self.bias is None else id(self.bias[view])
-                groups.setdefault(key, []).append(view)
-        pieces = [y.split(lengths) for y in tensors]
-        out: list[torch.Tensor] = [pieces[0][i] for i in range(len(lengths))]
-        for views in groups.values():
-            stacks = [torch.stack([views_of[i] for i in views]) for views_of in pieces]
-            for i, result in zip(views, run(stacks, views[0]), strict=True):
-                out[i] = result
-        return torch.cat(out) if out else tensors[0]
+        return by_group(lambda views, _: module(views[0]), (x,), self.lengths)
 
     def drop(self, branch: torch.Tensor, probability: float) -> torch.Tensor:
         """As in the base class."""

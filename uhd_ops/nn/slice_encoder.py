@@ -19,6 +19,7 @@ from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, families
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.positions import Rotary
+from uhd_ops.nn.traced_tables import register
 from uhd_ops.nn.view_ratios import merge_by_ratio, times_of
 from uhd_ops.windows import join_prefix, split_prefix
 
@@ -105,6 +106,12 @@ class SliceEncoder(nn.Module):
             transformer, packed = registry.packed_of(vit)
             packed(transformer, PackedGrids([])).require_learned()
         self.vit, self.positions = vit, positions
+        self._number = register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, which graphs find by a number of its own."""
+        super().__setstate__(state)
+        self._number = register(self)
 
     def forward(
         self,
@@ -142,13 +149,18 @@ class SliceEncoder(nn.Module):
         packed.refuse_dropout(vit)
         self._check_ratios(vit, packed, ratios, len(grids))
         if len(grids):
-            return SliceTokens(*self._encode(packed(vit, grids), pixels, ratios), counts)
+            return SliceTokens(*self._encode(self.packed(grids), pixels, ratios), counts)
         # Data-parallel training waits for a gradient of every parameter, from a rank without views
         # too: so one is encoded and left out.
         blank = pixels.new_zeros((1, *pixels.shape[1:]))
-        one = packed(vit, PackedGrids([(1, 1)]))
+        one = self.packed(PackedGrids([(1, 1)]))
         tokens, _, prefix = self._encode(one, blank, None)
         return SliceTokens(tokens[:0], grids, prefix[:0], counts)
+
+    def packed(self, grids: PackedGrids) -> Any:
+        """Return the model on views with these grids, a ``uhd_ops.retrofit.packed.PackedModel``."""
+        vit, packed = families().packed_of(self.vit)
+        return packed(vit, grids, self._number)
 
     def _encode(
         self, model: Any, pixels: torch.Tensor, ratios: Sequence[int] | None
@@ -161,7 +173,7 @@ class SliceEncoder(nn.Module):
             ratios: As for :meth:`forward`.
         """
         prefix, patches = model.embed(pixels, self.positions)
-        x, sides = join_prefix(prefix, patches, model.grids), (1,) * len(model.grids)
+        x, sides = join_prefix(prefix, patches, model.grids), 1
         for index, block in enumerate(model.blocks):
             # Read anew in every call: adapters may have come, or a compressor.
             spec, compressor = model.spec(index), getattr(block, "compressor", None)
@@ -175,7 +187,7 @@ class SliceEncoder(nn.Module):
             else:
                 x = _run(*arguments)
             sides = sides if merge is None else merge.sides
-        grids = PackedGrids(model.merged_grids(sides))
+        grids = model.merged_grids(sides)
         prefix, patches = split_prefix(x, grids, prefix.shape[1])
         prefix, patches = model.finish(prefix, patches, sides)
         return patches, grids, prefix
@@ -203,7 +215,7 @@ class _Merge:
     Args:
         model: The model.
         index: Index of the block.
-        sides: Side of the windows that became one token of each view before.
+        sides: Side of the windows that became one token before, of all views or of each.
         compressor: The compressor.
         ratios: As for SliceEncoder.
 
@@ -215,23 +227,25 @@ class _Merge:
         self,
         model: Any,
         index: int,
-        sides: tuple[int, ...],
+        sides: int | tuple[int, ...],
         compressor: nn.Module,
         ratios: Sequence[int] | None,
     ) -> None:
         self.compressor, self.ratios, window = compressor, ratios, compressor.window
-        self.grids = PackedGrids(model.merged_grids(sides))
-        times = [1] * len(sides) if ratios is None else times_of(ratios, len(sides), window)
-        self.positions: list[tuple[Rotary, ...]] = []  # of the views that are merged in each step
-        for step in range(max(times)):
-            chosen = [view for view, count in enumerate(times) if count > step]
-            if isinstance(compressor, EarlyCompressor):  # pooling knows no positions
-                rotary = model.rotary(index, sides, 0, chosen)
-                self.positions.append(() if rotary is None else (rotary,))
-            else:
-                self.positions.append(())
-            sides = tuple(s * window if n > step else s for s, n in zip(sides, times, strict=True))
-        self.sides = sides
+        self.grids = model.merged_grids(sides)
+        steps = [(sides, None)]  # of each step, the sides in front of it and the views it merges
+        if ratios is not None:
+            sides, steps = model.each(sides), []
+            times = times_of(ratios, len(sides), window)
+            for step in range(max(times)):
+                steps.append((sides, tuple(v for v, count in enumerate(times) if count > step)))
+                merges = zip(sides, times, strict=True)
+                sides = tuple(s * window if count > step else s for s, count in merges)
+        self.sides = sides * window if ratios is None else sides
+        # Pooling knows no positions.
+        early = isinstance(compressor, EarlyCompressor)
+        rotary = [model.rotary(index, s, 0, views) if early else None for s, views in steps]
+        self.positions = [() if table is None else (table,) for table in rotary]
 
     def __call__(self, patches: torch.Tensor) -> tuple[torch.Tensor, PackedGrids]:
         """Merge packed tokens; return them with their grids."""
@@ -308,7 +322,7 @@ class _Patch:
         """Check packed patches against the model and their grids."""
         self._check_pixels(pixels, "views")
         grids = PackedGrids.of(grids)
-        if any(0 in grid for grid in grids):
+        if grids.has_empty_views:
             raise ValueError(f"grids must hold a patch for each view, got {list(grids)}")
         expected = (grids.num_tokens, *self.shape)
         if pixels.shape != expected:

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from uhd_ops import _native
 from uhd_ops._checks import check_positive_int, is_plain
 from uhd_ops.grids import Grids
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.ops.window_pool import window_pool
-from uhd_ops.windows import Windows, check_tokens, parsed, spread_windows
+from uhd_ops.windows import Windows, check_tokens, parsed
 
 POOLS = ("adaptive", "mean", "unshuffle")
 
@@ -143,7 +144,7 @@ class WindowTokenCompressor(nn.Module):
         """
 
         def spread(windows: torch.Tensor) -> torch.Tensor:
-            return where.unpack_tokens(spread_windows(windows, where))
+            return where.unpack_tokens(_spread_windows(windows, where))
 
         mean = window_mean(x, grids, self.window).flatten(0, -2)
         if is_plain(self.fc1, nn.Linear):
@@ -157,3 +158,32 @@ class WindowTokenCompressor(nn.Module):
     def extra_repr(self) -> str:
         """Show the configuration."""
         return f"dim={self.dim}, pool={self.pool!r}, window={self.window}"
+
+
+class _Spread(torch.autograd.Function):
+    """Gather rows. Indexing would scatter the gradient, on CUDA in no fixed order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, window_of_token, sizes, views, window):
+        return rows.index_select(0, window_of_token)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, sizes, views, ctx.window = inputs
+        ctx.save_for_backward(sizes, views)
+
+    @staticmethod
+    def backward(ctx, grad):
+        sizes, views = ctx.saved_tensors
+        means = torch.ops.uhd_ops.window_mean(grad, views, ctx.window, sizes.shape[0])
+        return (means * sizes[:, None]).to(grad.dtype), None, None, None, None
+
+
+def _spread_windows(rows: torch.Tensor, where: Windows) -> torch.Tensor:
+    """Return ``(N, C)`` tokens, in raster order, each the row of its window in ``(M, C)``."""
+    index = where.window_of_token()
+    if not _native.has_kernels(rows.device):
+        return rows.index_select(0, index)
+    return _Spread.apply(rows, index, where.sizes(), where.views, where.window)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch.nn import functional
@@ -133,38 +133,49 @@ def attend_by_length(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of packed views of these lengths, one call for each distinct length."""
-    if not lengths:
+    if q.shape[0] == 0:
         return q * k * v
-    runs = _runs(lengths)
-    runs_of = {}  # number of tokens of a view -> indices of its runs
-    for run, (_, length) in enumerate(runs):
-        runs_of.setdefault(length, []).append(run)
+    return by_group(lambda views, _: _attend(*views, scale), (q, k, v), lengths)
+
+
+def by_group(
+    function: Callable[[list[torch.Tensor], int], torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    lengths: Sequence[int],
+    keys: Sequence[Hashable] | None = None,
+) -> torch.Tensor:
+    """Run a function on the views of each kind as one batch; neighbours are passed without a copy.
+
+    Args:
+        function: ``function([(n, L, ...), ...], first)`` gets the views of one kind of each tensor,
+            and the index of the first of them; it returns ``(n, L', ...)``.
+        tensors: Packed, each ``(T, ...)``.
+        lengths: Rows of each view. A view without rows stays as it is in the first tensor.
+        keys: Kind of each view; those of one kind have one length. None means its length.
+
+    Returns:
+        What the function returns, packed in the order of the views.
+    """
+    runs, members, last = [], {}, None  # neighbours: [count, length]; kind -> runs, first view
+    for view, (length, key) in enumerate(zip(lengths, keys or lengths, strict=True)):
+        if view and key == last:
+            runs[-1][0] += 1
+            continue
+        if length:
+            members.setdefault(key, ([], view))[0].append(len(runs))
+        runs.append([1, length])
+        last = key
     # One split, not a slice for each view: the gradient of a slice is as large as all tokens, so
     # the backward pass would be quadratic in the number of views.
-    pieces = [x.split([count * length for count, length in runs]) for x in (q, k, v)]
-    out = [None] * len(runs)
-    for indices in runs_of.values():
-        batch = [_stack([x[i].unflatten(0, runs[i]) for i in indices]) for x in pieces]
-        results = _attend(*batch, scale).split([runs[i][0] for i in indices])
-        for i, result in zip(indices, results, strict=True):
-            out[i] = result.unbind(0)
-    return torch.cat([view for run in out for view in run])
-
-
-def _runs(lengths: list[int]) -> list[tuple[int, int]]:
-    """Neighbours of equal length: how many views, and the tokens of each."""
-    runs = []
-    for length in lengths:
-        if runs and runs[-1][1] == length:
-            runs[-1] = (runs[-1][0] + 1, length)
-        else:
-            runs.append((1, length))
-    return runs
-
-
-def _stack(runs: list[torch.Tensor]) -> torch.Tensor:
-    """``(V, L, H, D)`` tensors of equally long views in one; no copy of a single run."""
-    return runs[0] if len(runs) == 1 else torch.cat(runs)
+    pieces = [x.split([count * length for count, length in runs]) for x in tensors]
+    done = list(pieces[0])
+    for chosen, first in members.values():
+        views = [[x[run].unflatten(0, runs[run]) for run in chosen] for x in pieces]
+        batch = function([x[0] if len(x) == 1 else torch.cat(x) for x in views], first)
+        results = batch.split([runs[run][0] for run in chosen])
+        for run, result in zip(chosen, results, strict=True):
+            done[run] = result.flatten(0, 1)
+    return torch.cat(done) if done else tensors[0]
 
 
 torch.library.define(

@@ -20,8 +20,12 @@ from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, read_block
 from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
+from uhd_ops.ops.view_attention import by_group
+from uhd_ops.windows import Windows
 
 Grid = tuple[int, int]
+# Side of the windows that became one token, in patches: of all views, or of each where they differ.
+Sides = int | tuple[int, ...]
 Tables = tuple[torch.Tensor, torch.Tensor]  # sine and cosine, each (..., N, D)
 
 
@@ -34,19 +38,22 @@ class PackedModel:
     Args:
         vit: The transformer, with or without a compressor.
         grids: Patch grids of the views.
+        number: That of the encoder in a compiled graph; see ``uhd_ops.retrofit.traced_tables``.
 
     Attributes:
+        position_names: Where the model has parameters and modules that its positions are made of.
         blocks_name: Name of the list of blocks.
         methods: What a subclass of the family's class must leave as it is.
         per_block: Whether every block has rotary embeddings of its own.
     """
 
     blocks_name = "blocks"
+    position_names: tuple[str, ...] = ("pos_embed", "rope")
     methods: tuple[str, ...] = ()
     per_block = False
 
-    def __init__(self, vit: nn.Module, grids: PackedGrids) -> None:
-        self.vit, self.grids = vit, grids
+    def __init__(self, vit: nn.Module, grids: PackedGrids, number: int | None = None) -> None:
+        self.vit, self.grids, self.number = vit, grids, number
         self._made: dict[Hashable, Any] = {}
 
     # ---- what the model is --------------------------------------------------------------------
@@ -106,11 +113,11 @@ class PackedModel:
         x = self.patches(pixels)
         if positions == "nearest":
             table = self.require_learned()
-            x = x + table.flatten(0, 1)[self._buckets(table.shape[:2], x.device)]
+            nearest = Windows.of(self.grids, 1, x.device).nearest(*table.shape[:2])
+            x = x + table.flatten(0, 1)[nearest]
         else:
-            tables = {grid: self.absolute(grid) for grid in dict.fromkeys(self.grids)}
-            if not any(table is None for table in tables.values()):
-                x = x + torch.cat([tables[grid] for grid in self.grids])
+            for table in self.tables(self.grids.num_tokens, "absolute"):
+                x = x + table
         prefix = self.prefix()
         if prefix is None:
             return x.new_empty((len(self.grids), 0, x.shape[-1])), self.enter(x)
@@ -137,7 +144,7 @@ class PackedModel:
         def run(views: torch.Tensor, grid: Grid) -> torch.Tensor:
             return stem(unpatchify(views, grid)).flatten(2).transpose(1, 2)
 
-        return by_group(run, pixels, self.lengths(), list(self.grids))
+        return self.by_grid(run, pixels)
 
     def prefix(self) -> torch.Tensor | None:
         """Tokens in front of the patches, ``(1, P, C)``, with their positions; None for none."""
@@ -165,16 +172,6 @@ class PackedModel:
         """What comes between the positions and the first block."""
         return x
 
-    def _buckets(self, size: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Index of the learned position that is nearest below each patch, ``(N,)``."""
-        rows, cols = size
-        views = [
-            torch.arange(height)[:, None] * rows // height * cols
-            + torch.arange(width) * cols // width
-            for height, width in self.grids
-        ]
-        return torch.cat([view.flatten() for view in views]).to(device)
-
     # ---- positions in the blocks --------------------------------------------------------------
 
     def rope(self, grid: Grid) -> Tables | None:
@@ -193,11 +190,7 @@ class PackedModel:
         return None
 
     def rotary(
-        self,
-        index: int,
-        sides: tuple[int, ...],
-        prefix: int,
-        views: Sequence[int] | None = None,
+        self, index: int, sides: Sides, prefix: int, views: tuple[int, ...] | None = None
     ) -> Rotary | None:
         """Return the rotary embeddings of views for one block.
 
@@ -210,32 +203,111 @@ class PackedModel:
         Returns:
             Sine and cosine, ``(T, 1 or H, D)``; None where the model has none.
         """
-        views = range(len(sides)) if views is None else views
-        own = index if self.per_block else None
-        return self.once(self._rotary, own, sides, prefix, tuple(views))
+        # Where blocks have their own, a graph gets those of all from one call.
+        index = index if self.per_block else 0
+        if self.is_traced():
+            tables = self.once(self._traced_rotary, sides, prefix, views)
+            tables = tables[2 * index : 2 * index + 2]
+        else:
+            tables = self.once(self._rotary, index, sides, prefix, views)
+        return Rotary(*tables) if tables else None
+
+    def _traced_rotary(
+        self, sides: Sides, prefix: int, views: tuple[int, ...] | None
+    ) -> list[torch.Tensor]:
+        grids = self.merged_grids(sides)
+        if views is not None:
+            grids = PackedGrids([grids[view] for view in views])
+        tokens = grids.num_tokens + prefix * grids.num_views
+        sides = [sides] if isinstance(sides, int) else list(sides)
+        return self.tables(tokens, "rotary", prefix, sides, list(views or ()))
 
     def _rotary(
-        self, index: int | None, sides: tuple[int, ...], prefix: int, chosen: tuple[int, ...]
-    ) -> Rotary | None:
-        tables = self.once(self._tables)
+        self, index: int, sides: Sides, prefix: int, views: tuple[int, ...] | None
+    ) -> list[torch.Tensor]:
+        tables, done, parts = self.once(self._rope_of_views), {}, []
         if any(table is None for table in tables):
-            return None
-        views, done = [], {}
-        for view in chosen:
-            grid, side, table = self.grids[view], sides[view], tables[view]
+            return []
+        sides = self.each(sides)
+        for view in range(len(sides)) if views is None else views:
+            table, side = tables[view], sides[view]
             key = id(table), side
             if key not in done:
-                own = table if index is None else tuple(part[index] for part in table)
-                done[key] = with_prefix(self._merged(own, grid, side), prefix)
-            views.append(done[key])
-        return Rotary(*(torch.cat(part) for part in zip(*views, strict=True)))
+                own = tuple(part[index] for part in table) if self.per_block else table
+                done[key] = with_prefix(self._merged(own, self.grids[view], side), prefix)
+            parts.append(done[key])
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
-    def _tables(self) -> list[Tables | None]:
+    def _rope_of_views(self) -> list[Tables | None]:
         """The tables of each view in front of any merge; the same object for the same one."""
         if self.draws_positions():
             return [self.rope(grid) for grid in self.grids]
         tables = {grid: self.rope(grid) for grid in dict.fromkeys(self.grids)}
         return [tables[grid] for grid in self.grids]
+
+    # ---- tables of all views --------------------------------------------------------------------
+
+    def position_tensors(self) -> list[torch.Tensor]:
+        """The parameters and buffers that positions are made of."""
+        found: list[torch.Tensor] = []
+        for name in self.position_names:
+            part = self.vit
+            for step in name.split("."):
+                part = getattr(part, step, None)
+            if isinstance(part, nn.Module):
+                found += [*part.parameters(), *part.buffers()]
+            elif part is not None:
+                found.append(part)
+        return found
+
+    def is_traced(self) -> bool:
+        """Whether a graph is being made in which an operator makes the tables.
+
+        It does not where random positions are drawn, nor where a table is computed from parameters
+        that the operator does not know.
+        """
+        if not torch.compiler.is_compiling() or self.number is None or self.draws_positions():
+            return False
+        tensors = self.position_tensors()
+        return all(isinstance(x, nn.Parameter) or not x.requires_grad for x in tensors)
+
+    def tables(
+        self,
+        tokens: int,
+        what: str,
+        prefix: int = 0,
+        sides: Sequence[int] = (1,),
+        views: Sequence[int] = (),
+    ) -> list[torch.Tensor]:
+        """Return :meth:`make_tables`, which have so many rows, by an operator in a graph."""
+        call = what, prefix, list(sides), list(views)
+        if not self.is_traced():
+            return self.make_tables(*call)
+        given, rows = self.position_tensors(), self.grids.rows
+        return torch.ops.uhd_ops._view_tables(given, rows, tokens, self.number, *call)
+
+    def make_tables(
+        self, what: str, prefix: int, sides: Sequence[int], views: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Make tables with a row for each token by loops over the grids; none for no positions.
+
+        Args:
+            what: ``"absolute"`` for what is added to the patches; or ``"rotary"`` for sine and
+                cosine, one after the other, of each block where every block has its own.
+            prefix: As for :meth:`rotary`, like the others.
+            sides: One for all views, or one for each.
+            views: Those that are wanted; none means all.
+        """
+        if what == "rotary":
+            blocks = range(len(self.blocks)) if self.per_block else (0,)
+            call = sides[0] if len(sides) == 1 else tuple(sides), prefix, tuple(views) or None
+            return [table for index in blocks for table in self._rotary(index, *call)]
+        tables = {grid: self.absolute(grid) for grid in dict.fromkeys(self.grids)}
+        if any(table is None for table in tables.values()):
+            return []
+        return [torch.cat([tables[grid] for grid in self.grids])]
+
+    # ---- attention, and what follows the blocks -----------------------------
 
     def _merged(self, tables: Tables, grid: Grid, side: int) -> Tables:
         if side == 1:
@@ -253,11 +325,11 @@ class PackedModel:
         """A block by its parts as they are now."""
         return read_block(self.blocks[index])
 
-    def scope(self, index: int, sides: tuple[int, ...], prefix: int) -> ViewScope:
+    def scope(self, index: int, sides: Sides, prefix: int) -> ViewScope:
         """Which tokens of the packed sequence attend to which in a block; see :meth:`rotary`."""
-        return ViewScope(PackedGrids(self.merged_grids(sides)), prefix, self.biases(index, sides))
+        return ViewScope(self.merged_grids(sides), prefix, self.biases(index, sides))
 
-    def biases(self, index: int, sides: tuple[int, ...]) -> list[Any] | None:
+    def biases(self, index: int, sides: Sides) -> list[Any] | None:
         """What a block adds to the scores of each view, for ViewScope; None for nothing."""
         return None
 
@@ -275,53 +347,39 @@ class PackedModel:
         return self._made[key]
 
     def finish(
-        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What follows the last block, for ``(S, P, C)`` and ``(N, C)``."""
         return self.vit.norm(prefix), self.vit.norm(patches)
 
-    def merged_grids(self, sides: tuple[int, ...]) -> list[Grid]:
+    def each(self, sides: Sides) -> tuple[int, ...]:
+        """The side for each view."""
+        return (sides,) * self.grids.num_views if isinstance(sides, int) else sides
+
+    def merged_grids(self, sides: Sides) -> PackedGrids:
         """Grids of the views after merges."""
-        return [
-            (-(-height // side), -(-width // side))
-            for (height, width), side in zip(self.grids, sides, strict=True)
-        ]
+        if isinstance(sides, int):
+            return self.grids.merged(sides)
+        return PackedGrids(
+            [(-(-h // side), -(-w // side)) for (h, w), side in zip(self.grids, sides, strict=True)]
+        )
 
-    def lengths(self, sides: tuple[int, ...] | None = None, prefix: int = 0) -> list[int]:
-        """Tokens of each view."""
-        grids = self.grids if sides is None else self.merged_grids(sides)
-        return [prefix + height * width for height, width in grids]
+    def by_grid(
+        self,
+        function: Callable[[torch.Tensor, Grid], torch.Tensor],
+        x: torch.Tensor,
+        sides: Sides = 1,
+    ) -> torch.Tensor:
+        """Run a function on packed tokens, the views of one grid as a batch.
 
-
-# ---- groups of equal views -------------------------------------------------------------------
-
-
-def by_group(
-    function: Callable[[torch.Tensor, Any], torch.Tensor],
-    x: torch.Tensor,
-    lengths: list[int],
-    keys: Sequence[Hashable],
-) -> torch.Tensor:
-    """Run a function on the views of each kind as one batch.
-
-    Args:
-        function: ``function((n, L, ...), key)`` returns ``(n, L', ...)``.
-        x: Packed ``(T, ...)``.
-        lengths: Rows of each view.
-        keys: Kind of each view; those of one kind have one length.
-
-    Returns:
-        What the function returns, packed in the order of the views.
-    """
-    views, members = x.split(lengths), {}
-    for view, key in enumerate(keys):
-        members.setdefault(key, []).append(view)
-    done: list[torch.Tensor | None] = [None] * len(views)
-    for key, chosen in members.items():
-        batch = function(torch.stack([views[view] for view in chosen]), key)
-        for view, result in zip(chosen, batch.unbind(), strict=True):
-            done[view] = result
-    return torch.cat(done)
+        Args:
+            function: ``function((n, h * w, ...), (h, w))`` returns ``(n, L, ...)``.
+            x: Tokens of the merged grids.
+            sides: Those of the merges.
+        """
+        grids = self.merged_grids(sides)
+        lengths = [height * width for height, width in grids]
+        return by_group(lambda views, first: function(views[0], grids[first]), (x,), lengths, grids)
 
 
 def unpatchify(views: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from uhd_ops.nn import modules
 from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.adapter import CoarseBlock, TokenLayout
-from uhd_ops.retrofit.packed import Grid, PackedModel
+from uhd_ops.retrofit.packed import Grid, PackedModel, Sides
 
 
 class StandIn:
@@ -131,11 +131,12 @@ def require_blocks(
 class PackedRelativePositions(PackedModel):
     """A model on packed views whose blocks add relative positions to their scores."""
 
-    def biases(self, index: int, sides: tuple[int, ...]) -> list[Any] | None:
+    def biases(self, index: int, sides: Sides) -> list[Any] | None:
         """What a block adds to the scores of each view; a function where it makes that itself."""
         attn = self.blocks[index].attn
-        made = {key: self.bias(attn, *key) for key in zip(self.grids, sides, strict=True)}
-        biases = [made[key] for key in zip(self.grids, sides, strict=True)]
+        kinds = [*zip(self.grids, self.each(sides), strict=True)]
+        made = {kind: self.bias(attn, *kind) for kind in kinds}
+        biases = [made[kind] for kind in kinds]
         return None if any(bias is None for bias in biases) else biases
 
     def bias(self, attn: nn.Module, grid: Grid, window: int) -> Any:

@@ -23,6 +23,7 @@ from uhd_ops.retrofit.adapter import (
     require_methods,
 )
 from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
+from uhd_ops.retrofit.packed import Sides
 from uhd_ops.retrofit.rope import RotaryTables, frequencies_of, require_rope
 
 
@@ -76,7 +77,7 @@ class PackedEncoder(RotaryTables, PackedTimm):
     methods = ("forward_features", "_pos_embed")
 
     def finish(
-        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm behind the last block, which Qwen3's encoder does not have."""
         return prefix, getattr(self.vit, "norm", nn.Identity())(patches)

@@ -25,7 +25,7 @@ from uhd_ops.retrofit.families._hf_models import (
     PackedHfModel,
     require_understood,
 )
-from uhd_ops.retrofit.packed import Grid
+from uhd_ops.retrofit.packed import Grid, Sides
 
 
 def read(block: nn.Module) -> BlockSpec:
@@ -75,6 +75,7 @@ class PackedClip(PackedHfModel):
     """A vision model of CLIP or SigLIP on packed views."""
 
     blocks_name = "encoder.layers"
+    position_names = ("embeddings.position_embedding",)
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """Patch embedding by a convolution."""
@@ -102,7 +103,7 @@ class PackedClip(PackedHfModel):
         return getattr(self.vit, "pre_layrnorm", nn.Identity())(x)
 
     def finish(
-        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """SigLIP's norm; CLIP's is for the class token that it pools."""
         if self._prefix:

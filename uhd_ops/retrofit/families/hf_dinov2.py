@@ -25,7 +25,7 @@ from uhd_ops.retrofit.families._hf_models import (
     PackedHfModel,
     require_understood,
 )
-from uhd_ops.retrofit.packed import Grid
+from uhd_ops.retrofit.packed import Grid, Sides
 
 # Layer -> (what the names of its parts begin with, its DropPath, its gated MLP).
 _NAMES = {
@@ -93,6 +93,7 @@ class PackedDinov2(PackedHfModel):
     """A DINOv2 on packed views."""
 
     blocks_name = "encoder.layer"
+    position_names = ("embeddings.position_embeddings",)
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """Patch embedding by a convolution."""
@@ -121,7 +122,7 @@ class PackedDinov2(PackedHfModel):
         return self.vit.embeddings.dropout(x)
 
     def finish(
-        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm, unless a backbone is told to return its maps without."""
         if not getattr(self.vit.config, "apply_layernorm", True):

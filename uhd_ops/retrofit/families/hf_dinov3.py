@@ -101,6 +101,7 @@ class PackedDinov3(PackedHfModel):
     """A DINOv3 on packed views."""
 
     blocks_name = "model.layer"
+    position_names = ("rope_embeddings",)
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """Patch embedding by a convolution."""

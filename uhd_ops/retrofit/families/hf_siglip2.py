@@ -24,7 +24,7 @@ from uhd_ops.retrofit.families._hf_models import (
     PackedHfModel,
     require_understood,
 )
-from uhd_ops.retrofit.packed import Grid
+from uhd_ops.retrofit.packed import Grid, Sides
 from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 
@@ -116,6 +116,7 @@ class PackedSiglip2(PackedHfModel):
     """A SigLIP 2 on packed views, without padding."""
 
     blocks_name = "encoder.layers"
+    position_names = ("embeddings.position_embedding",)
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """Patch embedding by a linear layer; the channels of a pixel lie side by side."""
@@ -133,7 +134,7 @@ class PackedSiglip2(PackedHfModel):
         return table.unflatten(0, (self.vit.embeddings.position_embedding_size, -1))
 
     def finish(
-        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm behind the last layer."""
         return prefix, self.vit.post_layernorm(patches)

@@ -26,7 +26,7 @@ from uhd_ops.retrofit.families.timm_vision_transformer import (
     PackedVisionTransformer,
     require_patch_embedding,
 )
-from uhd_ops.retrofit.packed import Grid, by_group
+from uhd_ops.retrofit.packed import Grid, Sides
 
 
 def read(block: nn.Module) -> BlockSpec:
@@ -95,14 +95,14 @@ class PackedCait(PackedVisionTransformer):
         return self.vit.pos_drop(x)
 
     def finish(
-        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The class tokens attend to the patches of their views, and join them."""
 
         def class_token(views: torch.Tensor, grid: Grid) -> torch.Tensor:
             return self.vit.forward_cls(views)[:, :1]
 
-        cls = by_group(class_token, patches, self.lengths(sides), self.merged_grids(sides))
+        cls = self.by_grid(class_token, patches, sides)
         return self.vit.norm(cls)[:, None], self.vit.norm(patches)
 
 

@@ -34,7 +34,7 @@ from uhd_ops.retrofit.adapter import (
     require_methods,
 )
 from uhd_ops.retrofit.families import timm_vision_transformer as parts
-from uhd_ops.retrofit.packed import Grid, PackedModel, Tables
+from uhd_ops.retrofit.packed import Grid, PackedModel, Sides, Tables
 from uhd_ops.retrofit.padded_layout import PaddedLayout
 
 _LIMITS = ("input_min", "input_max", "output_min", "output_max")
@@ -272,6 +272,8 @@ def check(vit: nn.Module, config: CompressorConfig) -> None:
 class PackedGemma4(PackedModel):
     """A Gemma4VitEncoder on packed views."""
 
+    position_names = "patch_embed.position_embedding_table", "rotary_emb"
+
     methods = ("forward_features", "_encode")
 
     @classmethod
@@ -301,7 +303,7 @@ class PackedGemma4(PackedModel):
         return sin[0], cos[0]
 
     def finish(
-        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Nothing follows the last block."""
         return prefix, patches

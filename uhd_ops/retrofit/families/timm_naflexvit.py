@@ -149,6 +149,8 @@ def check(vit: NaFlexVit, config: CompressorConfig) -> None:
 class PackedNaFlexVit(RotaryTables):
     """A NaFlexVit on packed views, as it takes images: not as a padded batch of patches."""
 
+    position_names = "embeds.pos_embed", "embeds.pos_embed_y", "embeds.pos_embed_x", "rope"
+
     methods = ("forward_features", "_forward_embeds")
 
     @classmethod

@@ -19,7 +19,6 @@ from timm import layers
 from timm.models import vision_transformer_sam as sam
 from torch import nn
 
-from uhd_ops.grids import PackedGrids
 from uhd_ops.nn import modules
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, OwnAttentionSpec
@@ -27,6 +26,7 @@ from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import body_class
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.nn.score_bias import DecomposedPositionBias
+from uhd_ops.ops.view_attention import by_group
 from uhd_ops.retrofit.adapter import (
     CoarseBlock,
     CoarsePart,
@@ -38,7 +38,7 @@ from uhd_ops.retrofit.adapter import (
 )
 from uhd_ops.retrofit.families import timm_vision_transformer as parts
 from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
-from uhd_ops.retrofit.packed import Grid, by_group
+from uhd_ops.retrofit.packed import Grid, Sides
 from uhd_ops.retrofit.relative_positions import (
     StandIn,
     require_blocks,
@@ -199,18 +199,19 @@ class SamScope(ViewScope):
         sides: As for :meth:`PackedModel.scope`.
     """
 
-    def __init__(self, model: PackedSam, index: int, sides: tuple[int, ...]) -> None:
-        super().__init__(PackedGrids(model.merged_grids(sides)))
-        self.model, self.index, self.sides = model, index, sides
+    def __init__(self, model: PackedSam, index: int, sides: Sides) -> None:
+        super().__init__(model.merged_grids(sides))
+        self.model, self.index, self.sides = model, index, model.each(sides)
 
     def run_module(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Attend in the block's own windows, or in whole maps."""
         block = self.model.blocks[self.index]
+        kinds = [*zip(self.model.grids, self.sides, strict=True)]
 
-        def run(views: torch.Tensor, key: tuple[Grid, int]) -> torch.Tensor:
-            return self.model.attend(block, views, *key)
+        def run(views: list[torch.Tensor], first: int) -> torch.Tensor:
+            return self.model.attend(block, views[0], *kinds[first])
 
-        return by_group(run, x, self.lengths, list(zip(self.model.grids, self.sides, strict=True)))
+        return by_group(run, (x,), self.lengths, kinds)
 
 
 class PackedSam(PackedTimm):
@@ -244,7 +245,7 @@ class PackedSam(PackedTimm):
         )
         return dataclasses.replace(spec, attentions=(own,))
 
-    def scope(self, index: int, sides: tuple[int, ...], prefix: int) -> SamScope:
+    def scope(self, index: int, sides: Sides, prefix: int) -> SamScope:
         """Maps of the views."""
         return SamScope(self, index, sides)
 
@@ -265,7 +266,7 @@ class PackedSam(PackedTimm):
         return x.flatten(1, 2)
 
     def finish(
-        self, prefix: torch.Tensor, patches: torch.Tensor, sides: tuple[int, ...]
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The neck, which convolves the map of each view."""
 
@@ -273,7 +274,7 @@ class PackedSam(PackedTimm):
             maps = self.vit.neck(views.unflatten(1, grid).permute(0, 3, 1, 2))
             return maps.flatten(2).transpose(1, 2)
 
-        out = by_group(neck, patches, self.lengths(sides), self.merged_grids(sides))
+        out = self.by_grid(neck, patches, sides)
         return out.new_empty((len(self.grids), 0, out.shape[-1])), out
 
 
