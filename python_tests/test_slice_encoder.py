@@ -209,7 +209,10 @@ class OtherStem(PatchEmbed):
 
 
 REFUSED = {
-    "no ViT": (lambda: nn.Linear(2, 2), "vit must be one of timm's .*, got Linear"),
+    "no ViT": (
+        lambda: nn.Linear(2, 2),
+        r"vit is of no class that is known; got torch\.nn\.modules\.linear\.Linear\. docs",
+    ),
     "other positions": (
         lambda: tiny_vit(OtherEmbedding),
         "vit must leave VisionTransformer._pos_embed as it is, but OtherEmbedding replaces it",

@@ -21,6 +21,7 @@ from uhd_ops.retrofit import (
     insert_progressive_compression,
     load_plain_checkpoint,
     refine_patch_embedding,
+    register_family,
     remove_early_compressor,
     remove_progressive_compression,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "plan_slices_batch",
     "reference",
     "refine_patch_embedding",
+    "register_family",
     "remove_early_compressor",
     "remove_progressive_compression",
     "reorder_tokens",

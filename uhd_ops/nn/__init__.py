@@ -4,6 +4,7 @@
 from uhd_ops.nn.ablation import ABLATION
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
 from uhd_ops.nn.early_compressor import CompressorConfig, EarlyCompressor
+from uhd_ops.nn.modules import LinearView, ScaleView, WeightView
 from uhd_ops.nn.pixel_unshuffle_connector import PixelUnshuffleConnector
 from uhd_ops.nn.query_resampler import QueryResampler
 from uhd_ops.nn.slice_encoder import SliceEncoder, SliceTokens
@@ -16,12 +17,15 @@ __all__ = [
     "BlockSpec",
     "CompressorConfig",
     "EarlyCompressor",
+    "LinearView",
     "MlpSpec",
     "OwnAttentionSpec",
     "PixelUnshuffleConnector",
     "QueryResampler",
+    "ScaleView",
     "SliceEncoder",
     "SliceTokens",
+    "WeightView",
     "WindowTokenCompressor",
     "choose_ratios",
     "merge_by_ratio",

@@ -168,6 +168,40 @@ class LinearView(PartView):
         return linear_of(self.weight, self.bias)
 
 
+class WeightView(PartView):
+    """A linear layer whose parameters a module holds by names of its own.
+
+    ``torch.nn.MultiheadAttention`` holds ``in_proj_weight`` and ``in_proj_bias``, for instance.
+
+    Args:
+        owner: The module.
+        weight: Its attribute, ``(O, I)``.
+        bias: Its attribute, ``(O,)``, which may be None; or None for no bias.
+    """
+
+    def __init__(self, owner: nn.Module, weight: str, bias: str | None = None) -> None:
+        super().__init__()
+        self.owner, self.names = owner, (weight, bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight."""
+        return getattr(self.owner, self.names[0])
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias, if any."""
+        return None if self.names[1] is None else getattr(self.owner, self.names[1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def clone(self) -> nn.Module:
+        """Return a Linear."""
+        return linear_of(self.weight, self.bias)
+
+
 class ScaleView(PartView):
     """LayerScale factors that somebody else's module holds.
 
@@ -469,8 +503,11 @@ class _Reuse:
         if hasattr(whole, "linear"):  # Gemma 4 clamps around its linear layers
             part = whole = whole.linear
             name += ".linear"
-        require_exactly(whole, name, (nn.Linear,))
-        require_plain(whole, name)
+        if isinstance(part, WeightView):
+            name = f"{self._unnamed(part.owner)}: {part.names[0]}"
+        else:
+            require_exactly(whole, name, (nn.Linear,))
+            require_plain(whole, name)
         if not whole.weight.is_floating_point():  # quantised in place, say
             raise NotImplementedError(
                 f"{name}.weight must have a floating dtype, got {whole.weight.dtype}"

@@ -8,6 +8,7 @@ from uhd_ops.retrofit.insertion import (
     remove_early_compressor,
     remove_progressive_compression,
 )
+from uhd_ops.retrofit.own_models import register_family
 from uhd_ops.retrofit.patch_embedding import PatchRefinement, refine_patch_embedding
 from uhd_ops.retrofit.registry import takes_compressor
 from uhd_ops.retrofit.weights import freeze_for_stage, load_plain_checkpoint
@@ -20,6 +21,7 @@ __all__ = [
     "insert_progressive_compression",
     "load_plain_checkpoint",
     "refine_patch_embedding",
+    "register_family",
     "remove_early_compressor",
     "remove_progressive_compression",
     "takes_compressor",

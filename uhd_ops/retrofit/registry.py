@@ -114,6 +114,7 @@ FAMILIES = (
     ),
     Row("hf_dinov2", "transformers.models.dinov3_vit.modeling_dinov3_vit", (), ("DINOv3ViTLayer",)),
 )
+OWN: dict[type, Family] = {}  # by register_family
 # Dotted name of a class -> the file that knows it, and what it is called there.
 _MODELS = {
     f"{row.module}.{name}": (row.file, attribute)
@@ -141,14 +142,27 @@ def family_of(vit: nn.Module, library: str = "") -> Family:
     if not isinstance(vit, nn.Module):
         raise TypeError(f"vit must be a torch.nn.Module, got {type(vit).__name__}")
     found = _look_up(vit, library)
+    if isinstance(found, Family):
+        return found
     if found is not None:
         return getattr(_import(found[0]), found[1])
     inner = [name for name, module in vit.named_modules() if _look_up(module, library)]
     why = _reason(vit)
-    hint = f": {why}" if why else f"; its {inner[0]!r} is one: pass that" if inner else ""
+    if why:
+        reason = f"{why}, so vit takes no compressor"
+    elif inner:
+        reason = f"vit is no vision transformer, but its {inner[0]!r} is one: pass that"
+    else:
+        reason = f"vit is of no class that is known{library and ' in '}{library}"
     raise NotImplementedError(
-        f"vit must be one of {_supported(library)}, got {type(vit).__name__}{hint}"
+        f"{reason}; got {_dotted(body_class(vit))}. docs/models.md lists the classes of timm that "
+        "are known, docs/own_vit.md shows how to register one of your own"
     )
+
+
+def is_built_in(cls: type) -> bool:
+    """Whether this very class is in a row."""
+    return _dotted(cls) in _MODELS
 
 
 def packed_of(vit: nn.Module) -> tuple[nn.Module, type[PackedModel]]:
@@ -213,8 +227,10 @@ def _import(file: str) -> object:
     return sys.modules.get(name) or importlib.import_module(name)
 
 
-def _look_up(module: nn.Module, library: str = "") -> tuple[str, str] | None:
+def _look_up(module: nn.Module, library: str = "") -> Family | tuple[str, str] | None:
     for cls in type(module).__mro__:
+        if cls in OWN:
+            return OWN[cls]
         name = _dotted(cls)
         if name in _MODELS and name.startswith(library):
             return _MODELS[name]
@@ -234,14 +250,3 @@ def _reason(vit: nn.Module) -> str | None:
     if isinstance(info, list) and len({stage.get("reduction") for stage in info}) > 1:
         return "its stages reduce the resolution already"
     return None
-
-
-def _supported(library: str) -> str:
-    """The classes that take a compressor, by library."""
-    libraries = {}
-    for name in _MODELS:
-        if name.startswith(library):
-            origin, *_, cls = name.split(".")
-            libraries.setdefault(origin, []).append(cls)
-    found = (f"{origin}'s {', '.join(sorted(known))}" for origin, known in libraries.items())
-    return "; ".join(found)

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision transformers of the caller's own: a family for one class, given by a few functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, SupportsIndex
+
+import torch
+from torch import nn
+
+from uhd_ops._checks import check_int
+from uhd_ops.nn.block_spec import BlockSpec
+from uhd_ops.nn.early_compressor import CompressorConfig
+from uhd_ops.nn.modules import is_mixed, mixed, require_own_forward
+from uhd_ops.nn.positions import Rotary
+from uhd_ops.retrofit.adapter import (
+    CompressedBlock,
+    CompressedModel,
+    Family,
+    TokenLayout,
+    require_methods,
+)
+from uhd_ops.retrofit.packed import PackedModel
+from uhd_ops.retrofit.registry import OWN, is_built_in
+
+
+def register_family(
+    cls: type[nn.Module],
+    *,
+    blocks: str,
+    read_block: Callable[[nn.Module], BlockSpec],
+    grid: Callable[..., tuple[int, int]],
+    prefix_tokens: int = 0,
+    layout: str = "NLC",
+    methods: Sequence[str] = ("forward",),
+) -> type[nn.Module]:
+    """Make a vision transformer of your own one that takes a compressor.
+
+    Afterwards :func:`uhd_ops.insert_early_compressor`, ``insert_progressive_compression``, their
+    removal, copying, pickling, gradient checkpointing, ``torch.compile``, ``load_plain_checkpoint``
+    and ``flops.count_forward`` work on its instances as on those of timm. What its blocks get must
+    be tokens that have their positions already: anything else that a block is called with is passed
+    on, and the blocks behind the compressor get it too. docs/own_vit.md works through two models.
+
+    Args:
+        cls: Class of the model. Its subclasses belong to it, unless they replace one of
+            ``methods``.
+        blocks: Dotted name of the ``ModuleList`` of blocks inside the model.
+        read_block: ``read_block(block)`` names the parts of a block. The compressor starts from
+            copies of them; the block itself stays as it is.
+        grid: ``grid(model, **arguments)`` returns ``(h, w)``, the rows and columns of patches; the
+            arguments are those of the method called, by name, with its defaults.
+        prefix_tokens: Tokens in front of the patches, such as a class token.
+        layout: ``"NLC"`` if the blocks take ``(B, L, C)``, ``"LNC"`` for ``(L, B, C)``.
+        methods: Methods of the model that run the blocks and are called from outside.
+
+    Returns:
+        ``cls`` itself.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``cls`` belongs to a family of this package, lacks one of ``methods``, or an
+            argument is out of range.
+
+    Example:
+        >>> import torch, uhd_ops
+        >>> from torch import nn
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.norm, self.mlp_norm = nn.LayerNorm(32), nn.LayerNorm(32)
+        ...         self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        ...         self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        ...     def forward(self, x):
+        ...         y = self.norm(x)
+        ...         x = x + self.attention(y, y, y, need_weights=False)[0]
+        ...         return x + self.mlp(self.mlp_norm(x))
+        >>> class Tower(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed = nn.Conv2d(3, 32, 8, 8)
+        ...         self.blocks = nn.ModuleList(Block() for _ in range(2))
+        ...     def forward(self, images):
+        ...         x = self.embed(images).flatten(2).transpose(1, 2)
+        ...         for block in self.blocks:
+        ...             x = block(x)
+        ...         return x
+        >>> from uhd_ops.nn import AttentionSpec, BlockSpec, MlpSpec, WeightView
+        >>> def read(block):
+        ...     attention = AttentionSpec(
+        ...         num_heads=2,
+        ...         projections=(WeightView(block.attention, "in_proj_weight", "in_proj_bias"),),
+        ...         proj=WeightView(block.attention.out_proj, "weight", "bias"),
+        ...         head_dim=16,
+        ...         norm=block.norm,
+        ...     )
+        ...     mlp = MlpSpec(block.mlp[0], block.mlp[2], "gelu", norm=block.mlp_norm)
+        ...     return BlockSpec(32, (attention,), (mlp,), block=block)
+        >>> def grid(tower, images):
+        ...     return images.shape[-2] // 8, images.shape[-1] // 8
+        >>> _ = uhd_ops.register_family(Tower, blocks="blocks", read_block=read, grid=grid)
+        >>> tower = uhd_ops.insert_early_compressor(Tower(), layer=0)
+        >>> tower(torch.randn(1, 3, 32, 48)).shape  # 4 x 6 patches, 2 x 3 behind the compressor
+        torch.Size([1, 6, 32])
+    """
+    _check(cls, blocks, read_block, grid, layout, methods)
+    prefix_tokens = check_int(prefix_tokens, "prefix_tokens", 0)
+    made = {
+        "__doc__": f"A {cls.__name__} with a compressor.",
+        "__module__": __name__,
+        "blocks_name": blocks,
+        "_grid_of": staticmethod(grid),
+        "_prefix_tokens": prefix_tokens,
+        "_layout_class": TokenLayout if layout == "NLC" else SequenceFirstLayout,
+        "adapted": dict.fromkeys(methods, "_run"),
+    }
+
+    def read(vit: nn.Module, block: nn.Module) -> BlockSpec:
+        spec = read_block(block)
+        if not isinstance(spec, BlockSpec):
+            raise TypeError(f"read_block must return an nn.BlockSpec, got {type(spec).__name__}")
+        return spec
+
+    OWN[cls] = Family(
+        type(f"Own{cls.__name__}", (OwnModel,), made),
+        OwnBlock,
+        None,
+        functools.partial(_check_model, cls, blocks, tuple(methods)),
+        read=read,
+        packed=OwnPacked,
+    )
+    return cls
+
+
+class SequenceFirstLayout(TokenLayout):
+    """A sequence ``(P + h*w, B, C)``."""
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` has as many tokens."""
+        return super().holds(x.transpose(0, 1))
+
+    def merge(
+        self, x: torch.Tensor, compressor: nn.Module, positions: Rotary | None = None
+    ) -> torch.Tensor:
+        """Run the compressor on the patches; prefix tokens pass unchanged."""
+        return super().merge(x.transpose(0, 1), compressor, positions).transpose(0, 1)
+
+
+class OwnModel(CompressedModel):
+    """A registered model; each class that is registered has a subclass of this."""
+
+    _grid_of: ClassVar[Callable[..., tuple[int, int]]]
+    _prefix_tokens: ClassVar[int]
+    _layout_class: ClassVar[type[TokenLayout]]
+
+    def _layout(self, **arguments: Any) -> TokenLayout:
+        height, width = self._grid_of(self, **arguments)
+        return self._layout_class(height, width, self._prefix_tokens)
+
+    def _layout_of_every_image(self) -> None:
+        return None
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
+        """By the registered class: what stands in front of it is made where it is registered."""
+        function, arguments, *state = super().__reduce_ex__(protocol)
+        if not is_mixed(type(self)):
+            return function, arguments, *state
+        return _new, (type(self).body_class,), *state
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    """Make an empty model with a compressor, for pickle and copy."""
+    registered = next((base for base in cls.__mro__ if base in OWN), None)
+    if registered is None:
+        raise ValueError(
+            f"{cls.__module__}.{cls.__qualname__} must be registered by uhd_ops.register_family "
+            "before one with a compressor is loaded"
+        )
+    made = mixed(OWN[registered].model, cls)
+    return made.__new__(made)
+
+
+class OwnBlock(CompressedBlock):
+    """Block ``layer``."""
+
+
+class OwnPacked(PackedModel):
+    """Nothing says how a registered model embeds packed views."""
+
+    @classmethod
+    def check(cls, vit: nn.Module) -> None:
+        """Refuse it."""
+        raise NotImplementedError(
+            "nn.SliceEncoder takes models of timm and transformers, got the registered class "
+            f"{type(vit).__name__}: encode its views one size at a time"
+        )
+
+
+def _check_model(
+    cls: type, blocks: str, methods: tuple[str, ...], vit: nn.Module, config: CompressorConfig
+) -> None:
+    """Refuse a model that is not what was registered."""
+    require_methods(vit, cls, methods)
+    found = vit.get_submodule(blocks)
+    if not isinstance(found, (nn.ModuleList, nn.Sequential)):
+        raise NotImplementedError(
+            f"vit.{blocks} must be a ModuleList or Sequential, got {type(found).__name__}"
+        )
+    for index in config.layers:
+        require_own_forward(found[index], f"vit.{blocks}.{index}")
+
+
+def _check(cls: Any, blocks: Any, read_block: Any, grid: Any, layout: Any, methods: Any) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a class of modules, got {cls!r}")
+    if is_mixed(cls) or is_built_in(cls):
+        raise ValueError(f"cls must not be of a family that is known, got {cls.__name__}")
+    if not isinstance(blocks, str):
+        raise TypeError(f"blocks must be a dotted name, got {type(blocks).__name__}")
+    for name, function in (("read_block", read_block), ("grid", grid)):
+        if not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+    if layout not in ("NLC", "LNC"):
+        raise ValueError(f'layout must be "NLC" or "LNC", got {layout!r}')
+    if isinstance(methods, str):
+        raise TypeError(f"methods must be a sequence of names, got {methods!r}")
+    for name in methods:
+        if not callable(getattr(cls, name, None)):
+            raise ValueError(f"methods must name methods of {cls.__name__}, got {name!r}")
