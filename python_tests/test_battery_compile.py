@@ -119,10 +119,16 @@ def test_another_batch_of_images_does_not_recompile(name):
     assert_compiled_in_the_first_call(graphs)
 
 
-@pytest.mark.parametrize("name", GRIDDED)
-def test_grid_computed_from_the_input(name):
+@parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in GRIDDED),
+        *(("pixel_unshuffle", {"order_in": order}) for order in ORDERS[1:]),
+    ],
+)
+def test_grid_computed_from_the_input(name, options):
     # A model that is compiled as a whole: the grid is the shape of a feature map, symbols there.
-    call = batched(make_call(name, grids=[(3, 5)] * 2), 2)
+    call = batched(make_call(name, grids=[(3, 5)] * 2, **options), 2)
 
     def model(*maps):
         inner = call.put(call.grids, tuple(maps[0].shape[1:3]))
@@ -134,7 +140,7 @@ def test_grid_computed_from_the_input(name):
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     graphs = []
     for batch, pair in ((13, (3, 5)), (3, (6, 4)), (4, (7, 8))):
-        other = make_call(name, grids=[pair] * batch)
+        other = make_call(name, grids=[pair] * batch, **options)
         maps = [other.get(p).unflatten(0, (batch, *pair)) for p in call.per_token]
         assert_same_bits(compiled(*maps), model(*maps))
         graphs.append(backend.frame_count)

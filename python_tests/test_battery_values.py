@@ -129,11 +129,6 @@ def test_every_form_of_grids(name, device, form):
     out, grads = gradients(public(name), other)
     assert_same_bits(out, wanted_out)
     assert_same_bits(grads, wanted_grads, "gradient")
-
-
-@pytest.mark.parametrize("form", FORMS)
-@per_op(GRIDDED)
-def test_one_grid_in_every_form(name, device, form):
     call = make_call(name, grids=GRIDS[1:], device=device)
     wanted = run(public(name), call)
     assert_same_bits(run(public(name), call.put(call.grids, FORMS[form](GRIDS[1:]))), wanted)

@@ -2,12 +2,12 @@
 """Tables that are kept: their bytes are limited, and nothing else depends on what is kept."""
 
 import gc
-import threading
 import weakref
 
 import pytest
 import torch
 from battery import assert_same_bits
+from battery.calls import in_threads
 
 import uhd_ops
 from uhd_ops import PackedGrids, _cache
@@ -141,11 +141,7 @@ def test_threads_share_a_cache_that_is_too_small():
             if i == seed:
                 uhd_ops.clear_caches()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(6))
     assert wrong == []
     assert 0 <= _cache._held <= 50_000
     uhd_ops.clear_caches()

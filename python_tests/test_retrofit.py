@@ -10,6 +10,7 @@ import threading
 import pytest
 import timm
 import torch
+from battery.calls import in_threads
 from families import vision_transformer
 from families.case import assert_close, random_images, snapshot
 from families.vision_transformer import make, make_distilled
@@ -219,13 +220,7 @@ def test_threads_may_use_different_sizes():
             if not torch.equal(vit(x), logits):
                 wrong.append(x.shape)
 
-    threads = [
-        threading.Thread(target=work, args=pair) for pair in zip(inputs, wanted, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, inputs, wanted)
     assert not wrong
 
 

@@ -15,6 +15,7 @@ import weakref
 
 import pytest
 import torch
+from battery.calls import in_threads
 from families import eva, naflexvit
 from families.case import assert_close
 from families.case import random_images as images
@@ -219,12 +220,7 @@ def test_threads_recompute_their_own_pass():
             if not torch.allclose(found, gradient):
                 wrong.append(x.shape)
 
-    pairs = zip(inputs, expected, strict=True)
-    threads = [threading.Thread(target=work, args=pair) for pair in pairs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, inputs, expected)
     assert not wrong
 
 

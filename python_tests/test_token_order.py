@@ -10,7 +10,6 @@ from battery.allocations import Allocations, nbytes
 from battery.marks import native_only
 from hypothesis import given
 from specs import SPECS
-from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import uhd_ops
@@ -119,23 +118,6 @@ def test_window_major_tokens_are_not_copied(name):
         out = run(public(name), call)
     # The result, and scratch space of one thread.
     assert allocations.peak < nbytes([out]) + nbytes([call.args[0]]) / 2
-
-
-@kernels_only
-@pytest.mark.parametrize("order_in", ["block", (3, 2)], ids=str)
-def test_compiled_with_a_grid_computed_from_the_input(order_in):
-    def merge(image):
-        grid = tuple(image.shape[1:3])
-        return uhd_ops.pixel_unshuffle(image.flatten(1, 2), grid, order_in=order_in)
-
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(merge, fullgraph=True, dynamic=True, backend=backend)
-    for batch, height, width in ((13, 3, 5), (3, 6, 4), (4, 7, 8)):
-        image = torch.randn(batch, height, width, 6)
-        assert_same_bits(compiled(image), merge(image))
-    assert backend.frame_count == 1
-    torch._dynamo.reset()
 
 
 def test_what_is_kept_serves_training_after_inference():

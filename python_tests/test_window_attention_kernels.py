@@ -10,7 +10,7 @@ import os
 
 import pytest
 import torch
-from battery import assert_close, assert_same_bits, gradients
+from battery import ISAS, assert_close, assert_same_bits, gradients, using_isa
 from battery.calls import random_like, token_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -70,11 +70,15 @@ def test_drawn_grids(dtype, side, grids, head_dim, order):
     check(make(grids, dtype, head_dim, side, order), f"{grids}, side {side}, head {head_dim}")
 
 
-@pytest.mark.parametrize("head_dim", [*FAST_HEADS, 40, 73, 300])
+# Around the width of a vector of each instruction set, where the masked rest begins, too.
+@pytest.mark.parametrize("head_dim", [*FAST_HEADS, 1, 15, 16, 17, 31, 33, 40, 73, 200, 300])
 @pytest.mark.parametrize("side", [2, 5])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
 def test_every_head_size(dtype, side, head_dim):
-    check(make([(5, 7), (4, 4)], dtype, head_dim, side))
+    call = make([(5, 7), (4, 4)], dtype, head_dim, side)
+    for isa in ISAS:
+        with using_isa(isa):
+            check(call, isa)
 
 
 def packed_projection(call):

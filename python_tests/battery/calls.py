@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from threading import Thread
 
 import torch
 from specs import SPECS, Call
@@ -102,3 +103,12 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
 
 
 LAYOUTS = (contiguous, strided, sliced, transposed)
+
+
+def in_threads(work: Callable, *arguments: Sequence) -> None:
+    """Call ``work`` in as many threads as there are arguments, at once, and wait for all."""
+    threads = [Thread(target=work, args=each) for each in zip(*arguments, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
