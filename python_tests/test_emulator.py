@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from battery.halves import HALVES, check_rounding, check_widening
 from battery.marks import native_only
 
 HERE = Path(__file__).resolve().parent
@@ -24,7 +25,6 @@ BUILDS = {
     "ucontext": ["-O0", "-DUHD_EMULATOR_UCONTEXT"],
 }
 ORDERS = ("ascending", "descending", "1", "2", "3")
-HALVES = {"half": torch.float16, "bf16": torch.bfloat16}
 COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
 
 # Like test_vec.py: where the kernels are built there is a compiler, and this never skips.
@@ -267,33 +267,7 @@ def test_functions_of_the_language(emulator_check):
     ]
 
 
+@pytest.mark.parametrize("check", [check_widening, check_rounding])
 @pytest.mark.parametrize("kind", HALVES)
-def test_every_half_widens_exactly(emulator_check, kind):
-    wanted = torch.arange(65536).to(torch.uint16).view(HALVES[kind]).float()
-    got = torch.frombuffer(bytearray(emulator_check("widen", kind).stdout), dtype=torch.float32)
-    assert torch.equal(got.isnan(), wanted.isnan())
-    number = ~wanted.isnan()
-    assert torch.equal(got.view(torch.int32)[number], wanted.view(torch.int32)[number])
-
-
-@pytest.mark.parametrize("kind", HALVES)
-def test_rounding_to_half(emulator_check, kind):
-    dtype = HALVES[kind]
-    every = torch.arange(65536).to(torch.uint16).view(dtype).float()
-    # Each half itself; half-way to its neighbour, and one bit to either side. The spacing in the
-    # subnormal range is fixed instead.
-    middle = every.view(torch.int32) + (1 << (12 if dtype == torch.float16 else 15))
-    near = torch.cat([middle + offset for offset in (-1, 0, 1)]).view(torch.float32)
-    tiny = (torch.arange(4096) * torch.finfo(dtype).smallest_normal / 2048).float()
-    beside = [torch.nextafter(tiny, torch.tensor(limit)) for limit in (0.0, 1.0)]
-    generator = torch.Generator().manual_seed(0)
-    low, high = -(1 << 31), (1 << 31) - 1
-    anything = torch.randint(low, high, (500_000,), generator=generator).to(torch.int32)
-    floats = torch.cat([every, near, tiny, -tiny, *beside, anything.view(torch.float32)])
-
-    data = emulator_check("narrow", kind, stdin=floats.numpy().tobytes()).stdout
-    got = torch.frombuffer(bytearray(data), dtype=torch.int16)
-    wanted = floats.to(dtype)
-    assert torch.equal(got.view(dtype).isnan(), wanted.isnan())
-    number = ~wanted.isnan()
-    assert torch.equal(got[number], wanted.view(torch.int16)[number])
+def test_halves(emulator_check, kind, check):
+    check(lambda *words, stdin=b"": emulator_check(*words, stdin=stdin).stdout, kind)

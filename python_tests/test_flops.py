@@ -126,68 +126,59 @@ def test_report():
         report["blocks.99"]
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
-        ({"dim": 7}, ValueError, "dim must be a multiple of heads, got dim = 7 and heads = 2"),
-        ({"depth": 2.0}, TypeError, "depth must be an int, got float"),
-        ({"heads": True}, TypeError, "heads must be an int, got bool"),
-        ({"prefix_tokens": -1}, ValueError, "prefix_tokens must be at least 0, got -1"),
+SIZES = {"dim": 6, "depth": 2, "heads": 2, "mlp_hidden": 5, "patch": 2}
+CONFIGS = {
+    "vit": lambda **change: ViTConfig(**{**SIZES, **change}),
+    "compressor": CompressorConfig,
+    "pool": lambda **change: CompressorConfig(**{"layers": (3,), "pool": "mean", **change}),
+    "connector": lambda **change: ConnectorConfig(**{"out_dim": 64, **change}),
+}
+CROSS = 'mlp must be "reuse" or "none" with attention=\'cross_mean\', got "plain"'
+ATTENTIONS = '"window", "none", "cross_top_left" or "cross_mean"'
+BAD_CONFIGS = {
+    ("vit", ValueError): [
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"dim": 7}, "dim must be a multiple of heads, got dim = 7 and heads = 2"),
+        ({"prefix_tokens": -1}, "prefix_tokens must be at least 0, got -1"),
     ],
-)
-def test_bad_vit_config(change, error, message):
-    sizes = {"dim": 6, "depth": 2, "heads": 2, "mlp_hidden": 5, "patch": 2}
-    with pytest.raises(error, match=f"^{message}$"):
-        ViTConfig(**{**sizes, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+    ("vit", TypeError): [
+        ({"depth": 2.0}, "depth must be an int, got float"),
+        ({"heads": True}, "heads must be an int, got bool"),
+    ],
+    ("compressor", ValueError): [
         ({"layers": -1}, "layer must be at least 0, got -1"),
         ({"layers": (3, 17)}, r"layers must be one without pool, got \(3, 17\)"),
         ({"form": "sparse"}, 'form must be "dense", "block" or "tied", got \'sparse\''),
-        (
-            {"attention": "full"},
-            'attention must be "window", "none", "cross_top_left" or "cross_mean", got \'full\'',
-        ),
+        ({"attention": "full"}, f"attention must be {ATTENTIONS}, got 'full'"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"window": 1}, "window must be at least 2, got 1"),
         ({"hidden_dim": 8}, "hidden_dim must be None without pool, got 8"),
         ({"positions": "here"}, 'positions must be "center" or "reindex", got \'here\''),
-        (
-            {"attention": "cross_mean", "mlp": "plain"},
-            'mlp must be "reuse" or "none" with attention=\'cross_mean\', got "plain"',
-        ),
+        ({"attention": "cross_mean", "mlp": "plain"}, CROSS),
     ],
-)
-def test_bad_compressor_config(change, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        CompressorConfig(**change)
+    ("pool", ValueError): [
+        ({"layers": (-1,)}, r"layers\[0\] must be at least 0, got -1"),
+        ({"layers": (3, 3)}, r"layers must ascend, with at least one, got \(3, 3\)"),
+        ({"pool": "max"}, "pool must be \"adaptive\", .* got 'max'"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1, got 0"),
+        ({"window": 1}, "window must be at least 2, got 1"),
+        ({"form": "tied"}, "form must be left out with pool='mean', got 'tied'"),
+    ],
+    ("pool", TypeError): [
+        ({"layers": (1.0,)}, r"layers\[0\] must be an int, got float"),
+        ({"layers": 3}, "layers must be a sequence of ints, got int"),
+    ],
+    ("connector", ValueError): [({"merger_times": 0}, "merger_times must be at least 1, got 0")],
+}
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"layers": (-1,)}, ValueError, r"layers\[0\] must be at least 0, got -1"),
-        ({"layers": (1.0,)}, TypeError, r"layers\[0\] must be an int, got float"),
-        ({"layers": 3}, TypeError, "layers must be a sequence of ints, got int"),
-        ({"layers": (3, 3)}, ValueError, r"layers must ascend, with at least one, got \(3, 3\)"),
-        ({"pool": "max"}, ValueError, "pool must be \"adaptive\", .* got 'max'"),
-        ({"hidden_dim": 0}, ValueError, "hidden_dim must be at least 1, got 0"),
-        ({"window": 1}, ValueError, "window must be at least 2, got 1"),
-        ({"form": "tied"}, ValueError, "form must be left out with pool='mean', got 'tied'"),
-    ],
+    ("config", "error", "change", "message"),
+    [(*key, *row) for key, rows in BAD_CONFIGS.items() for row in rows],
 )
-def test_bad_pool_config(change, error, message):
+def test_bad_configs(config, error, change, message):
     with pytest.raises(error, match=f"^{message}$"):
-        CompressorConfig(**{"layers": (3,), "pool": "mean", **change})
-
-
-def test_bad_connector_config():
-    with pytest.raises(ValueError, match=r"^merger_times must be at least 1, got 0$"):
-        ConnectorConfig(64, 0)
+        CONFIGS[config](**change)
 
 
 def test_bad_calls():

@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from battery import ISAS
+from battery.halves import HALVES, check_rounding, check_widening
 from battery.marks import native_only
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +19,6 @@ FLAGS = {  # as in CMakeLists.txt, which test_flags_are_those_of_the_build check
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
 COMMON = ["-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"]
-HALVES = {"half": torch.float16, "bf16": torch.bfloat16}
 COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
 
 # This module needs a build, and a build needs a compiler: it never skips where the kernels are.
@@ -62,38 +61,7 @@ def test_exp(vec_check):
     assert edges == [math.inf, 0.0, 1.0, 1.0, math.inf, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("check", [check_widening, check_rounding])
 @pytest.mark.parametrize("kind", HALVES)
-def test_every_half_widens_exactly(vec_check, kind):
-    patterns = torch.arange(65536).to(torch.uint16).view(HALVES[kind])
-    wanted = patterns.float()
-    widened = torch.frombuffer(bytearray(vec_check("widen", kind)), dtype=torch.float32)
-    assert torch.equal(widened.isnan(), wanted.isnan())
-    number = ~wanted.isnan()
-    assert torch.equal(widened.view(torch.int32)[number], wanted.view(torch.int32)[number])
-    # And back: the number of each pattern is the pattern itself.
-    data = bytearray(vec_check("narrow", kind, stdin=widened.numpy().tobytes()))
-    back = torch.frombuffer(data, dtype=torch.int16)
-    assert torch.equal(back[number], patterns.view(torch.int16)[number])
-    assert back.view(HALVES[kind])[~number].isnan().all()
-
-
-@pytest.mark.parametrize("kind", HALVES)
-def test_rounding_to_half(vec_check, kind):
-    dtype = HALVES[kind]
-    generator = torch.Generator().manual_seed(0)
-    low, high = -(1 << 31), (1 << 31) - 1
-    anything = torch.randint(low, high, (2_000_000,), generator=generator).to(torch.int32)
-    # Half-way between neighbours, and one bit to either side: where rounding goes wrong.
-    middle = torch.arange(65536).to(torch.uint16).view(dtype).float().view(torch.int32)
-    step = 1 << (12 if dtype == torch.float16 else 15)
-    bits = torch.cat([anything, *(middle + step + offset for offset in (-1, 0, 1))])
-    # Half-way below the smallest normal half, where the step is fixed instead.
-    tiny = (torch.arange(4096) * 2.0**-25).float()
-    floats = torch.cat([bits.view(torch.float32), tiny, torch.nextafter(tiny, torch.tensor(1.0))])
-
-    data = bytearray(vec_check("narrow", kind, stdin=floats.numpy().tobytes()))
-    rounded = torch.frombuffer(data, dtype=torch.int16)
-    wanted = floats.to(dtype)
-    assert rounded.view(dtype).isnan().equal(wanted.isnan())
-    number = ~wanted.isnan()
-    assert torch.equal(rounded[number], wanted.view(torch.int16)[number])
+def test_halves(vec_check, kind, check):
+    check(vec_check, kind)
