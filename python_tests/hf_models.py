@@ -91,7 +91,7 @@ class HfCase:
             return states[1:], self.outputs_of(model, states[-1])[0]
 
         return Case(
-            self.make,
+            lambda depth=4: self.make(num_hidden_layers=depth),
             by_hand,
             sizes=((12, 40), (32, 20), (8, 16)),
             images=lambda model, batch=2, dtype=torch.float32, size=None: random_images(

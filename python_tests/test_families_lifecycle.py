@@ -34,10 +34,10 @@ HEADLESS = {"Gemma4VitEncoder", "Qwen3VitEncoder", "DeepseekVitEncoder"}
 COMPRESSOR = ".compressor."
 
 
-def made(name, dtype=torch.float32, **options):
+def made(name, dtype=torch.float32, depth=4, **options):
     """Return the case, its model with a compressor, and an input."""
     case = CASES[name]
-    model = case.make_first().to(dtype)
+    model = case.make_first(depth=depth).to(dtype)
     return case, insert_early_compressor(model, LAYER, **options), case.images(model, 2, dtype)
 
 
@@ -111,8 +111,15 @@ def test_every_parameter_learns(name, variant):
 
 # timm's own norms warn of it, in untouched models too.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "variant", "dtype"),
+    [
+        *((*both, torch.bfloat16) for both in VARIANTS),
+        *((n, next(iter(case.variants)), torch.float16) for n, case in CASES.items()),
+        *((n, next(iter(case.variants)), torch.float64) for n, case in CASES.items()),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_dtypes(name, variant, dtype):
     """The reuse initialisation rounds nothing, so it does not matter when the dtype changes."""
@@ -186,7 +193,7 @@ def test_copies_are_their_own(name):
 @pytest.mark.parametrize("name", COMPILED)
 @torch.no_grad()
 def test_compile(name):
-    case, model, x = made(name)
+    case, model, x = made(name, depth=3)  # in front of the compressor, with it, and behind it
     expected = case.run(model, x)
     torch._dynamo.reset()
     run = model.forward_features if name in TIMM else functools.partial(case.run, model)
@@ -200,7 +207,7 @@ def test_compile(name):
 @pytest.mark.parametrize("name", EXPORTED)
 @torch.no_grad()
 def test_exports(name):
-    _, model, x = made(name)
+    _, model, x = made(name, depth=3)
     assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
 
 

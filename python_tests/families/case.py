@@ -90,9 +90,9 @@ class Case:
         """Make the model of one variant."""
         return self.make(**self.variants[variant])
 
-    def make_first(self):
-        """Make the model of the default variant."""
-        return self.make(**next(iter(self.variants.values())))
+    def make_first(self, **options):
+        """Make the model of the default variant, with other options beside its own."""
+        return self.make(**next(iter(self.variants.values())), **options)
 
 
 def randomise(model):
