@@ -22,7 +22,7 @@ from uhd_ops.retrofit.adapter import (
     image_layout,
     require_methods,
 )
-from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
+from uhd_ops.retrofit.families import timm_vision_transformer as parts
 from uhd_ops.retrofit.packed import Sides
 from uhd_ops.retrofit.rope import RotaryTables, frequencies_of, require_rope
 
@@ -71,7 +71,7 @@ class CompressedEncoder(CompressedModel):
         return image_layout(self, x, 0, frequencies_of(self.rope))
 
 
-class PackedEncoder(RotaryTables, PackedTimm):
+class PackedEncoder(RotaryTables, parts.PackedTimm):
     """An encoder on packed views."""
 
     methods = ("forward_features", "_pos_embed")
@@ -90,5 +90,5 @@ def require_encoder(vit: nn.Module, encoder: type[nn.Module], classifier: type[n
         require_methods(vit, classifier, methods)
     vit = encoder_or_self(vit)
     require_methods(vit, encoder, (*methods, "_pos_embed"))
-    require_patch_embedding(vit)
+    parts.require_patch_embedding(vit)
     require_rope(vit)

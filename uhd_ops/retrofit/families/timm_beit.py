@@ -25,10 +25,6 @@ from uhd_ops.retrofit.adapter import (
     require_methods,
 )
 from uhd_ops.retrofit.families import timm_vision_transformer as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import (
-    PackedVisionTransformer,
-    require_patch_embedding,
-)
 from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.relative_positions import (
     CoarseBiasBlock,
@@ -124,7 +120,7 @@ class CoarseBeitAttention(CoarsePart):
 def check(vit: beit.Beit, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, beit.Beit, _METHODS)
-    require_patch_embedding(vit)
+    parts.require_patch_embedding(vit)
     require_blocks(vit, config, (beit.Block,), beit.Attention)
 
 
@@ -145,7 +141,7 @@ def score_bias(module: nn.Module, grid: Grid, window: int, positions: str) -> to
     return parts.resize_table(table, module.window_size, grid, 3)[index].permute(2, 0, 1)
 
 
-class PackedBeit(PackedRelativePositions, PackedVisionTransformer):
+class PackedBeit(PackedRelativePositions, parts.PackedVisionTransformer):
     """A Beit on packed views."""
 
     methods = ("forward_features",)

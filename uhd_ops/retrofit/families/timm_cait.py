@@ -21,11 +21,6 @@ from uhd_ops.retrofit.adapter import (
     require_methods,
 )
 from uhd_ops.retrofit.families import timm_vision_transformer as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import (
-    PackedTimm,
-    PackedVisionTransformer,
-    require_patch_embedding,
-)
 from uhd_ops.retrofit.packed import Grid, Sides
 
 
@@ -73,10 +68,10 @@ class CompressedCait(CompressedModel):
 def check(vit: Cait, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, Cait, _METHODS)
-    require_patch_embedding(vit)
+    parts.require_patch_embedding(vit)
 
 
-class PackedCait(PackedVisionTransformer):
+class PackedCait(parts.PackedVisionTransformer):
     """A Cait on packed views."""
 
     methods = ("forward_features", "forward_cls")
@@ -85,7 +80,7 @@ class PackedCait(PackedVisionTransformer):
     @classmethod
     def check(cls, vit: Cait) -> None:
         """Refuse a patch embedding that is not understood."""
-        PackedTimm.check(vit)
+        parts.PackedTimm.check(vit)
 
     def prefix(self) -> None:
         """The class token joins behind the blocks."""

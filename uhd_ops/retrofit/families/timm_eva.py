@@ -23,10 +23,6 @@ from uhd_ops.retrofit.adapter import (
     require_methods,
 )
 from uhd_ops.retrofit.families import timm_vision_transformer as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import (
-    PackedVisionTransformer,
-    require_patch_embedding,
-)
 from uhd_ops.retrofit.packed import Grid, Tables
 from uhd_ops.retrofit.rope import (
     CoarseRopeBlock,
@@ -94,11 +90,11 @@ class CompressedEva(CompressedModel):
 def check(vit: Eva, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, Eva, _METHODS)
-    require_patch_embedding(vit)
+    parts.require_patch_embedding(vit)
     require_rope(vit)
 
 
-class PackedEva(RotaryTables, PackedVisionTransformer):
+class PackedEva(RotaryTables, parts.PackedVisionTransformer):
     """An Eva on packed views."""
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:

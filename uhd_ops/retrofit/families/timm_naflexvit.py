@@ -25,7 +25,7 @@ from uhd_ops.retrofit.adapter import (
     refuse_masks,
     require_methods,
 )
-from uhd_ops.retrofit.families.timm_vision_transformer import prefix_tokens
+from uhd_ops.retrofit.families import timm_vision_transformer as parts
 from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.padded_layout import PaddedLayout
 from uhd_ops.retrofit.rope import (
@@ -179,7 +179,7 @@ class PackedNaFlexVit(RotaryTables):
 
     def prefix(self) -> torch.Tensor | None:
         """Class and register tokens; they have no positions."""
-        tokens = prefix_tokens(self.vit.embeds)
+        tokens = parts.prefix_tokens(self.vit.embeds)
         return torch.cat(tokens, 1) if tokens else None
 
     def absolute(self, grid: Grid) -> torch.Tensor | None:

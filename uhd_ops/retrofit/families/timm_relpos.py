@@ -29,7 +29,6 @@ from uhd_ops.retrofit.adapter import (
     require_methods,
 )
 from uhd_ops.retrofit.families import timm_vision_transformer as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
 from uhd_ops.retrofit.packed import Grid
 from uhd_ops.retrofit.relative_positions import (
     CoarseBiasBlock,
@@ -122,7 +121,7 @@ def score_bias(module: nn.Module, grid: Grid, window: int, positions: str) -> to
     return body_class(module).get_bias(StandIn(module, bias_shape=(*index.shape, heads), **own))[0]
 
 
-class PackedRelPos(PackedRelativePositions, PackedTimm):
+class PackedRelPos(PackedRelativePositions, parts.PackedTimm):
     """A VisionTransformerRelPos on packed views."""
 
     methods = ("forward_features",)
@@ -142,7 +141,7 @@ class PackedRelPos(PackedRelativePositions, PackedTimm):
 def check(vit: relpos.VisionTransformerRelPos, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, relpos.VisionTransformerRelPos, _METHODS)
-    require_patch_embedding(vit)
+    parts.require_patch_embedding(vit)
     classes = (relpos.RelPosBlock, relpos.ResPostRelPosBlock)
     require_blocks(vit, config, classes, relpos.RelPosAttention)
     allowed = (layers.RelPosBias, layers.RelPosMlp)

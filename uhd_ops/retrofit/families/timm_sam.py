@@ -37,7 +37,6 @@ from uhd_ops.retrofit.adapter import (
     require_methods,
 )
 from uhd_ops.retrofit.families import timm_vision_transformer as parts
-from uhd_ops.retrofit.families.timm_vision_transformer import PackedTimm, require_patch_embedding
 from uhd_ops.retrofit.packed import Grid, Sides
 from uhd_ops.retrofit.relative_positions import (
     StandIn,
@@ -214,7 +213,7 @@ class SamScope(ViewScope):
         return by_group(run, (x,), self.lengths, kinds)
 
 
-class PackedSam(PackedTimm):
+class PackedSam(parts.PackedTimm):
     """A VisionTransformerSAM on packed views.
 
     The attention of a block, whose windows may stick out of a map, is computed by its own module.
@@ -281,7 +280,7 @@ class PackedSam(PackedTimm):
 def check(vit: sam.VisionTransformerSAM, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, sam.VisionTransformerSAM, _METHODS)
-    require_patch_embedding(vit)
+    parts.require_patch_embedding(vit)
     require_blocks(vit, config, (sam.Block,), sam.Attention)
 
 

@@ -33,53 +33,7 @@ from uhd_ops.retrofit.packed import Grid, PackedModel
 # Older versions of timm have no differential attention.
 DiffAttention = getattr(layers, "DiffAttention", None)
 _ATTENTIONS = (layers.Attention, DiffAttention) if DiffAttention else (layers.Attention,)
-_MLPS = (layers.Mlp, layers.GluMlp, layers.SwiGLU)
-
-
-def vit_attention(
-    module: nn.Module, name: str, **branch: object
-) -> AttentionSpec | OwnAttentionSpec:
-    """Read ``Attention`` or ``DiffAttention``.
-
-    Args:
-        module: The attention.
-        name: What to call it in messages.
-        branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec.
-    """
-    if type(module) is layers.Attention:
-        return attention(module, name, **branch)
-    modules.require_exactly(module, name, _ATTENTIONS)
-    modules.require_own_forward(module, name)
-    check_scale(module, name)
-    for part in ("q_norm", "k_norm", "norm", "sub_norm"):
-        norm(getattr(module, part), f"{name}.{part}")
-    for part in ("attn_drop", "proj_drop"):
-        modules.dropout(getattr(module, part), f"{name}.{part}")
-    return OwnAttentionSpec(module, **branch)
-
-
-def vit_mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
-    """Read ``Mlp``, ``GluMlp``, ``SwiGLU``, or ViTamin's ``GeGluMlp``.
-
-    Args:
-        module: The MLP.
-        name: What to call it in messages.
-        branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
-    """
-    if type(module) in _MLPS:
-        return mlp(module, name, **branch)
-    modules.require_exactly(module, name, (*_MLPS, vitamin.GeGluMlp))
-    modules.require_own_forward(module, name)
-    return MlpSpec(
-        module.w1,
-        module.w2,
-        activation(module.act, f"{name}.act"),
-        gate=module.w0,
-        patch_norm=norm(module.norm, f"{name}.norm"),
-        hidden_dropout=modules.dropout(module.drop1, f"{name}.drop1"),
-        output_dropout=modules.dropout(module.drop2, f"{name}.drop2"),
-        **branch,
-    )
+_MLPS = (layers.Mlp, layers.GluMlp, layers.SwiGLU, vitamin.GeGluMlp)
 
 
 LAYER_NORMS = (nn.LayerNorm, layers.LayerNorm, layers.LayerNormFp32)
@@ -150,11 +104,11 @@ def activation(module: nn.Module, name: str) -> str:
 def attention(
     module: nn.Module,
     name: str,
-    classes: tuple[type, ...] = (layers.Attention,),
+    classes: tuple[type, ...] = _ATTENTIONS,
     projections: tuple[nn.Module, ...] | None = None,
     **branch: object,
-) -> AttentionSpec:
-    """Read timm's ``Attention``, or one that differs by what is added to the scores.
+) -> AttentionSpec | OwnAttentionSpec:
+    """Read timm's attention, differential or not, or one that adds something to its scores.
 
     Args:
         module: The attention.
@@ -166,6 +120,12 @@ def attention(
     modules.require_exactly(module, name, classes)
     modules.require_own_forward(module, name)
     check_scale(module, name)
+    if type(module) is DiffAttention:
+        for part in ("q_norm", "k_norm", "norm", "sub_norm"):
+            norm(getattr(module, part), f"{name}.{part}")
+        for part in ("attn_drop", "proj_drop"):
+            modules.dropout(getattr(module, part), f"{name}.{part}")
+        return OwnAttentionSpec(module, **branch)
     return AttentionSpec(
         module.num_heads,
         projections or (module.qkv,),
@@ -191,7 +151,7 @@ def check_scale(module: nn.Module, name: str, head_dim: int | None = None) -> No
 
 
 def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
-    """Read one of timm's MLPs: ``Mlp``, ``GluMlp`` and ``SwiGLU``.
+    """Read one of timm's MLPs: ``Mlp``, ``GluMlp``, ``SwiGLU``, or ViTamin's ``GeGluMlp``.
 
     Args:
         module: The MLP.
@@ -200,21 +160,24 @@ def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
     """
     modules.require_exactly(module, name, _MLPS)
     modules.require_own_forward(module, name)
-    if type(module) is layers.SwiGLU:
-        gate, fc1 = module.fc1_g, module.fc1_x
+    inside = "inner_norm"
+    if type(module) is vitamin.GeGluMlp:
+        gate, fc1, fc2, inside = module.w0, module.w1, module.w2, "patch_norm"
+    elif type(module) is layers.SwiGLU:
+        gate, fc1, fc2 = module.fc1_g, module.fc1_x, module.fc2
     elif type(module) is layers.GluMlp:
         halves = _halves(module.fc1)
-        gate, fc1 = reversed(halves) if module.gate_last else halves
+        (gate, fc1), fc2 = reversed(halves) if module.gate_last else halves, module.fc2
     else:
-        gate, fc1 = None, module.fc1
+        gate, fc1, fc2 = None, module.fc1, module.fc2
     return MlpSpec(
         fc1,
-        module.fc2,
+        fc2,
         activation(module.act, f"{name}.act"),
         gate=gate,
-        inner_norm=norm(module.norm, f"{name}.norm"),
         hidden_dropout=modules.dropout(module.drop1, f"{name}.drop1"),
         output_dropout=modules.dropout(module.drop2, f"{name}.drop2"),
+        **{inside: norm(module.norm, f"{name}.norm")},
         **branch,
     )
 
@@ -266,8 +229,8 @@ def read(block: nn.Module) -> BlockSpec:
         return _read_scaling(block)
     post_norm = cls is timm.ResPostBlock
     side = functools.partial(around, block, scale="ls", post_norm=post_norm)
-    attn = vit_attention(block.attn, "block.attn", **side(1))
-    ffn = vit_mlp(block.mlp, "block.mlp", **side(2))
+    attn = attention(block.attn, "block.attn", **side(1))
+    ffn = mlp(block.mlp, "block.mlp", **side(2))
     return BlockSpec(block.attn.qkv.in_features, (attn,), (ffn,), block=block)
 
 
@@ -277,11 +240,11 @@ _LAMBDAS = ("lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lamb
 def _read_things(block: nn.Module) -> BlockSpec:
     """Several attentions side by side, then several MLPs, each with its norm and LayerScale."""
     attentions = [
-        vit_attention(branch.attn, f"{name}.attn", **_around(branch, name))
+        attention(branch.attn, f"{name}.attn", **_around(branch, name))
         for branch, name in _sequences(block, "attns", "attn")
     ]
     mlps = [
-        vit_mlp(branch.mlp, f"{name}.mlp", **_around(branch, name))
+        mlp(branch.mlp, f"{name}.mlp", **_around(branch, name))
         for branch, name in _sequences(block, "ffns", "mlp")
     ]
     dim = block.attns[0].attn.qkv.in_features
@@ -324,7 +287,7 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
         "post": layer_scale(block.ls, "block.ls"),
         "drop_path": drop_path(block.drop_path, "block.drop_path"),
     }
-    mlp = MlpSpec(
+    ffn = MlpSpec(
         fc1,
         fc2,
         activation(block.mlp_act, "block.mlp_act"),
@@ -334,10 +297,10 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
     check_scale(block, "block")
     if hasattr(block, "lambda_init"):
         own = DiffAttentionView(block, qkv, proj)
-        vit_attention(own.build(), "block")
-        attention = OwnAttentionSpec(own, **around)
+        attention(own.build(), "block")
+        attn = OwnAttentionSpec(own, **around)
     else:
-        attention = AttentionSpec(
+        attn = AttentionSpec(
             block.num_heads,
             (qkv,),
             proj,
@@ -348,7 +311,7 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
             **around,
         )
     dim = block.in_proj.in_features
-    return BlockSpec(dim, (attention,), (mlp,), parallel=True, drop_together=True, block=block)
+    return BlockSpec(dim, (attn,), (ffn,), parallel=True, drop_together=True, block=block)
 
 
 def _split_in(block: nn.Module) -> tuple[nn.Module, nn.Module]:
