@@ -15,7 +15,7 @@ from safetensors import safe_open
 import uhd_ops
 from uhd_ops.cli import main
 from uhd_ops.cli._bench import CASES
-from uhd_ops.cli._picture import norm_map
+from uhd_ops.cli._report import norm_map
 
 MODEL = "test_vit"  # timm's smallest: 6 blocks of width 64, patch 16, one class token
 SMALL = ["--grid", "4x6", "--dim", "16", "--heads", "2", "--mlp-hidden", "8", "--rounds", "2"]

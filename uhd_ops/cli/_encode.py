@@ -163,7 +163,7 @@ def _encode(
     encoder: Encoder,
     arguments: argparse.Namespace,
 ) -> dict:
-    from uhd_ops.cli import _measure, _picture
+    from uhd_ops.cli import _measure
     from uhd_ops.slicing import pack_views, slice_image
 
     views = slice_image(image, plan)
@@ -176,7 +176,7 @@ def _encode(
     summary = _report.summarise(path, plan, encoder, comparison, arguments)
     with user_errors(OSError, prefix="cannot write the results: "):
         _write_tokens(folder / "tokens.safetensors", comparison.compressed, summary)
-        _picture.draw(folder / "slices.png", image, views[0], plan, comparison, summary)
+        _report.draw(folder / "slices.png", image, views[0], plan, comparison, summary)
         summary["files"] = [str(folder / name) for name in _report.FILES]
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -92,10 +92,7 @@ def pixel_unshuffle_mlp(
         activation: ``"gelu_tanh"``, ``"gelu"`` (the exact one, with erf), ``"quick_gelu"``,
             ``"silu"`` or ``"relu"``.
         residual: Whether to add the mean of the window's tokens.
-        order_in: Order of the tokens inside each view: ``"raster"``, ``"window"`` for window-major,
-            ``"block"`` for 2 x 2 blocks one after the other, or sides of nested blocks; see
-            :func:`uhd_ops.reorder_tokens`. Window-major tokens are read where they are; in other
-            orders but raster order they are copied into raster order first.
+        order_in: Order of the tokens inside each view, as for :func:`uhd_ops.pixel_unshuffle`.
 
     Returns:
         Merged tokens ``(M, C_out)`` in raster order, or ``(B, M / B, C_out)`` for batched ``x``, in

@@ -40,10 +40,7 @@ def window_pool(
         grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or
             one pair.
         window: Side of a window, in tokens.
-        order_in: Order of the tokens inside each view: ``"raster"``, ``"window"`` for window-major,
-            ``"block"`` for 2 x 2 blocks one after the other, or sides of nested blocks; see
-            :func:`uhd_ops.reorder_tokens`. Window-major tokens are read where they are; in other
-            orders but raster order they are copied into raster order first.
+        order_in: Order of the tokens inside each view, as for :func:`uhd_ops.pixel_unshuffle`.
 
     Returns:
         Pooled tokens ``(M, C)``, or ``(B, M / B, C)`` for batched ``x``, contiguous, in raster

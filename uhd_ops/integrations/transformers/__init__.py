@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of Hugging Face transformers on our operators; their weights in our modules."""
 
-from uhd_ops.integrations.transformers.acceleration import accelerate, restore
 from uhd_ops.integrations.transformers.attention_interface import register_attention
 from uhd_ops.integrations.transformers.checkpoints import (
     compressor_state_dict,
@@ -9,6 +8,7 @@ from uhd_ops.integrations.transformers.checkpoints import (
     merger_state_dict,
     vit_merger_state_dict,
 )
+from uhd_ops.integrations.transformers.minicpmv import accelerate, restore
 from uhd_ops.integrations.transformers.pretrained import from_pretrained
 
 __all__ = [
