@@ -239,9 +239,8 @@ def merge_windows(
     """
     name = activation if isinstance(activation, str) else _activation_name(activation)
     if name is not None and _are_plain(norm, fc1, fc2):
-        return _read_layers(
-            x, grids, norm, fc1, fc2, window=window, activation=name, residual=residual
-        )
+        options = {"factor": window, "activation": name, "residual": residual}
+        return _read_layers(x, grids, norm, fc1, fc2, **options)
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     y = fc2(act(fc1(norm(pixel_unshuffle(x, grids, window)))))
     return y + window_mean(x, grids, window) if residual else y
@@ -299,16 +298,9 @@ class WindowMlp(nn.Module):
         drops = self.training and (self.hidden_dropout or self.output_drop.p or self.drop_path)
         if self.reads_layers():
             ends_here = not drops and isinstance(self.post, nn.Identity)
-            branch = _read_layers(
-                x,
-                grids,
-                self.norm,
-                self.fc1,
-                self.fc2,
-                window=self.window,
-                activation=self.activation,
-                residual=residual and ends_here,
-            )
+            options = {"factor": self.window, "activation": self.activation}
+            options["residual"] = residual and ends_here
+            branch = _read_layers(x, grids, self.norm, self.fc1, self.fc2, **options)
             if ends_here:
                 return branch
         else:
@@ -426,30 +418,12 @@ def _are_plain(norm: nn.Module, fc1: nn.Module, fc2: nn.Module) -> bool:
 
 
 def _read_layers(
-    x: torch.Tensor,
-    grids: Grids,
-    norm: nn.Module,
-    fc1: nn.Module,
-    fc2: nn.Module,
-    *,
-    window: int,
-    activation: str,
-    residual: bool,
+    x: torch.Tensor, grids: Grids, *layers: nn.Module, **options: object
 ) -> torch.Tensor:
-    return pixel_unshuffle_mlp(
-        x,
-        grids,
-        fc1.weight,
-        fc1.bias,
-        fc2.weight,
-        fc2.bias,
-        norm_weight=norm.weight,
-        norm_bias=norm.bias,
-        eps=norm.eps,
-        factor=window,
-        activation=activation,
-        residual=residual,
-    )
+    norm, fc1, fc2 = layers
+    weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    options |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+    return pixel_unshuffle_mlp(x, grids, *weights, **options)
 
 
 def _activation_name(activation: nn.Module) -> str | None:
