@@ -32,7 +32,7 @@ FLOORS = ("cli", "integrations", "retrofit", "nn", "ops", "_native")
 ASIDE = {
     "cli": {"", "slicing", "flops", "grids", "_build_info"},  # "": public names
     "integrations": {"grids"},
-    "retrofit": {"slicing", "flops", "grids", "windows"},
+    "retrofit": {"slicing", "flops", "grids", "windows", "_cache"},
     "nn": {"slicing", "grids", "windows", "_cache"},
     "ops": {"grids", "padded_grids", "windows", "reference"},
     "_native": set(),

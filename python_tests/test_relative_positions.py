@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from uhd_ops import insert_early_compressor
 from uhd_ops.nn import EarlyCompressor
 from uhd_ops.nn.score_bias import DecomposedPositionBias, RelativePositionBias
+from uhd_ops.retrofit.relative_positions import resize_table
 
 LAYER = 1
 
@@ -180,3 +181,28 @@ def test_blocks_refuse_maps_of_another_size():
     model.pos_drop = torch.nn.ZeroPad2d((0, 0, 0, 1))  # a column too many
     with pytest.raises(ValueError, match="x must be a map of 7 x 7 tokens"):
         model(random_images(model))
+
+
+# timm gives torch tensors and indices in forms that it warns of.
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize(
+    ("old", "new"), [((7, 5), (3, 9)), ((2, 2), (16, 12)), ((1, 3), (4, 4)), ((5, 4), (1, 9))]
+)
+def test_tables_are_resized_as_timm_does_it(old, new, extra, dtype):
+    length, wanted = ((2 * h - 1) * (2 * w - 1) + extra for h, w in (old, new))
+    table = torch.randn(length, 3, dtype=dtype, requires_grad=True)
+    expected = layers.resize_rel_pos_bias_table(table, new, (wanted, 3), old)
+    for _ in range(2):  # the second time with what is kept
+        actual = resize_table(table, old, new)
+        assert actual.dtype == dtype
+        assert_close(actual, expected, roundings=1)
+    weight = torch.randn(wanted, 3, dtype=dtype)
+    sums = ((resized * weight).sum() for resized in (actual, expected))
+    grads = [torch.autograd.grad(total, table)[0].double() for total in sums]
+    # Sums of float32 terms, one for each new offset at most, in another order.
+    bound = wanted * torch.finfo(torch.float32).eps * weight.abs().max()
+    bound = bound + torch.finfo(dtype).eps * grads[1].abs().max()
+    assert (grads[0] - grads[1]).abs().max() <= bound

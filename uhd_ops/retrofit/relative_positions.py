@@ -9,12 +9,16 @@ load, they stay trainable, and what resizes them still can.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from uhd_ops._cache import kept
+from uhd_ops.grids import PackedGrids
 from uhd_ops.nn import modules
 from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.adapter import CoarseBlock, TokenLayout
@@ -101,6 +105,66 @@ def relative_index(
         offsets = spans[0] * spans[1]
         index[0], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
     return index
+
+
+def resize_table(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
+    """Resize a table of offsets as timm's ``set_window_size`` does, where it is; differentiable.
+
+    timm goes through the CPU, head by head. The arithmetic is the same, so are the values: each of
+    the new offsets is a mixture of the four around it. Which those are is kept with the grid.
+
+    Args:
+        table: ``(offsets + extra, heads)``: the offsets ``(2h - 1) * (2w - 1)`` of the old grid in
+            raster order, and what does not change: entries of a class token.
+        old: Grid ``(h, w)`` of the table.
+        new: Another one.
+    """
+    old, device = tuple(old), table.device
+    if old == new:
+        return table
+
+    def make() -> tuple[torch.Tensor, ...]:
+        axes = [_neighbours(*sides, device) for sides in zip(old, new, strict=True)]
+        (rows, far_down), (cols, far_right) = axes
+        index = rows[:, None, :, None] * (2 * old[1] - 1) + cols[:, None, :]
+        weight = far_down.flip(0)[:, None, :, None] * far_right.flip(0)[:, None, :]
+        total = far_down.sum(0)[:, None] * far_right.sum(0)
+        return index.flatten(0, 1).flatten(1), weight.flatten(0, 1).flatten(1), total.flatten()
+
+    if torch.compiler.is_compiling():
+        index, weight, total = make()
+    else:
+        key = "offsets", old, device
+        index, weight, total = kept(PackedGrids([new]), key, device, make)
+    offsets = (2 * old[0] - 1) * (2 * old[1] - 1)
+    values = table[:offsets].float()
+    corners = (values[i] * w[:, None] for i, w in zip(index, weight, strict=True))
+    resized = functools.reduce(torch.add, corners) / total[:, None]
+    return torch.cat([resized, table[offsets:]]).to(table.dtype)
+
+
+def _neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each offset along a side, those of the old table before and behind it.
+
+    The old offsets are spread so that their distances grow by a constant ratio, and the outermost
+    ones meet: close to zero nothing is stretched.
+
+    Returns:
+        Their indices, and how far they are away, each ``(2, 2 * new - 1)``.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        too_far = (1 - ratio ** (old - 1)) / (1 - ratio) > new - 1
+        low, high = (low, ratio) if too_far else (ratio, high)
+    right = [*itertools.accumulate(ratio**step for step in range(old - 1))]
+    places = torch.tensor([*(-place for place in reversed(right)), 0, *right], device=device)
+    wanted = torch.arange(1.0 - new, new, device=device)
+    behind = torch.bucketize(wanted, places).clamp(max=len(places) - 1)
+    before = (behind - 1).clamp(min=0)
+    away = torch.stack([wanted - places[before], places[behind] - wanted]).clamp(min=0)
+    # On a place, and outside, both are one: the neighbours are the same, or have the same say.
+    return torch.stack([before, behind]), away.masked_fill((away == 0).all(0), 1)
 
 
 class CoarseBiasBlock(CoarseBlock):

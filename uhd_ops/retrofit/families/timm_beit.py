@@ -33,6 +33,7 @@ from uhd_ops.retrofit.relative_positions import (
     merge_bias,
     relative_index,
     require_blocks,
+    resize_table,
 )
 
 _TENSORS = ("q_bias", "k_bias", "v_bias", "relative_position_bias_table", "relative_position_index")
@@ -138,7 +139,7 @@ def score_bias(module: nn.Module, grid: Grid, window: int, positions: str) -> to
     """
     table = module.relative_position_bias_table
     index = relative_index(grid, window, positions, 1, table.device)
-    return parts.resize_table(table, module.window_size, grid, 3)[index].permute(2, 0, 1)
+    return resize_table(table, module.window_size, grid)[index].permute(2, 0, 1)
 
 
 class PackedBeit(PackedRelativePositions, parts.PackedVisionTransformer):

@@ -37,6 +37,7 @@ from uhd_ops.retrofit.relative_positions import (
     merge_bias,
     relative_index,
     require_blocks,
+    resize_table,
 )
 
 
@@ -104,9 +105,7 @@ def score_bias(module: nn.Module, grid: Grid, window: int, positions: str) -> to
     heads, own = module.bias_shape[-1], {}
     if isinstance(module, layers.RelPosBias):
         prefix, table = module.prefix_tokens, module.relative_position_bias_table
-        own["relative_position_bias_table"] = parts.resize_table(
-            table, module.window_size, grid, 3 * prefix
-        )
+        own["relative_position_bias_table"] = resize_table(table, module.window_size, grid)
     else:
         prefix = 0  # the model adds 0 for prefix tokens
         own["rel_coords_log"] = layers.gen_relative_log_coords(

@@ -201,21 +201,6 @@ def _halves(packed: nn.Module) -> list[nn.Module]:
     return [LinearView(packed, (0, rows)), LinearView(packed, (rows, 2 * rows))]
 
 
-def resize_table(
-    table: torch.Tensor, old: tuple[int, int], new: tuple[int, int], extra: int
-) -> torch.Tensor:
-    """Resize a table of offsets ``(offsets + extra, H)`` as timm's ``set_window_size`` does."""
-    if tuple(old) == new:
-        return table
-    offsets = (2 * new[0] - 1) * (2 * new[1] - 1)
-    return layers.resize_rel_pos_bias_table(
-        table,
-        new_window_size=new,
-        new_bias_shape=(offsets + extra, table.shape[1]),
-        old_window_size=tuple(old),
-    )
-
-
 # ---- blocks --------------------------------------------------------------------------------------
 
 
