@@ -70,6 +70,34 @@ def test_compiled_gradients():
                 assert_close(grads[0][name], expected, BOUND[torch.float32])
 
 
+class Tokens(torch.nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, patches, grids):
+        result = self.encoder(patches, grids)
+        return result.tokens, result.prefix, result.grids
+
+
+@torch.no_grad()
+def test_one_exported_program_takes_all_numbers_of_views_from_two():
+    encoder = SliceEncoder(insert_early_compressor(make("Eva, rotary, axial"), 1))
+    grids, dynamic = PackedGrids(TWELVE[3]), {0: torch.export.Dim.DYNAMIC}
+    example = packed_patches(encoder, grids), grids
+    program = torch.export.export(Tokens(encoder), example, dynamic_shapes=(dynamic, [dynamic]))
+    program = program.module()
+    for pairs in TWELVE:
+        if len(pairs) > 1:  # torch takes a size of one for another program
+            grids = PackedGrids(pairs)
+            patches = packed_patches(encoder, grids)
+            *tensors, merged = program(patches, grids)
+            *expected, wanted = Tokens(encoder)(patches, grids)
+            assert merged is wanted
+            for actual, value in zip(tensors, expected, strict=True):
+                assert_close(actual, value, BOUND[torch.float32])
+
+
 CALLS = (("absolute", 0, [1], []), ("rotary", 3, [1], []), ("rotary", 0, [2], []))
 CALLS += (("rotary", 1, [1, 2, 2, 1], [0, 2]),)
 

@@ -66,7 +66,8 @@ class SliceEncoder(nn.Module):
     its own grid: learned ones resampled, rotary embeddings, tables of relative positions resized.
     If a compressor was inserted into the model, the blocks behind it work on merged tokens. Forward
     hooks of linear layers and norms run, but those of the model, its blocks and their attention
-    and MLP do not.
+    and MLP do not. A compiled or exported encoder calls the model itself for its positions when it
+    runs, so the encoder must still be there: an exported program runs in the process that made it.
 
     Args:
         vit: Any model that :func:`uhd_ops.insert_early_compressor` takes, with or without a
@@ -145,10 +146,10 @@ class SliceEncoder(nn.Module):
             pixels, grids = patch.cut(views)
         else:
             pixels, grids = views, patch.check(views, grids)
-        counts = _views_per_image(views_per_image, len(grids))
+        counts = _views_per_image(views_per_image, grids.num_views)
         packed.refuse_dropout(vit)
-        self._check_ratios(vit, packed, ratios, len(grids))
-        if len(grids):
+        self._check_ratios(vit, packed, ratios, grids.num_views)
+        if grids.num_views:
             return SliceTokens(*self._encode(self.packed(grids), pixels, ratios), counts)
         # Data-parallel training waits for a gradient of every parameter, from a rank without views
         # too: so one is encoded and left out.
@@ -325,6 +326,9 @@ class _Patch:
         if grids.has_empty_views:
             raise ValueError(f"grids must hold a patch for each view, got {list(grids)}")
         expected = (grids.num_tokens, *self.shape)
+        if not grids.is_known and pixels.dim() == 4:  # torch.export: compared in the graph
+            torch._check(pixels.shape[0] == expected[0])
+            expected = (pixels.shape[0], *self.shape)
         if pixels.shape != expected:
             raise ValueError(
                 f"views must be (N, 3, p, p) = {expected} for these grids and this model, got "

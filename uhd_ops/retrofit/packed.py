@@ -120,8 +120,8 @@ class PackedModel:
                 x = x + table
         prefix = self.prefix()
         if prefix is None:
-            return x.new_empty((len(self.grids), 0, x.shape[-1])), self.enter(x)
-        return self.enter(prefix.expand(len(self.grids), -1, -1)), self.enter(x)
+            return x.new_empty((self.grids.num_views, 0, x.shape[-1])), self.enter(x)
+        return self.enter(prefix.expand(self.grids.num_views, -1, -1)), self.enter(x)
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """Patch embedding without positions: ``(N, 3, p, q)`` to ``(N, C)``."""

@@ -274,7 +274,7 @@ class PackedSam(parts.PackedTimm):
             return maps.flatten(2).transpose(1, 2)
 
         out = self.by_grid(neck, patches, sides)
-        return out.new_empty((len(self.grids), 0, out.shape[-1])), out
+        return out.new_empty((self.grids.num_views, 0, out.shape[-1])), out
 
 
 def check(vit: sam.VisionTransformerSAM, config: CompressorConfig) -> None:
