@@ -181,11 +181,10 @@ def test_pickle_protocols(protocol):
 # ---- compilers and threads ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed size", "dynamic size"])
-def test_compiles_to_one_graph(dynamic):
-    vit = insert_early_compressor(make(depth=2, dynamic_img_size=dynamic, reg_tokens=2), 0)
+def test_compiles_for_every_size_and_with_maps():
+    vit = insert_early_compressor(make(depth=2, dynamic_img_size=True, reg_tokens=2), 0)
     compiled = torch.compile(vit, fullgraph=True, backend="aot_eager")
-    for size in [(28, 28), (16, 20)] if dynamic else [(28, 28)]:
+    for size in [(28, 28), (16, 20)]:
         x = random_images(vit, size=size)
         assert torch.equal(compiled(x), vit(x))
     maps = torch.compile(vit.forward_intermediates, fullgraph=True, backend="aot_eager")
