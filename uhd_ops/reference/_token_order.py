@@ -15,20 +15,21 @@ def tokens_in_order(grids, order, window=None, device=None) -> torch.Tensor:
     smaller block inside it, and so on; at last by their own row and column.
     """
     sides = {"raster": (), "block": (2,), "window": (window,)}.get(str(order), order)
-
-    def place(token, width):
-        row, col = divmod(token, width)
+    parts = [torch.empty(0, dtype=torch.int64)]
+    start = 0
+    for height, width in as_pairs(grids):
+        token = torch.arange(height * width)
+        row, col = token // max(width, 1), token % max(width, 1)
         keys = []
         for side in sides:
             keys += [row // side, col // side]
             row, col = row % side, col % side
-        return *keys, row, col
-
-    tokens = []
-    for height, width in as_pairs(grids):
-        view = sorted(range(height * width), key=lambda token, width=width: place(token, width))
-        tokens += [len(tokens) + token for token in view]
-    return torch.tensor(tokens, dtype=torch.int64, device=device)
+        # Raster order is there already; ONNX has no stable sort.
+        for key in reversed([*keys, row, col] if keys else []):
+            token = token[key[token].argsort(stable=True)]  # what was sorted before decides ties
+        parts.append(start + token)
+        start += height * width
+    return torch.cat(parts).to(device)
 
 
 def to_raster(x, grids, order, window=None) -> torch.Tensor:
