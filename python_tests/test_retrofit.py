@@ -138,6 +138,7 @@ def test_new_parameters_follow_block_and_mode():
     assert compressor.training
     assert all(p.requires_grad for p in compressor.parameters())
     assert not vit.blocks[LAYER].attn.qkv.weight.requires_grad
+    vit.fix_init_weight()  # which names parts of blocks
 
 
 # ---- copies ------------------------------------------------------------------------------------

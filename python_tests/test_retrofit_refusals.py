@@ -4,11 +4,13 @@
 import pytest
 import timm
 import torch
+from families import eva
 from families.case import random_images as images
 from families.case import snapshot
 from families.vision_transformer import make as tiny_vit
 from timm.layers import GatedMlp, PatchEmbed, SimpleNorm
 from timm.models._features import FeatureGetterNet
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -43,6 +45,11 @@ def test_bad_arguments(options, error, message):
 class NoGrid(PatchEmbed):
     def dynamic_feat_size(self, img_size):
         return 1, 1
+
+
+class OwnPositions(Eva):
+    def _pos_embed(self, x):
+        return super()._pos_embed(x)
 
 
 class OwnForward(VisionTransformer):
@@ -91,6 +98,10 @@ REFUSED = {
     "stem without a grid": (
         lambda: tiny_vit(embed_layer=NoGrid),
         "vit.patch_embed must tell its patch grid by dynamic_feat_size, .* NoGrid does not",
+    ),
+    "own positions": (
+        lambda: OwnPositions(**eva.SIZE),
+        r"vit must leave Eva\._pos_embed as it is",
     ),
     "own forward": (
         lambda: tiny_vit(OwnForward),
