@@ -70,6 +70,19 @@ def test_compiled_gradients():
                 assert_close(grads[0][name], expected, BOUND[torch.float32])
 
 
+@torch.no_grad()
+def test_drawn_positions_are_part_of_the_graph():
+    encoder = SliceEncoder(make("Eva, rotary, Sapiens2")).train()
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    grids, tokens = PackedGrids(GRIDS), []
+    patches = packed_patches(encoder, grids)
+    for encode, seed in ((compiled, 0), (encoder, 0), (encoder, 1)):
+        torch.manual_seed(seed)
+        tokens.append(encode(patches, grids).tokens)
+    assert_close(tokens[0], tokens[1], BOUND[torch.float32])
+    assert not torch.allclose(tokens[1], tokens[2])
+
+
 class Tokens(torch.nn.Module):
     def __init__(self, encoder):
         super().__init__()

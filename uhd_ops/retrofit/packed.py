@@ -263,8 +263,8 @@ class PackedModel:
     def is_traced(self) -> bool:
         """Whether a graph is being made in which an operator makes the tables.
 
-        It does not where random positions are drawn, nor where a table is computed from parameters
-        that the operator does not know.
+        Not where random positions are drawn, nor where a table is computed from parameters that the
+        operator does not know.
         """
         if not torch.compiler.is_compiling() or self.number is None or self.draws_positions():
             return False

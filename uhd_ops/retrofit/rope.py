@@ -83,7 +83,9 @@ def rope_tables(rope: nn.Module | None, grid: Grid, *, any_size: bool) -> Tables
     """
     if rope is None:
         return None
-    if any_size or not hasattr(rope, "feat_shape"):
+    # What is drawn anew is made for any shape, except by the one kind that asks for a copy.
+    drawn = rope.training and rope.aug_active and type(rope) is not RotaryEmbeddingCat
+    if any_size or not hasattr(rope, "feat_shape") or drawn:
         table = rope.get_embed(shape=grid)
     else:
         if tuple(rope.feat_shape) != grid:
