@@ -327,10 +327,13 @@ def test_examples_in_docstrings(module):
 def test_import_is_light():
     heavy = ("timm", "transformers", "PIL", "rich", "matplotlib", "torchvision", "safetensors")
     code = f"import sys, uhd_ops; print([name for name in {heavy} if name in sys.modules])"
+    code += "; print(uhd_ops.integrations.transformers.from_pretrained.__name__)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.split() == ["[]", "from_pretrained"]
+    with pytest.raises(AttributeError, match="has no attribute 'jax'"):
+        uhd_ops.integrations.jax  # noqa: B018
 
 
 # In a process of its own: what was imported and made before would not be seen to be.

@@ -310,7 +310,7 @@ def test_reader_that_goes_away():
     read, write = os.pipe()
     os.close(read)
     result = subprocess.run(
-        [sys.executable, "-m", "uhd_ops.cli", "info"],
+        [sys.executable, "-m", "uhd_ops", "info"],
         stdout=write,
         stderr=subprocess.PIPE,
         check=False,

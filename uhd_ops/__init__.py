@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators for high-resolution visual encoding: slice, pack, compress inside the ViT."""
 
-from uhd_ops import flops, nn, reference
+from uhd_ops import flops, integrations, nn, reference
 from uhd_ops._build_info import build_info
 from uhd_ops._cache import clear_caches, set_cache_limit
 from uhd_ops._native import definitions
@@ -48,6 +48,7 @@ __all__ = [
     "freeze_for_stage",
     "insert_early_compressor",
     "insert_progressive_compression",
+    "integrations",
     "load_image",
     "load_plain_checkpoint",
     "nn",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m uhd_ops.cli`` is ``uhd-ops``."""
+"""``python -m uhd_ops`` is the command line ``uhd-ops``."""
 
 import sys
 
