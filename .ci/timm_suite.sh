@@ -11,7 +11,7 @@ trap 'rm -rf "$folder"' EXIT
 
 version=$("$python" -c "import timm; print(timm.__version__)")
 echo "Fetching the source archive of timm $version, for its tests."
-"$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest "$folder" "timm==$version"
+"$python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary timm --dest "$folder" "timm==$version"
 tar -xzf "$folder/timm-$version.tar.gz" -C "$folder" --strip-components 1 "timm-$version/tests"
 cd "$folder"
 export PYTHONPATH=$root:$root/python_tests OMP_NUM_THREADS=1
