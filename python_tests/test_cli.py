@@ -276,7 +276,7 @@ def test_pretrained_without_network(photo):
         [
             sys.executable,
             "-m",
-            "uhd_ops.cli",
+            "uhd_ops",
             "encode",
             str(photo),
             "--pretrained",
