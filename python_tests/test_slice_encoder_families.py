@@ -243,7 +243,7 @@ def test_training_draws_positions_for_each_view():
     first, second = SliceEncoder(model)([view, view]).per_view()
     assert not torch.allclose(first, second)
     first, second = SliceEncoder(model.eval())([view, view]).per_view()
-    assert torch.equal(first, second)
+    assert_close(first, second, BOUND[torch.float32])
 
 
 def siglip_like(tower):
