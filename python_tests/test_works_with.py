@@ -43,18 +43,25 @@ def in_compressor(model, words):
     return {name for name in names if any(word in name for word in words)}
 
 
-def steps(model, count=20, rate=1e-3):
-    """Train on one batch; return the losses."""
+def assert_learns_and_is_saved(model, base, path, rate):
+    """Train what peft made of ``base`` on one batch, save it, load it and merge it."""
+    import peft
+
     x = images()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
     losses = []
-    for _ in range(count):
+    for _ in range(20):
         loss = model(x).last_hidden_state.square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    assert losses[-1] < losses[0]
+    trained = hidden(model)
+    model.save_pretrained(path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), path)
+    assert_close(hidden(again), trained, ROUNDINGS)
+    assert_close(hidden(again.merge_and_unload()), trained, ROUNDINGS)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +83,7 @@ def test_peft_lora(targets, layers, tmp_path):
     adapted = {name.split(".lora_")[0] for name in in_compressor(model, ["lora_"])}
     assert {name.rpartition(".")[2] for name in adapted} == layers
     assert_close(hidden(model), expected, ROUNDINGS)
-    losses = steps(model, rate=1e-2)
-    assert losses[-1] < losses[0]
-    trained = hidden(model)
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert_close(hidden(again), trained, ROUNDINGS)
-    assert_close(hidden(again.merge_and_unload()), trained, ROUNDINGS)
+    assert_learns_and_is_saved(model, base, tmp_path, rate=1e-2)
 
 
 def test_peft_whole_compressor(tmp_path):
@@ -93,13 +94,7 @@ def test_peft_whole_compressor(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["compressor"])
     model = peft.get_peft_model(copy.deepcopy(base), config)
     assert_close(hidden(model), hidden(base), ROUNDINGS)
-    losses = steps(model)
-    assert losses[-1] < losses[0]
-    trained = hidden(model)
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert_close(hidden(again), trained, ROUNDINGS)
-    assert_close(hidden(again.merge_and_unload()), trained, ROUNDINGS)
+    assert_learns_and_is_saved(model, base, tmp_path, rate=1e-3)
 
 
 def test_peft_before_insertion():

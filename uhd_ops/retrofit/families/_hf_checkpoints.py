@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -93,26 +93,24 @@ def _build(model: PreTrainedModel) -> None:
             insert(vit, **options)
 
 
-def _locked(config: Any) -> Any:
-    """Add the lock to every config inside that tells of a compressor."""
+def _changed(config: Any, change: Callable[[dict[str, str]], dict[str, str]]) -> Any:
+    """Change the labels of every config inside that tells of a compressor."""
     if not isinstance(config, dict):
         return config
-    config = {key: _locked(value) for key, value in config.items()}
+    config = {key: _changed(value, change) for key, value in config.items()}
     if OPTIONS in config:
-        config["id2label"] = {**(config.get("id2label") or {}), _LOCK: ""}
-    return config
-
-
-def _unlocked(config: Any) -> Any:
-    """Undo :func:`_locked`, also where another version of this package wrote the text."""
-    if not isinstance(config, dict):
-        return config
-    config = {key: _unlocked(value) for key, value in config.items()}
-    if OPTIONS in config:
-        labels = config.pop("id2label", None) or {}
-        labels = {key: value for key, value in labels.items() if not key.startswith("uhd_ops:")}
+        labels = change(config.pop("id2label", None) or {})
         config |= {"id2label": labels} if labels else {}
     return config
+
+
+def _locked(labels: dict[str, str]) -> dict[str, str]:
+    return {**labels, _LOCK: ""}
+
+
+def _unlocked(labels: dict[str, str]) -> dict[str, str]:
+    """Undo it, also where another version of this package wrote the text."""
+    return {key: value for key, value in labels.items() if not key.startswith("uhd_ops:")}
 
 
 def _require_all(model: nn.Module, info: dict[str, Any]) -> None:
@@ -179,9 +177,9 @@ def _to_json_string(original: Any, config: Any, *args: Any, **kwargs: Any) -> st
     text = original(config, *args, **kwargs)
     if f'"{OPTIONS}"' not in text:
         return text
-    return json.dumps(_locked(json.loads(text)), indent=2, sort_keys=True) + "\n"
+    return json.dumps(_changed(json.loads(text), _locked), indent=2, sort_keys=True) + "\n"
 
 
 @_extend(PreTrainedConfig, "_dict_from_json_file")
 def _dict_from_json_file(original: Any, cls: type, *args: Any) -> Any:
-    return _unlocked(original(cls, *args))
+    return _changed(original(cls, *args), _unlocked)
