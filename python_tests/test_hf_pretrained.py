@@ -195,6 +195,7 @@ def test_models_that_share_a_config(tmp_path):
         path = tmp_path / str(id(model))
         model.save_pretrained(path)
         assert_same(cls.from_pretrained(path), model.eval())
+    assert type(cls(config)) is cls
 
 
 class Pair(transformers.PreTrainedModel):
@@ -215,6 +216,27 @@ def test_one_of_two_models_with_one_config(tmp_path):
     loaded = Pair.from_pretrained(tmp_path)
     assert_same(loaded, model.eval())
     assert not hasattr(loaded.teacher, "compression")
+
+
+INSERTS = """
+import sys
+import transformers
+options = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}
+config = transformers.TimmWrapperConfig(
+    architecture="vit_tiny_patch16_224", num_labels=0, model_args=options
+)
+model = transformers.TimmWrapperModel(config)
+from uhd_ops import insert_early_compressor
+insert_early_compressor(model.timm_model, 0)
+assert "uhd_ops.integrations.transformers" not in sys.modules
+model.save_pretrained(sys.argv[1])
+"""
+
+
+def test_a_timm_model_is_saved_right_without_the_import(tmp_path):
+    subprocess.run([sys.executable, "-c", INSERTS, tmp_path], check=True)
+    loaded = transformers.TimmWrapperModel.from_pretrained(tmp_path)
+    assert loaded.timm_model.compression.layers == (0,)
 
 
 UNAWARE = """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families.case import assert_close, merge_batch, mlp_mean
+from families.case import assert_close, merge_batch, mlp_mean, randomise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +39,7 @@ def page():
 def make(request, page):
     def make(**options):
         torch.manual_seed(0)
-        return getattr(page, request.param)(**options).double()
+        return randomise(getattr(page, request.param)(**options)).double()
 
     return make
 
