@@ -136,7 +136,7 @@ def tiled_norm(norm, z):
     """
     if norm is None or isinstance(norm, nn.Identity):
         return z
-    flat, eps = z.flatten(), norm.eps
+    flat, eps = z.flatten(), getattr(norm, "variance_epsilon", None) or norm.eps
     if isinstance(norm, nn.LayerNorm):
         flat = flat - flat.mean()
     flat = flat / (flat.square().mean() + eps).sqrt()

@@ -49,9 +49,9 @@ def insert_early_compressor(
     ``torch.compile`` work as before. In transformers, ``hidden_states``, ``attentions`` and feature
     maps behind ``layer`` are those of merged tokens; ``save_pretrained`` writes the options too,
     and where ``uhd_ops.integrations.transformers`` is imported, ``from_pretrained`` reads them.
-    Padded batches (NaFlex, SigLIP 2) are merged sample by sample; masks and ``patch_valid`` behind
-    the compressor are those of the merged tokens, and the grids are read from the device once for
-    each forward pass. Refused at run time are attention masks made for the full sequence, causal
+    Padded batches (NaFlex, SigLIP 2) are merged sample by sample, and packed images (Pixtral) image
+    by image; masks, ``patch_valid`` and starts of sequences behind the compressor are those of the
+    merged tokens, and the grids are read from the device once for each forward pass. Refused at run time are attention masks made for the full sequence, causal
     attention, patch dropout in training, ``torch.jit.script`` and ``torch.fx.symbolic_trace``.
 
     Args:
@@ -59,7 +59,8 @@ def insert_early_compressor(
             AIMv2, ViTamin and others built on it), ``Eva`` (EVA-02, DINOv3, Perception Encoder),
             ``Beit``, ``VisionTransformerRelPos``, ``VisionTransformerSAM``, ``NaFlexVit``,
             ``Cait``, and the encoders of Qwen 3, DeepSeek and Gemma 4. Or one of transformers: the
-            vision models of SigLIP, SigLIP 2, CLIP, DINOv2 and DINOv3. docs/models.md has the list.
+            vision models of SigLIP, SigLIP 2, CLIP, DINOv2, DINOv3 and Pixtral. docs/models.md has
+            the list of timm's.
         layer: 0-based index of the block after whose body the compressor runs; the last block is
             allowed.
         attention: ``"window"`` if tokens attend inside their window before they are merged,

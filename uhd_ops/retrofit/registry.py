@@ -113,6 +113,12 @@ FAMILIES = (
         backbones=("DINOv3ViTBackbone",),
     ),
     Row("hf_dinov2", "transformers.models.dinov3_vit.modeling_dinov3_vit", (), ("DINOv3ViTLayer",)),
+    Row(
+        "hf_pixtral",
+        "transformers.models.pixtral.modeling_pixtral",
+        ("PixtralVisionModel",),
+        ("PixtralAttentionLayer",),
+    ),
 )
 OWN: dict[type, Family] = {}  # by register_family
 # Dotted name of a class -> the file that knows it, and what it is called there.

@@ -39,9 +39,9 @@ def sibling(cls: type, name: str) -> type:
     return getattr(sys.modules[cls.__module__], name)
 
 
-def norm(module: nn.Module, name: str) -> nn.Module:
-    """Return a LayerNorm."""
-    modules.require_exactly(module, name, (nn.LayerNorm,))
+def norm(module: nn.Module, name: str, cls: type = nn.LayerNorm) -> nn.Module:
+    """Return a LayerNorm, or a norm of another class."""
+    modules.require_exactly(module, name, (cls,))
     return module
 
 
@@ -58,7 +58,7 @@ def drop_path(module: nn.Module, name: str, cls: type) -> float:
 
 
 def attention(module: nn.Module, name: str, cls: type, **branch: object) -> AttentionSpec:
-    """Read an attention with ``q_proj``, ``k_proj`` and ``v_proj``.
+    """Read an attention with ``qkv``, or with ``q_proj``, ``k_proj`` and ``v_proj``.
 
     Args:
         module: The attention.
@@ -69,8 +69,8 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
     """
     modules.require_exactly(module, name, (cls,))
     modules.require_own_forward(module, name)
-    projections = [f"{part}_proj" for part in "qkv"]
-    out = "o_proj" if hasattr(module, "o_proj") else "out_proj"
+    projections = ["qkv"] if hasattr(module, "qkv") else [f"{part}_proj" for part in "qkv"]
+    out = next(part for part in ("o_proj", "out_proj", "proj") if hasattr(module, part))
     dropout = "dropout" if hasattr(module, "dropout") else "attention_dropout"
     heads = "num_heads" if hasattr(module, "num_heads") else "num_attention_heads"
     return AttentionSpec(
@@ -85,7 +85,7 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
 
 
 def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: object) -> MlpSpec:
-    """Read an MLP with ``fc1`` and ``fc2``, or ``up_proj`` and ``down_proj`` with or without gate.
+    """Read an MLP of two layers, or of ``up_proj`` and ``down_proj`` with or without gate.
 
     Args:
         module: The MLP.
@@ -95,8 +95,9 @@ def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: objec
     """
     modules.require_exactly(module, name, classes)
     modules.require_own_forward(module, name)
-    first, second = ("up_proj", "down_proj") if hasattr(module, "up_proj") else ("fc1", "fc2")
-    act = "act_fn" if hasattr(module, "act_fn") else "activation_fn"
+    layers = ("fc1", "fc2"), ("linear_fc1", "linear_fc2"), ("up_proj", "down_proj")
+    first, second = next(pair for pair in layers if hasattr(module, pair[0]))
+    act = next(part for part in ("act_fn", "activation_fn", "act") if hasattr(module, part))
     gate = getattr(module, "gate_proj", None)
     return MlpSpec(
         getattr(module, first),

@@ -147,7 +147,11 @@ class PackedHfModel(PackedModel):
 
 
 def require_understood(
-    vit: nn.Module, config: CompressorConfig, blocks_name: str, layer: str = "Layer"
+    vit: nn.Module,
+    config: CompressorConfig,
+    blocks_name: str,
+    layer: str = "Layer",
+    encoder: str = "Encoder",
 ) -> None:
     """Refuse a model whose methods, encoder or layers are not those of its class.
 
@@ -156,11 +160,12 @@ def require_understood(
         config: Options of the insertion.
         blocks_name: Where its layers are.
         layer: What the name of a layer's class ends with.
+        encoder: What that of the module ends with which holds them.
     """
     cls = next(c for c in type(vit).__mro__ if c.__module__.startswith("transformers.models."))
     require_methods(vit, cls, ("forward",))
     family = re.sub(r"(Vision)?(Model|Backbone)$", "", cls.__name__)
-    expected = {blocks_name.rpartition(".")[0]: parts.sibling(cls, f"{family}Encoder")}
+    expected = {blocks_name.rpartition(".")[0]: parts.sibling(cls, f"{family}{encoder}")}
     for index in range(config.layers[0], len(vit.get_submodule(blocks_name))):
         expected[f"{blocks_name}.{index}"] = parts.sibling(cls, f"{family}{layer}")
     for name, part in expected.items():

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of transformers that pack images of several sizes, with a compressor."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families.case import assert_close, snapshot
+from hf_packed import CASES, ROUNDINGS, exactly
+from test_flops_families import counted
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from uhd_ops import flops, insert_early_compressor, remove_early_compressor
+from uhd_ops.nn import EarlyCompressor, SliceEncoder
+
+COMPRESSOR = ".compressor."
+LAYER = 1
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request):
+    return request.param
+
+
+def outputs(model, inputs, **options):
+    """What the model returns, by name."""
+    dtype = next(model.parameters()).dtype
+    with exactly(dtype):
+        return model(**inputs, **options)
+
+
+def tensors(output):
+    """All tensors of an output, one after the other."""
+    found = []
+    for value in output.values():
+        found += value if isinstance(value, (list, tuple)) else [value]
+    return found
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    assert all(map(torch.equal, first, second))
+
+
+OPTIONS = [
+    *({"layer": layer} for layer in range(4)),
+    {"window": 3},
+    {"window": 8},
+    {"attention": False},
+    {"positions": "reindex"},
+    {"window": 3, "positions": "reindex"},
+    {"form": "block"},
+    {"form": "tied"},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_definition(case, options):
+    model = case.make().double()
+    inputs = case.inputs(case.shapes)
+    described = {key: value for key, value in options.items() if key != "form"}
+    with exactly(torch.float64):
+        states, others = case.by_hand(model, inputs, case.shapes, **described)
+    insert_early_compressor(model, **({"layer": LAYER} | options))
+    output = outputs(model, inputs, output_hidden_states=True)
+    assert_close(output.last_hidden_state.flatten(0, -2), states[-1], ROUNDINGS)
+    assert len(output.hidden_states) == len(states)
+    for actual, expected in zip(output.hidden_states, states, strict=True):
+        assert_close(actual.flatten(0, -2), expected, ROUNDINGS)
+    assert others.keys() == output.keys() - {"last_hidden_state", "hidden_states"}
+    for name, expected in others.items():
+        assert_close(output[name], expected, ROUNDINGS)
+
+
+@torch.no_grad()
+def test_equal_tokens_become_what_the_block_makes_of_them(case):
+    model = case.make().double()
+    block = model.get_submodule(case.layers)[LAYER]
+    compressor = EarlyCompressor.from_block(block)
+    x = torch.randn(1, compressor.dim, dtype=torch.float64).expand(4, -1)
+    with exactly(torch.float64):
+        expected = case.run_block(model, LAYER, x)[:1]
+        assert_close(compressor(x, [(2, 2)]), expected, ROUNDINGS)
+        assert_close(compressor(x[:1], [(1, 1)]), expected, ROUNDINGS)
+
+
+@torch.no_grad()
+def test_removal_restores_everything(case):
+    model = case.make()
+    inputs = case.inputs(case.shapes, torch.float32)
+    before, config, expected = snapshot(model), model.config.to_dict(), outputs(model, inputs)
+    insert_early_compressor(model, LAYER)
+    assert insert_early_compressor(model, LAYER) is model
+    assert outputs(model, inputs).last_hidden_state.shape != expected.last_hidden_state.shape
+    assert model.config.to_dict() == config
+    assert remove_early_compressor(model) is model
+    assert snapshot(model) == before
+    assert model.config.to_dict() == config
+    assert_same(tensors(outputs(model, inputs)), tensors(expected))
+
+
+@torch.no_grad()
+def test_copies_are_their_own(case):
+    model = insert_early_compressor(case.make(), LAYER)
+    inputs = case.inputs(case.shapes, torch.float32)
+    expected = tensors(outputs(model, inputs))
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(tensors(outputs(clone, inputs)), expected)
+        for name, parameter in clone.named_parameters():
+            if COMPRESSOR in name:
+                parameter.zero_()
+        assert not torch.equal(outputs(clone, inputs).last_hidden_state, expected[0])
+        assert type(remove_early_compressor(clone)) is type(model).body_class
+    assert_same(tensors(outputs(model, inputs)), expected)
+
+
+@torch.no_grad()
+def test_checkpoints(case, tmp_path):
+    options = {"form": "tied", "window": 3, "attention": False, "positions": "reindex"}
+    model = insert_early_compressor(case.make(), LAYER, **options)
+    for name, parameter in model.named_parameters():
+        if COMPRESSOR in name:
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).body_class.from_pretrained(tmp_path)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+    assert loaded.compression == model.compression
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert_same(list(loaded.state_dict().values()), list(model.state_dict().values()))
+    # A loaded weight lies wherever the file has it, and products may round by alignment.
+    inputs = case.inputs(case.shapes)
+    results = (tensors(outputs(m.double(), inputs)) for m in (loaded, model))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, ROUNDINGS)
+
+
+def test_gradient_checkpointing_and_what_learns(case):
+    model = case.make().train()
+    inputs, others = (case.inputs(s, torch.float32) for s in (case.shapes, case.shapes[::-1]))
+    outputs(model, inputs).last_hidden_state.square().sum().backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    insert_early_compressor(model, LAYER)
+    gradients = []
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if options:
+            model.activation_checkpointing_enable(options)
+            for given in (inputs, others):
+                given[model.main_input_name].requires_grad_()
+        model.zero_grad()
+        out = outputs(model, inputs)
+        outputs(model, others)  # must not leave their layout
+        out.last_hidden_state.square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert model.state_dict().keys() - gradients[0].keys() == without
+    assert all(grad.isfinite().all() and grad.any() for grad in gradients[0].values())
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, grad in other.items():
+            if "patch" in name:  # torch's convolution may add in another order
+                assert_close(grad, gradients[0][name], ROUNDINGS)
+            else:
+                assert torch.equal(grad, gradients[0][name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(case, dtype):
+    late = case.make()
+    early = insert_early_compressor(copy.deepcopy(late), LAYER).to(dtype)
+    late = insert_early_compressor(late.to(dtype), LAYER)
+    inputs = case.inputs(case.shapes, dtype)
+    results = [tensors(outputs(model, inputs)) for model in (late, early)]
+    assert all(out.dtype == dtype and out.isfinite().all() for out in results[0])
+    assert_same(*results)
+
+
+def test_autocast(case):
+    model = insert_early_compressor(case.make(), LAYER).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = outputs(model, case.inputs(case.shapes, torch.float32))
+        output.last_hidden_state.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def test_pixtral_compiles_in_one_graph_where_images_have_one_size():
+    model = insert_early_compressor(CASES["Pixtral"].make(num_layers=2), 0)
+    images = torch.randn(2, 3, 28, 20)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images).last_hidden_state, model(images).last_hidden_state)
+
+
+@torch.no_grad()
+def test_flops(case):
+    model = insert_early_compressor(case.make(), LAYER).requires_grad_(False)
+    inputs = case.inputs(case.shapes, torch.float32)
+    total, _ = counted(model, model.get_submodule(case.layers), **inputs)
+    assert flops.count_forward(model, **inputs).total == total
+
+
+def by_segments(module, q, k, v, attention_mask, scaling, **kwargs):
+    """Flash attention's interface: ``cu_seq_lens_q`` says where segments start."""
+    assert attention_mask is None
+    starts = kwargs["cu_seq_lens_q"]
+    assert torch.equal(kwargs["cu_seq_lens_k"], starts)
+    lengths = starts.diff()
+    assert kwargs["max_length_q"] == kwargs["max_length_k"] == lengths.max()
+    parts = (x.split(lengths.tolist(), 2) for x in (q, k, v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out = [attend(*part, scale=scaling) for part in zip(*parts, strict=True)]
+    return torch.cat(out, 2).transpose(1, 2), None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "flash_by_segments"])
+def test_other_attention_functions(case, implementation, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_by_segments", by_segments)
+    model = insert_early_compressor(case.make(), LAYER)
+    inputs = case.inputs(case.shapes, torch.float32)
+    expected = tensors(outputs(model, inputs))
+    model.config._attn_implementation = implementation
+    for actual, wanted in zip(tensors(outputs(model, inputs)), expected, strict=True):
+        assert_close(actual, wanted, ROUNDINGS)
+
+
+def test_slice_encoder_is_refused(case):
+    for model in (case.make(), insert_early_compressor(case.make(), LAYER)):
+        with pytest.raises(NotImplementedError, match="takes images of several sizes itself"):
+            SliceEncoder(model)
+
+
+def test_other_blocks_are_refused(case):
+    model = case.make()
+    layers = model.get_submodule(case.layers)
+    layers[2] = torch.nn.Sequential(layers[2])
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError, match=rf"vit\.{case.layers}\.2 must be .*, got Sequ"):
+        insert_early_compressor(model, LAYER)
+    assert snapshot(model) == before
