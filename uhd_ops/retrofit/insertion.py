@@ -51,8 +51,9 @@ def insert_early_compressor(
     and where ``uhd_ops.integrations.transformers`` is imported, ``from_pretrained`` reads them.
     Padded batches (NaFlex, SigLIP 2) are merged sample by sample, and packed images (Pixtral) image
     by image; masks, ``patch_valid`` and starts of sequences behind the compressor are those of the
-    merged tokens, and the grids are read from the device once for each forward pass. Refused at run time are attention masks made for the full sequence, causal
-    attention, patch dropout in training, ``torch.jit.script`` and ``torch.fx.symbolic_trace``.
+    merged tokens, and the grids are read from the device once for each forward pass. Refused at run
+    time are attention masks made for the full sequence, causal attention, patch dropout in
+    training, ``torch.jit.script`` and ``torch.fx.symbolic_trace``.
 
     Args:
         vit: A plain vision transformer of timm: ``VisionTransformer`` (SigLIP, CLIP, DeiT, DINOv2,
