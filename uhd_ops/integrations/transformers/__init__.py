@@ -10,11 +10,14 @@ from uhd_ops.integrations.transformers.checkpoints import (
 )
 from uhd_ops.integrations.transformers.minicpmv import accelerate, restore
 from uhd_ops.integrations.transformers.pretrained import from_pretrained
+from uhd_ops.integrations.transformers.vlm import compress, decompress
 
 __all__ = [
     "accelerate",
+    "compress",
     "compressor_state_dict",
     "connector_state_dict",
+    "decompress",
     "from_pretrained",
     "merger_state_dict",
     "register_attention",

@@ -31,6 +31,7 @@ from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.insertion import insert
 from uhd_ops.retrofit.registry import takes_compressor
 
+ADAPT: list[Callable[[PreTrainedModel], None]] = []  # called with every new model, complete
 OPTIONS = "uhd_ops_compression"  # in a config: path of a model inside -> options of its compressor
 _LOCK = (
     "uhd_ops: this checkpoint holds a compressor; import uhd_ops.integrations.transformers before "
@@ -170,6 +171,8 @@ def _from_pretrained(
 def _post_init(original: Any, model: Any) -> None:
     original(model)
     _build(model)
+    for adapt in ADAPT:
+        adapt(model)
 
 
 @_extend(PreTrainedConfig, "to_json_string")

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compress puts a compressor into a whole vision-language model, and all that counts follows."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from families.case import assert_close
+from hf_models import ROUNDINGS
+from tiny_vlms import LAYER, VLMS, Vlm, gemma3, llava, siglip, tokenizer
+
+import uhd_ops
+from uhd_ops.integrations.transformers import compress, decompress
+from uhd_ops.integrations.transformers.vlm_models import entry_of, patch_size_for
+
+# transformers' own, about its own.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+LLAVA, NEXT, ONEVISION = (
+    next(vlm for vlm in VLMS if vlm.name == name)
+    for name in ("llava", "llava_next", "llava_onevision")
+)
+
+
+def made(vlm):
+    torch.manual_seed(0)
+    model, processor = vlm.make()
+    return model.eval(), processor
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def towers(model):
+    return [module for module in model.modules() if hasattr(module, "compression")]
+
+
+def assert_same_state(model, state, types):
+    assert {name: type(module) for name, module in model.named_modules()} == types
+    assert list(model.state_dict()) == list(state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("vlm", VLMS, ids=[vlm.name for vlm in VLMS])
+def test_life_of_a_compressed_model(vlm, tmp_path):
+    """Its processor counts; it learns, generates, gives its compressor up, is saved and loaded."""
+    model, processor = made(vlm)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    types = {name: type(module) for name, module in model.named_modules()}
+    inputs = vlm.inputs(processor)
+    assert vlm.num_image_tokens(inputs) == vlm.tokens[0]
+    before = logits(model, inputs)
+
+    assert compress(model, processor, LAYER) is model
+    assert compress(model, processor, LAYER) is model  # again is the same
+    merged = vlm.inputs(processor)
+    assert vlm.num_image_tokens(merged) == vlm.tokens[1]
+    generated = model.generate(**merged, max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] <= merged["input_ids"].shape[1] + 3
+
+    decompress(model, processor)
+    assert_same_state(model, state, types)
+    assert vlm.num_image_tokens(vlm.inputs(processor)) == vlm.tokens[0]
+    assert_close(logits(model, inputs), before, ROUNDINGS)
+
+    compress(model, processor, LAYER, form="tied")
+    train(model, merged)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    inputs = vlm.inputs(transformers.AutoProcessor.from_pretrained(tmp_path))
+    assert torch.equal(inputs["input_ids"], merged["input_ids"])
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    assert_close(logits(again, inputs), logits(model, merged), ROUNDINGS)
+
+
+def train(model, inputs):
+    labels = inputs["input_ids"].clone()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(20):
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    # Of Video-LLaVA's two towers, one sees the picture.
+    assert any(all(gradient_of(tower)) for tower in towers(model))
+
+
+def gradient_of(tower):
+    """Whether each parameter of a tower's compressor has got one."""
+    parameters = (p for name, p in tower.named_parameters() if ".compressor." in name)
+    return [p.grad is not None and p.grad.count_nonzero() > 0 for p in parameters]
+
+
+@pytest.mark.parametrize("vlm", [NEXT, ONEVISION], ids=lambda vlm: vlm.name)
+def test_tiles_are_put_together_on_the_merged_grid(vlm):
+    """As by the same model with patches of twice the size, whose grids are those."""
+    model, _ = made(vlm)
+    compress(model, layer=LAYER)
+    coarse = copy.deepcopy(model.config)
+    coarse.vision_config.patch_size = 10  # 3 x 3 of 30 px, as 5 x 5 patches become
+    coarse = type(model)(coarse)
+    sizes = torch.tensor([[40, 70], [15, 40]])
+    tiles = [torch.randn(5, 9, 32), torch.randn(3, 9, 32)]
+    options = {"image_newline": torch.randn(32)}
+    if vlm is NEXT:
+        options["vision_feature_select_strategy"] = "full"
+    packed = model.model.pack_image_features(tiles, sizes, **options)
+    expected = coarse.model.pack_image_features(tiles, sizes, **options)
+    assert packed[1].tolist() == expected[1].tolist()
+    for actual, right in zip(packed[0], expected[0], strict=True):
+        assert torch.equal(actual, right)
+
+
+VIDEOS = {"llava_next_video": 3 * 1, "llava_onevision": 3 * 4 + 1, "video_llava": 8 * 5}
+
+
+@pytest.mark.parametrize("vlm", [v for v in VLMS if v.name in VIDEOS], ids=lambda vlm: vlm.name)
+def test_videos(vlm):
+    """Frames of 2 x 2 or 3 x 3 merged tokens, which the first two halve once more."""
+    model, processor = made(vlm)
+    compress(model, processor, LAYER)
+    frames = 8 if vlm.name == "video_llava" else 3
+    video = torch.randint(0, 256, (frames, 3, 40, 70), dtype=torch.uint8)
+    inputs = processor(text="what is <video> ?", videos=[video], return_tensors="pt")
+    assert (inputs["input_ids"] == tokenizer().video_token_id).sum() == VIDEOS[vlm.name]
+    assert logits(model, inputs).isfinite().all()
+
+
+def test_tower_alone_is_enough_to_come_back_whole(tmp_path):
+    """A model whose tower got its compressor without compress is one that counts, after loading."""
+    model, processor = made(NEXT)
+    uhd_ops.insert_early_compressor(model.model.vision_tower, LAYER)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    compress(model, processor, LAYER)
+    inputs = NEXT.inputs(processor)
+    assert_close(logits(again, inputs), logits(model, inputs), ROUNDINGS)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies(copied):
+    model, processor = made(NEXT)
+    compress(model, processor, LAYER)
+    other = copied(model)
+    inputs = NEXT.inputs(processor)
+    assert_close(logits(other, inputs), logits(model, inputs), ROUNDINGS)
+    decompress(other)
+    assert towers(model)
+    assert not towers(other)
+
+
+def test_a_new_model_of_the_class_counts_its_own_patches():
+    model, processor = made(NEXT)
+    fine = NEXT.inputs(processor)
+    compress(model, processor, LAYER)
+    fresh = type(model.model)(model.config)
+    assert not towers(fresh)
+    fresh(**fine)
+
+
+def refused(error, match, model, processor, *args, **options):
+    """Assert that compress fails, and that nothing has changed."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    types = {name: type(module) for name, module in model.named_modules()}
+    counts = repr(processor)
+    with pytest.raises(error, match=match):
+        compress(model, processor, *args, **options)
+    assert_same_state(model, state, types)
+    assert repr(processor) == counts
+
+
+class Other(torch.nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def test_refusals():
+    model, processor = made(LLAVA)
+    refused(
+        ValueError, "layer must be below 3.*vision_feature_layer=-2.*got 3", model, processor, 3
+    )
+    refused(ValueError, "window must be at least 2, got 1", model, processor, 1, window=1)
+    refused(TypeError, "unexpected keyword argument 'windows'", model, processor, 1, windows=2)
+    refused(
+        ValueError, "processor must be that of the model, with patch_size", model, tokenizer(), 1
+    )
+    processor.patch_size = 7
+    refused(ValueError, "by patch_size=6, got patch_size=7", model, processor, 1)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        compress("llava")
+    tower = model.model.vision_tower
+    refused(NotImplementedError, "pass it to uhd_ops.insert_early_compressor", tower, None)
+    refused(NotImplementedError, "'tower' takes one by itself", Other(tower=tower), None)
+    refused(NotImplementedError, "nothing in it is a vision", Other(x=torch.nn.ReLU()), None)
+    with pytest.raises(ValueError, match="model holds no compressor in its 'vision_tower'"):
+        decompress(model)
+
+
+def test_removal_from_a_model_that_somebody_extended():
+    model, processor = made(NEXT)
+    compress(model, processor, LAYER)
+    counted = processor.patch_size
+
+    class Extended(type(model.model)):
+        pass
+
+    model.model.__class__ = Extended
+    with pytest.raises(NotImplementedError, match="got Extended: undo what extended it"):
+        decompress(model, processor)
+    assert towers(model)
+    assert processor.patch_size == counted
+
+
+def test_numbers_that_do_not_fit():
+    # 9 tokens on a side become 5, but floor(18 / patch_size) is never 5.
+    model, processor = made(Vlm("llava", llava("Llava", siglip(18, 2), 18), (81, 25)))
+    refused(ValueError, "divides into 5 tokens on a side.*got 18", model, processor, 1)
+    compress(model, layer=1)  # something else may count
+    model, processor = made(Vlm("gemma3", gemma3(siglip(24, 4), 24, 4), (4, 4), "<boi>"))
+    refused(ValueError, "a multiple of 2 tokens on a side.*got 3", model, processor, 1)
+    model, processor = made(LLAVA)
+    model.config.vision_config.image_size = (30, 24)
+    refused(ValueError, "square images.*got image_size=\\(30, 24\\)", model, processor, 1)
+
+
+def test_a_second_tower_that_is_refused_leaves_the_first_alone():
+    model, processor = made(next(vlm for vlm in VLMS if vlm.name == "video_llava"))
+    second = model.model.video_tower
+    uhd_ops.insert_early_compressor(second, LAYER, form="tied")
+    with pytest.raises(ValueError, match="vit holds a compressor already"):
+        compress(model, processor, LAYER)
+    assert towers(model) == [second]
+    assert processor.patch_size == 6
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "patch_size"), [(336, 12, 28), (384, 14, 27), (30, 3, 10)]
+)
+def test_patch_size_for(size, side, patch_size):
+    assert patch_size_for(size, side) == patch_size
+    assert size // patch_size == side
+
+
+def test_own_subclass_is_known():
+    model, _ = made(LLAVA)
+
+    class MyLlava(type(model.model)):
+        pass
+
+    model.model.__class__ = MyLlava
+    assert entry_of(model.model) is entry_of(made(LLAVA)[0].model)

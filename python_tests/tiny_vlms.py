@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random vision-language models of transformers, each with its processor, made by hand."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import tokenizers
+import transformers
+
+WORDS = ("what", "is", "in", "this", "picture", "?", "a", "small", "red", "square")
+SPECIAL = {
+    "image_token": "<image>",
+    "video_token": "<video>",
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "img_line_break_token": "<line>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<image>",
+}
+MORE = (
+    "<START>",
+    "<END>",
+    "<PATCH>",
+    "TILE",
+    "TILE_GLOBAL",
+    "TILE_1",
+    "TILE_2",
+    "TILE_3",
+    "TILE_4",
+)
+MORE += ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<tile_line>")
+MORE += tuple(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))
+LAYER = 1
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tokenizer():
+    special = list(dict.fromkeys([*SPECIAL.values(), *MORE]))
+    words = ["<pad>", "<s>", "</s>", "<unk>", *special, *WORDS]
+    words = {word: index for index, word in enumerate(words)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=SPECIAL,
+    )
+    made.add_tokens(special, special_tokens=True)
+    return made
+
+
+def picture(height=40, width=70):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return transformers.image_utils.PIL.Image.fromarray(pixels)
+
+
+def siglip(size, patch):
+    return transformers.SiglipVisionConfig(
+        **TOWER, image_size=size, patch_size=patch, vision_use_head=False
+    )
+
+
+def clip(size, patch):
+    return transformers.CLIPVisionConfig(**TOWER, image_size=size, patch_size=patch)
+
+
+def llama():
+    return transformers.LlamaConfig(**TEXT, vocab_size=len(tokenizer()))
+
+
+def image_id(token="<image>"):
+    return tokenizer().convert_tokens_to_ids(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vlm:
+    """A model and its processor.
+
+    Attributes:
+        name: Of the type, as in docs/vlms.md.
+        make: Returns both.
+        tokens: How many placeholders the processor writes for the picture, without a compressor and
+            with one.
+        image: What stands for an image in a text.
+        token: What the processor makes of it, once for every token.
+    """
+
+    name: str
+    make: Callable
+    tokens: tuple[int, int]
+    image: str = "<image>"
+    token: str = "<image>"
+
+    def inputs(self, processor, **options):
+        text = f"what is in {self.image} this picture ?"
+        inputs = processor(text=text, images=picture(), return_tensors="pt", **options)
+        inputs.pop("labels", None)
+        return inputs
+
+    def num_image_tokens(self, inputs):
+        return (inputs["input_ids"] == image_id(self.token)).sum().item()
+
+
+def llava(kind, vision, size, strategy="full", **options):
+    def make():
+        config = getattr(transformers, f"{kind}Config")(
+            vision_config=copy.deepcopy(vision),
+            text_config=llama(),
+            image_token_index=image_id(),
+            **options,
+            vision_feature_select_strategy=strategy,
+        )
+        processor = transformers.LlavaProcessor(
+            transformers.SiglipImageProcessor(size={"height": size, "width": size}),
+            tokenizer(),
+            patch_size=vision.patch_size,
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=int(strategy == "default"),
+        )
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
+
+    return make
+
+
+def llava_next(kind, vision, size):
+    pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
+
+    def make():
+        options = {} if kind == "LlavaNext" else {"video_token_index": image_id("<video>")}
+        config = getattr(transformers, f"{kind}Config")(
+            vision_config=copy.deepcopy(vision),
+            text_config=llama(),
+            image_token_index=image_id(),
+            image_grid_pinpoints=pinpoints,
+            **options,
+        )
+        images = transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": size},
+            crop_size={"height": size, "width": size},
+            image_grid_pinpoints=pinpoints,
+        )
+        parts = {"image_processor": images, "tokenizer": tokenizer()}
+        if kind == "LlavaNextVideo":
+            parts["video_processor"] = transformers.LlavaNextVideoVideoProcessor(
+                size={"height": size, "width": size}, do_center_crop=False, do_sample_frames=False
+            )
+        processor = getattr(transformers, f"{kind}Processor")(
+            **parts,
+            patch_size=vision.patch_size,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
+
+    return make
+
+
+def onevision(vision, size):
+    pinpoints = [[size, size], [size, 2 * size], [2 * size, 2 * size]]
+
+    def make():
+        config = transformers.LlavaOnevisionConfig(
+            vision_config=copy.deepcopy(vision),
+            text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer())),
+            image_token_index=image_id(),
+            video_token_index=image_id("<video>"),
+            image_grid_pinpoints=pinpoints,
+        )
+        processor = transformers.LlavaOnevisionProcessor(
+            transformers.LlavaOnevisionImageProcessor(
+                size={"height": size, "width": size}, image_grid_pinpoints=pinpoints
+            ),
+            tokenizer(),
+            transformers.LlavaOnevisionVideoProcessor(
+                size={"height": size, "width": size}, do_sample_frames=False
+            ),
+            num_image_tokens=(size // vision.patch_size) ** 2,
+            vision_feature_select_strategy="full",
+        )
+        return transformers.LlavaOnevisionForConditionalGeneration(config), processor
+
+    return make
+
+
+def video_llava(vision, size):
+    def make():
+        config = transformers.VideoLlavaConfig(
+            vision_config=copy.deepcopy(vision),
+            text_config=llama(),
+            image_token_index=image_id(),
+            video_token_index=image_id("<video>"),
+        )
+        sizes = {
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+        }
+        processor = transformers.VideoLlavaProcessor(
+            transformers.VideoLlavaImageProcessor(**sizes),
+            transformers.VideoLlavaVideoProcessor(**sizes, do_sample_frames=False),
+            tokenizer(),
+            patch_size=vision.patch_size,
+            vision_feature_select_strategy="default",
+        )
+        return transformers.VideoLlavaForConditionalGeneration(config), processor
+
+    return make
+
+
+def paligemma(vision, size):
+    def make():
+        text = transformers.GemmaConfig(**TEXT, vocab_size=len(tokenizer()))
+        config = transformers.PaliGemmaConfig(
+            vision_config=copy.deepcopy(vision),
+            text_config=text,
+            image_token_index=image_id(),
+            projection_dim=TEXT["hidden_size"],
+        )
+        images = transformers.SiglipImageProcessor(size={"height": size, "width": size})
+        images.image_seq_length = (size // vision.patch_size) ** 2
+        processor = transformers.PaliGemmaProcessor(images, tokenizer())
+        model = transformers.PaliGemmaForConditionalGeneration(config)
+        model.resize_token_embeddings(len(processor.tokenizer))
+        return model, processor
+
+    return make
+
+
+def gemma3(vision, size, tokens):
+    def make():
+        text = transformers.Gemma3TextConfig(**TEXT, vocab_size=len(tokenizer()))
+        config = transformers.Gemma3Config(
+            vision_config=copy.deepcopy(vision),
+            text_config=text,
+            image_token_index=image_id(),
+            boi_token_index=image_id("<boi>"),
+            eoi_token_index=image_id("<eoi>"),
+            mm_tokens_per_image=tokens,
+        )
+        processor = transformers.Gemma3Processor(
+            transformers.Gemma3ImageProcessor(size={"height": size, "width": size}),
+            tokenizer(),
+            image_seq_length=tokens,
+        )
+        return transformers.Gemma3ForConditionalGeneration(config), processor
+
+    return make
+
+
+def cohere2(vision, size):
+    def make():
+        text = transformers.Cohere2Config(**TEXT, vocab_size=len(tokenizer()))
+        config = transformers.Cohere2VisionConfig(
+            vision_config=copy.deepcopy(vision), text_config=text, alignment_intermediate_size=64
+        )
+        config.image_token_id = image_id()
+        images = transformers.Cohere2VisionImageProcessor(
+            size={"height": size, "width": size}, max_patches=4
+        )
+        images.patch_size = -(-size // vision.patch_size // 2)
+        processor = transformers.Cohere2VisionProcessor(images, tokenizer())
+        return transformers.Cohere2VisionForConditionalGeneration(config), processor
+
+    return make
+
+
+def aya(vision, size):
+    def make():
+        text = transformers.Cohere2Config(**TEXT, vocab_size=len(tokenizer()))
+        config = transformers.AyaVisionConfig(
+            vision_config=copy.deepcopy(vision),
+            text_config=text,
+            adapter_layer_norm_eps=1e-6,
+            image_token_index=image_id("<PATCH>"),
+        )
+        processor = transformers.AyaVisionProcessor(
+            transformers.GotOcr2ImageProcessor(
+                size={"height": size, "width": size}, crop_to_patches=True, max_patches=4
+            ),
+            tokenizer(),
+            patch_size=vision.patch_size,
+            img_size=size,
+            downsample_factor=2,
+            start_of_img_token="<START>",
+            end_of_img_token="<END>",
+            img_patch_token="<PATCH>",
+            img_line_break_token="<line>",
+        )
+        return transformers.AyaVisionForConditionalGeneration(config), processor
+
+    return make
+
+
+def deepseek(vision, size):
+    def make():
+        config = transformers.DeepseekVLConfig(
+            vision_config=copy.deepcopy(vision), text_config=llama(), image_token_id=image_id()
+        )
+        processor = transformers.DeepseekVLProcessor(
+            transformers.DeepseekVLImageProcessor(size={"height": size, "width": size}),
+            tokenizer(),
+            num_image_tokens=(size // vision.patch_size) ** 2,
+        )
+        return transformers.DeepseekVLForConditionalGeneration(config), processor
+
+    return make
+
+
+# LLaVA-NeXT cuts the picture of 40 x 70 px into 2 x 2 tiles. Of their 10 x 10 patches, the padding
+# takes 4 rows, so that there are 6 * (10 + 1) tokens with the line breaks, and 5 * 5 of the whole
+# picture; of 6 x 6 merged tokens, it takes 2 rows: 4 * (6 + 1) and 3 * 3. Command A and Aya cut it
+# into 5 and 3 tiles with 3 * 3 tokens each behind the connector, or 2 * 2.
+VLMS = [
+    Vlm("llava", llava("Llava", siglip(30, 6), 30), (25, 9)),
+    Vlm("llava", llava("Llava", clip(24, 6), 24, "default"), (16, 4)),
+    Vlm(
+        "vipllava",
+        llava("VipLlava", clip(24, 6), 24, "default", vision_feature_layer=[-2, -1]),
+        (16, 4),
+    ),
+    Vlm("llava_next", llava_next("LlavaNext", clip(30, 6), 30), (91, 37)),
+    Vlm("llava_next_video", llava_next("LlavaNextVideo", clip(24, 6), 24), (52, 14)),
+    Vlm("llava_onevision", onevision(siglip(30, 6), 30), (91, 37)),
+    Vlm("video_llava", video_llava(clip(24, 6), 24), (16, 4)),
+    Vlm("paligemma", paligemma(siglip(30, 6), 30), (25, 9)),
+    Vlm("gemma3", gemma3(siglip(32, 4), 32, 16), (16, 16), "<boi>"),
+    Vlm("cohere2_vision", cohere2(siglip(24, 4), 24), (45, 20)),
+    Vlm("aya_vision", aya(siglip(24, 4), 24), (27, 12), token="<PATCH>"),
+    Vlm("deepseek_vl", deepseek(siglip(30, 6), 30), (25, 9)),
+]
