@@ -9,7 +9,7 @@ import torch
 import transformers
 from families.case import assert_close
 from hf_models import ROUNDINGS
-from tiny_vlms import LAYER, VLMS, Vlm, gemma3, llava, siglip, tokenizer
+from tiny_vlms import LAYER, VLMS, Vlm, gemma3, image_id, llava, pi0, siglip, t5gemma2, tokenizer
 
 import uhd_ops
 from uhd_ops.integrations.transformers import compress, decompress
@@ -132,6 +132,20 @@ def test_videos(vlm):
     inputs = processor(text="what is <video> ?", videos=[video], return_tensors="pt")
     assert (inputs["input_ids"] == tokenizer().video_token_id).sum() == VIDEOS[vlm.name]
     assert logits(model, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "counts"), [(pi0, (25, 9)), (t5gemma2, (16, 16))], ids=["pi0", "t5gemma2"]
+)
+def test_models_around_one(make, counts):
+    """PaliGemma's and Gemma 3's ways of counting, inside models that are more than that."""
+    torch.manual_seed(0)
+    model, processor, inputs = make()
+    assert (inputs()["input_ids"] == image_id()).sum() == counts[0]
+    compress(model, processor, LAYER)
+    assert (inputs()["input_ids"] == image_id()).sum() == counts[1]
+    model.eval()(**inputs()).loss.backward()
+    assert len(towers(model)) == 1
 
 
 def test_tower_alone_is_enough_to_come_back_whole(tmp_path):

@@ -56,12 +56,12 @@ def compress(model: Model, processor: Any = None, layer: int = 6, **options: Any
             In every case of an error, model and processor are as they were.
 
     Example:
-        >>> from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-        >>> from transformers import SiglipVisionConfig
+        >>> from transformers import CLIPVisionConfig, LlamaConfig
+        >>> from transformers import LlavaConfig, LlavaForConditionalGeneration
         >>> size = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2)
-        >>> vision = SiglipVisionConfig(**size, num_hidden_layers=3, image_size=32, patch_size=4)
+        >>> vision = CLIPVisionConfig(**size, num_hidden_layers=3, image_size=32, patch_size=4)
         >>> text = LlamaConfig(**size, num_hidden_layers=1, vocab_size=64)
-        >>> config = LlavaConfig(vision, text, vision_feature_select_strategy="full")
+        >>> config = LlavaConfig(vision_config=vision, text_config=text)
         >>> model = compress(LlavaForConditionalGeneration(config), layer=0)
         >>> model.model.vision_tower.compression.layers
         (0,)

@@ -224,6 +224,11 @@ ENTRIES: dict[str, Entry] = {
         towers=("vision_model",),
         parts={"connector": ShufflesByArgument},
     ),
+    "T5Gemma2Encoder": Entry(
+        lambda config, side: {"image_seq_length": config.mm_tokens_per_image},
+        parts={"multi_modal_projector": PoolsToFixedNumber},
+        check=_gemma3,
+    ),
     "VideoLlavaModel": Entry(_patch_size, towers=("image_tower", "video_tower")),
     "VipLlavaModel": Entry(_patch_size),
 }

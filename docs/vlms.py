@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write docs/vlms.md: which vision-language models of transformers take a compressor as a whole.
+
+    python docs/vlms.py            # write the table
+    python docs/vlms.py --check    # fail where it is out of date
+
+Every image-text-to-text type that transformers has is made from its default config on the meta
+device, without weights, and compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers.models.auto import configuration_auto, modeling_auto
+
+from uhd_ops.integrations.transformers import compress
+from uhd_ops.integrations.transformers.vlm_models import entry_of, fine_side, merged_side
+
+TABLE = Path(__file__).with_name("vlms.md")
+LAYER = 5  # VipLLaVA reads the states behind block 5 of its tower
+GEMMA3 = {"model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14}
+# Where the default config makes no model, or one whose parts do not fit, as it is released.
+MENDED = {
+    "aya_vision": {"vision_config": {**GEMMA3, "image_size": 364}},
+    "gemma3": {"vision_config": GEMMA3},
+    "shieldgemma2": {"vision_config": GEMMA3},
+    "t5gemma2": {"encoder": {"vision_config": GEMMA3}},
+}
+UNKNOWN = "its tower is not known here"
+# What the structure of the others says.
+REASONS = {
+    "chameleon": "its images are codes of a quantiser, not features",
+    "deepseek_ocr2": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
+    "deepseek_vl_hybrid": "it adds the states of a second tower, SAM's, token by token",
+    "emu3": "its images are codes of a quantiser, not features",
+    "evolla": "it reads proteins, not images",
+    "fast_vlm": "its tower has stages that reduce the resolution already",
+    "florence2": "its tower has stages that reduce the resolution already",
+    "fuyu": "it has no tower: its decoder reads the patches",
+    "gemma3n": "its tower has stages that reduce the resolution already",
+    "gemma4_unified": "it has no tower: its decoder reads the patches",
+    "got_ocr2": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
+    "lfm2_vl": "it cuts the tower's output by the patches of each image",
+    "minicpmv4_6": "it holds a compressor: see uhd_ops.integrations.transformers.accelerate",
+    "minicpmv4_7": "it holds a compressor: see uhd_ops.integrations.transformers.accelerate",
+    "mistral4": "it reads text only",
+    "pp_chart2table": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
+    "pp_formulanet": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
+    "udop": "it has no tower: its encoder reads the patches beside the text",
+    "unlimited_ocr": "it joins two towers, of which one is SAM's",
+    "vision-encoder-decoder": "nothing counts its image tokens: insert into its encoder, if known",
+}
+
+
+class Row(NamedTuple):
+    """One type.
+
+    Attributes:
+        kind: As in ``config.json``.
+        model: Class of the model.
+        tower: Class of its vision tower, if that was found.
+        grid: Tokens of one view behind the tower, without and with a compressor.
+        counts: What the processor counts with, likewise.
+        reason: Why it is refused; empty where it is not.
+    """
+
+    kind: str
+    model: str
+    tower: str
+    grid: str = ""
+    counts: str = ""
+    reason: str = ""
+
+
+def make(kind: str, model: str) -> torch.nn.Module | None:
+    """Make a model of a type from its default config; None where that makes none."""
+    try:
+        config = configuration_auto.CONFIG_MAPPING[kind](**MENDED.get(kind, {}))
+        with torch.device("meta"):
+            return getattr(transformers, model)(config)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def try_type(kind: str, model: str) -> Row:
+    """Compress a model of one type."""
+    vlm = make(kind, model)
+    refused = Row(kind, model, tower_of(vlm), reason=REASONS.get(kind, UNKNOWN))
+    if vlm is None:
+        return refused
+    try:
+        compress(vlm, layer=LAYER)
+    except NotImplementedError:
+        return refused
+    if kind in REASONS:
+        raise AssertionError(f"{kind} is supported, but REASONS says: {REASONS[kind]}")
+    inner = next(module for module in vlm.modules() if entry_of(module))
+    entry, side = entry_of(inner), fine_side(inner.config.vision_config)
+    tower = getattr(inner, entry.towers[0])
+    merged = merged_side(side, tower.compression)
+    before, after = (entry.counts(inner.config, n) for n in (side, merged))
+    counts = (f"`{name}` {before[name]} → {after[name]}" for name in before)
+    grid = f"{side} x {side} → {merged} x {merged}"
+    return Row(kind, model, type(tower).__name__, grid, ", ".join(counts))
+
+
+def tower_of(vlm: torch.nn.Module | None) -> str:
+    """Class of the first model inside a model that is one for images."""
+    for name, module in vlm.named_modules() if vlm is not None else ():
+        cls = type(module).__name__
+        named = name.rpartition(".")[2].startswith(("vision", "visual", "image_tower"))
+        if name and isinstance(module, transformers.PreTrainedModel) and named:
+            return cls
+    return ""
+
+
+def table(rows: list[Row]) -> str:
+    """Return the page."""
+    known = [row for row in rows if not row.reason]
+    lines = [
+        "# Vision-language models of transformers that take a compressor as a whole",
+        "",
+        f"Written by `python docs/vlms.py` with transformers {transformers.__version__}: of "
+        f"{len(rows)} image-text-to-text types,",
+        f"`uhd_ops.integrations.transformers.compress(model, processor)` takes {len(known)}. The",
+        "numbers are those of default configs, with a compressor behind block 5 of the tower: a",
+        "grid of n x n tokens becomes one of ceil(n / 2) x ceil(n / 2). What the processor counts",
+        "with changes as the last column says, and is saved with it.",
+        "",
+        "| type | model | tower | tokens of a view | processor |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.kind} | `{row.model}` | `{row.tower}` | {row.grid} | {row.counts} |"
+        for row in known
+    ]
+    lines += [
+        "",
+        "All others are refused with a `NotImplementedError`. Where the tower itself is known, the",
+        "message says so: `uhd_ops.insert_early_compressor` takes it, and what counts its tokens",
+        "has to be changed by hand. Own towers: [own_vit.md](own_vit.md).",
+        "",
+        "| type | tower | why not |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        if row.reason:
+            tower = f"`{row.tower}`" if row.tower else ""
+            lines.append(f"| {row.kind} | {tower} | {row.reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where the page is out of date")
+    arguments = parser.parse_args()
+    types = sorted(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items())
+    page = table([try_type(kind, model) for kind, model in types])
+    if arguments.check:
+        if page != TABLE.read_text():
+            print("docs/vlms.md is out of date: run python docs/vlms.py", file=sys.stderr)
+            return 1
+        return 0
+    TABLE.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
