@@ -2,6 +2,7 @@
 """Small random vision models of transformers, each with its compressor as a loop over windows."""
 
 import dataclasses
+import importlib
 import math
 
 import torch
@@ -41,8 +42,10 @@ class HfCase:
     resizes: dict = dataclasses.field(default_factory=dict)
 
     @property
-    def cls(self):
-        return getattr(transformers, self.model)
+    def cls(self):  # not all of them are names of the package itself
+        configuration = getattr(transformers, self.config).__module__
+        module = importlib.import_module(configuration.replace(".configuration_", ".modeling_"))
+        return getattr(module, self.model)
 
     def make(self, **options):
         config = getattr(transformers, self.config)(**{**SIZE, **self.options, **options})
@@ -63,6 +66,8 @@ class HfCase:
     def outputs_of(self, model, last):
         """The first two outputs of a model by what leaves its last layer."""
         vit = self.vit(model)
+        if self.by_hand is idefics_by_hand:
+            return (vit.post_layernorm(last),)
         if "Siglip" in self.model:
             normed = vit.post_layernorm(last)
             return normed, vit.head(normed) if vit.use_head else None
@@ -132,6 +137,17 @@ def clip_by_hand(vit, images, layer=1, window=2, positions="center", attention=T
     grid = images.shape[-2] // 4, images.shape[-1] // 4
     tokens = vit.embeddings(images, interpolate_pos_encoding=grid != (7, 7))
     tokens = getattr(vit, "pre_layrnorm", lambda x: x)(tokens)
+    return layers_by_hand(vit, tokens, grid, layer, window, attention)
+
+
+def idefics_by_hand(vit, images, layer=1, window=2, positions="center", attention=True):
+    """As above, for Idefics 2, Idefics 3 and SmolVLM; for images without padding."""
+    grid = images.shape[-2] // 4, images.shape[-1] // 4
+    tokens = vit.embeddings(images, torch.ones(len(images), *grid, dtype=torch.bool))
+    return layers_by_hand(vit, tokens, grid, layer, window, attention)
+
+
+def layers_by_hand(vit, tokens, grid, layer, window, attention):
     states = [tokens]
     for index, block in enumerate(vit.encoder.layers):
         tokens = block(tokens, None)
@@ -222,6 +238,8 @@ CASES = {
         clip_by_hand,
         resizes=RESIZED,
     ),
+    "Idefics 2": HfCase("Idefics2VisionTransformer", "Idefics2VisionConfig", CLIP, idefics_by_hand),
+    "SmolVLM": HfCase("SmolVLMVisionTransformer", "SmolVLMVisionConfig", CLIP, idefics_by_hand),
     "CLIP": HfCase("CLIPVisionModel", "CLIPVisionConfig", CLIP, clip_by_hand, resizes=RESIZED),
     "CLIP with projection": HfCase(
         "CLIPVisionModelWithProjection",

@@ -37,8 +37,7 @@ class PaddedLayout:
     ) -> None:
         self.grids, self.length, self.prefix = grids, length, prefix
         self.frequencies = frequencies
-        counts = torch.tensor([h * w for h, w in grids], dtype=torch.int64)
-        valid = torch.arange(length) < counts[:, None]
+        valid = self._marks()
         self.full = bool(valid.all())
         self.valid = valid.to(device, non_blocking=True)
         self._rows = valid.flatten().nonzero()[:, 0].to(device, non_blocking=True)
@@ -90,14 +89,21 @@ class PaddedLayout:
         if window == 1:  # not merged: the padding stays
             return self
         if window not in self._merged:
-            grids = self.grids.merged(window)
-            self._merged[window] = PaddedLayout(
-                grids, grids.max_seqlen, self.prefix, self.valid.device, self.frequencies
-            )
+            self._merged[window] = self._behind(window)
         return self._merged[window]
 
+    def _marks(self) -> torch.Tensor:
+        """Where the patches are, ``(B, L)``, on the CPU."""
+        counts = torch.tensor([h * w for h, w in self.grids], dtype=torch.int64)
+        return torch.arange(self.length) < counts[:, None]
+
+    def _behind(self, window: int) -> PaddedLayout:
+        grids = self.grids.merged(window)
+        device = self.valid.device
+        return PaddedLayout(grids, grids.max_seqlen, self.prefix, device, self.frequencies)
+
     @property
-    def places(self) -> tuple[PackedGrids, int, int]:
+    def places(self) -> tuple[Any, ...]:
         """What tells it from other layouts of the same model."""
         return self.grids, self.length, self.prefix
 
@@ -170,6 +176,62 @@ class PaddedLayout:
             for table, part in zip(tables, parts, strict=True):
                 table[samples, ..., : part.shape[-2], :] = part
         return tables[0], tables[1]
+
+
+class FramedLayout(PaddedLayout):
+    """A padded batch of images ``(B, H * W, C)``: each grid is the top-left corner of one frame.
+
+    Behind the compressor the grids lie in the merged frame likewise, so that a connector which
+    takes the tokens for a map is right. For models without rotary embeddings.
+
+    Args:
+        grids: Grid of each sample.
+        frame: Rows H and columns W of all of them.
+        device: Where the tokens are.
+    """
+
+    def __init__(
+        self, grids: PackedGrids, frame: tuple[int, int], device: torch.device | str
+    ) -> None:
+        self.frame = frame
+        super().__init__(grids, frame[0] * frame[1], 0, device)
+
+    @classmethod
+    def of_mask(cls, mask: torch.Tensor, device: torch.device | str) -> FramedLayout:
+        """Read the grids from a mask; where it is on a CUDA device, the host waits for it, once.
+
+        Args:
+            mask: ``patch_attention_mask (B, H, W)``, False for padding.
+            device: Where the tokens are.
+
+        Raises:
+            ValueError: The valid patches of a sample are not the top-left corner of the frame.
+        """
+        marked = mask.to("cpu", torch.bool)
+        sides = torch.stack([marked.any(2).sum(1), marked.any(1).sum(1)], 1)
+        layout = cls(PackedGrids.of(sides.tolist()), tuple(marked.shape[1:]), device)
+        wrong = (layout._marks() != marked.flatten(1)).any(1).nonzero()[:, 0].tolist()
+        if wrong:
+            raise ValueError(
+                "patch_attention_mask must mark a rectangle of patches in the top-left corner of "
+                f"every image, which those of {wrong} do not"
+            )
+        return layout
+
+    @property
+    def places(self) -> tuple[Any, ...]:
+        """As in the base class."""
+        return self.grids, self.frame
+
+    def _marks(self) -> torch.Tensor:
+        sides = torch.tensor([*self.grids], dtype=torch.int64).view(-1, 2, 1)
+        rows, cols = (torch.arange(n) < sides[:, dim] for dim, n in enumerate(self.frame))
+        return (rows[:, :, None] & cols[:, None]).flatten(1)
+
+    def _behind(self, window: int) -> FramedLayout:
+        height, width = self.frame
+        frame = -(-height // window), -(-width // window)
+        return FramedLayout(self.grids.merged(window), frame, self.valid.device)
 
 
 def refuse_maps(layout: Any, output_fmt: str) -> None:

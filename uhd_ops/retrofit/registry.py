@@ -95,6 +95,15 @@ FAMILIES = (
     Row("hf_clip", "transformers.models.siglip2.modeling_siglip2", (), ("Siglip2EncoderLayer",)),
     *(
         Row(
+            "hf_idefics",
+            f"transformers.models.{name.lower()}.modeling_{name.lower()}",
+            (f"{name}VisionTransformer",),
+            (f"{name}EncoderLayer",),
+        )
+        for name in ("Idefics2", "Idefics3", "SmolVLM")
+    ),
+    *(
+        Row(
             "hf_dinov2",
             f"transformers.models.{module}.modeling_{module}",
             (f"{name}Model", f"{name}ForImageClassification"),

@@ -34,9 +34,10 @@ _ACTIVATIONS = {
 }
 
 
-def sibling(cls: type, name: str) -> type:
-    """Return the class ``name`` of the module that defines ``cls``."""
-    return getattr(sys.modules[cls.__module__], name)
+def sibling(cls: type, *names: str) -> type:
+    """Return the class of the module that defines ``cls`` with the first of the names it has."""
+    module = sys.modules[cls.__module__]
+    return getattr(module, next((name for name in names if hasattr(module, name)), names[0]))
 
 
 def norm(module: nn.Module, name: str, cls: type = nn.LayerNorm) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import can_return_tuple
 
 from uhd_ops.nn import modules
@@ -32,6 +33,7 @@ from uhd_ops.retrofit.adapter import (
 from uhd_ops.retrofit.families import _hf_blocks as parts
 from uhd_ops.retrofit.families._hf_checkpoints import OPTIONS
 from uhd_ops.retrofit.packed import Grid, PackedModel
+from uhd_ops.retrofit.padded_layout import PaddedLayout
 from uhd_ops.retrofit.relative_positions import StandIn
 
 
@@ -117,6 +119,26 @@ class CoarseLayer(CoarseBlock):
     prefix = ""
 
 
+class CoarseMaskedLayer(CoarseLayer):
+    """A layer behind the compressor that is given a mask where images are padded."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As in the layer's class, with the mask of the merged tokens."""
+        merged = self._layout_of(hidden_states).merged(self.window)
+
+        def derive(valid: torch.Tensor) -> torch.Tensor | None:
+            return create_bidirectional_mask(self.self_attn.config, hidden_states, valid)
+
+        padded = isinstance(merged, PaddedLayout) and not merged.full
+        mask = self._derived(hidden_states, merged.valid, derive) if padded else None
+        return super().forward(hidden_states, mask, **kwargs)
+
+
 class PackedHfModel(PackedModel):
     """A model of transformers on packed views."""
 
@@ -164,7 +186,7 @@ def require_understood(
     """
     cls = next(c for c in type(vit).__mro__ if c.__module__.startswith("transformers.models."))
     require_methods(vit, cls, ("forward",))
-    family = re.sub(r"(Vision)?(Model|Backbone)$", "", cls.__name__)
+    family = re.sub(r"(Vision)?(Model|Backbone|Transformer)$", "", cls.__name__)
     expected = {blocks_name.rpartition(".")[0]: parts.sibling(cls, f"{family}{encoder}")}
     for index in range(config.layers[0], len(vit.get_submodule(blocks_name))):
         expected[f"{blocks_name}.{index}"] = parts.sibling(cls, f"{family}{layer}")

@@ -36,13 +36,13 @@ def read(block: nn.Module) -> BlockSpec:
     attention = parts.attention(
         block.self_attn,
         "layer.self_attn",
-        parts.sibling(cls, f"{family}Attention"),
+        parts.sibling(cls, f"{family}VisionAttention", f"{family}Attention"),
         norm=parts.norm(block.layer_norm1, "layer.layer_norm1"),
     )
     mlp = parts.mlp(
         block.mlp,
         "layer.mlp",
-        (parts.sibling(cls, f"{family}MLP"),),
+        (parts.sibling(cls, f"{family}VisionMLP", f"{family}MLP"),),
         norm=parts.norm(block.layer_norm2, "layer.layer_norm2"),
     )
     dim = block.layer_norm1.normalized_shape[0]

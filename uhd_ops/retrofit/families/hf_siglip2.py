@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_bidirectional_mask
 
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.retrofit.adapter import Family
 from uhd_ops.retrofit.families._hf_models import (
     CoarseLayer,
+    CoarseMaskedLayer,
     CompressedHfModel,
     CompressedLayer,
     PackedHfModel,
@@ -41,26 +41,6 @@ class CompressedSiglip2VisionModel(CompressedHfModel):
         **options: Any,
     ) -> PaddedLayout:
         return layout_of(pixel_values, pixel_attention_mask, spatial_shapes, self._windows()[-1])
-
-
-class CoarseSiglip2Layer(CoarseLayer):
-    """A layer behind the compressor."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """As in the layer's class, with the mask of the merged tokens."""
-        merged = self._layout_of(hidden_states).merged(self.window)
-
-        def derive(valid: torch.Tensor) -> torch.Tensor | None:
-            config = self.self_attn.config
-            return create_bidirectional_mask(config, hidden_states, None if merged.full else valid)
-
-        mask = self._derived(hidden_states, merged.valid, derive)
-        return super().forward(hidden_states, mask, **kwargs)
 
 
 class CoarseSiglip2Head(CoarseLayer):
@@ -143,7 +123,7 @@ class PackedSiglip2(PackedHfModel):
 FAMILY = Family(
     CompressedSiglip2VisionModel,
     CompressedLayer,
-    CoarseSiglip2Layer,
+    CoarseMaskedLayer,
     check,
     heads={"head": CoarseSiglip2Head},
     packed=PackedSiglip2,
