@@ -198,7 +198,7 @@ def test_towers_of_whole_models(name, tmp_path):
     insert_early_compressor(model.model.vision_model, 1)
     trained(model).save_pretrained(tmp_path)
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert_same(loaded.eval(), model)
+    assert_same(loaded.model.vision_model, model.model.vision_model)
     if name != "Idefics2":  # whose resampler asks for a mask of as many tokens
         # 8 x 8 patches become 4 x 4 tokens, and 2 x 2 for the language model.
         images = random_images(32, 32, 3, torch.float32)[None]
