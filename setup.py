@@ -5,22 +5,34 @@ This file decides whether CMake runs, hands it the environment's wishes, and put
 the package. The switches: UHD_OPS_NO_NATIVE, UHD_OPS_REQUIRE_NATIVE, UHD_OPS_CUDA (auto, 0, 1),
 UHD_OPS_CUDA_ARCHS, UHD_OPS_TORCH_INCLUDE, UHD_OPS_BUILD_DIR, UHD_OPS_SANITIZE, CXX, CUDACXX,
 MAX_JOBS.
+
+A package without kernels has the version "<version>+reference": a local version, which the public
+index refuses, and which pip refuses where an index promised the plain one. Source archives have
+the plain one, as they may be built anywhere.
 """
 
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "uhd_ops"
-STABLE_ABI_HEADER = "torch/csrc/stable/library.h"
+OLDEST_TORCH = (2, 10)
+VERSION_HEADER = "torch/headeronly/version.h"
+FIND_TORCH = """if True:
+    import importlib.util
+    spec = importlib.util.find_spec("torch")
+    print(*(spec and spec.submodule_search_locations or ()), sep="\\n")
+"""
 
 
 def switch(name):
@@ -29,19 +41,51 @@ def switch(name):
     return None if value in ("", "auto") else value not in ("0", "no", "off", "false")
 
 
-def torch_include():
-    """Find torch's headers without importing torch, or return None.
+def torch_folders():
+    """Yield where this Python finds torch, without importing it.
 
-    Only headers are needed, and their version does not matter (stable ABI), so a build in pip's
-    isolated environment may use the torch of the environment that it installs into.
+    pip's isolated build hides it: PYTHONPATH leads to a sitecustomize.py that takes site-packages
+    and what their .pth files name off the path. A child without that sees what a user's Python
+    does: the environment itself, the packages of the system, .pth files, the user's own folder.
     """
-    candidates = [os.environ.get("UHD_OPS_TORCH_INCLUDE")]
     spec = importlib.util.find_spec("torch")
-    if spec and spec.submodule_search_locations:
-        candidates.append(os.path.join(next(iter(spec.submodule_search_locations)), "include"))
-    for key in ("platlib", "purelib"):
-        candidates.append(os.path.join(sysconfig.get_paths()[key], "torch/include"))
-    return next((c for c in candidates if c and (Path(c) / STABLE_ABI_HEADER).exists()), None)
+    if spec:
+        yield from spec.submodule_search_locations or ()
+    hiding = ("PYTHONPATH", "PYTHONNOUSERSITE")
+    seen = {name: value for name, value in os.environ.items() if name not in hiding}
+    command = [sys.executable, "-c", FIND_TORCH]
+    # Not in the checkout, whose folders an empty entry of the path would make importable.
+    done = subprocess.run(command, env=seen, cwd=os.sep, capture_output=True, text=True)
+    yield from filter(None, done.stdout.splitlines())
+
+
+def torch_include():
+    """Find torch's headers, or say what to do.
+
+    Only headers are needed, and their version does not matter from the oldest on (stable ABI).
+    """
+    named = os.environ.get("UHD_OPS_TORCH_INCLUDE")
+    folders = [named] if named else [os.path.join(folder, "include") for folder in torch_folders()]
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    older = []
+    for folder in folders:
+        header = Path(folder, VERSION_HEADER)
+        numbers = re.findall(r"#define TORCH_VERSION_M\w+ (\d+)", _text(header))
+        if tuple(map(int, numbers)) >= OLDEST_TORCH:
+            return folder
+        older.append(f"{folder} ({'.'.join(numbers) or 'no ' + VERSION_HEADER})")
+    found = f"only {', '.join(older)}" if older else f"no torch that {sys.executable} sees"
+    raise SystemExit(
+        f"{PACKAGE}: the kernels are built with the headers of torch >= {oldest}, but there is "
+        f"{found}. Install torch first: none is downloaded for the build. Where it is installed, "
+        "the build cannot see it: add --no-build-isolation, with cmake, ninja, pybind11 and wheel "
+        "installed, or set UHD_OPS_TORCH_INCLUDE to its include folder. UHD_OPS_NO_NATIVE=1 "
+        "installs without kernels (slow)."
+    )
+
+
+def _text(path):
+    return path.read_text() if path.exists() else ""
 
 
 def find_nvcc():
@@ -56,11 +100,15 @@ def why_not_native():
     """Say why there can be no native build, or return None."""
     if switch("UHD_OPS_NO_NATIVE"):
         return "UHD_OPS_NO_NATIVE is set"
-    compilers = (
-        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    )
-    if not any(shutil.which(compiler) for compiler in compilers):
+    named = os.environ.get("CXX")
+    compilers = [named] if named else ["c++", "g++", "clang++"]
+    there = [compiler for compiler in compilers if shutil.which(shlex.split(compiler)[0])]
+    if not there:
         return f"no C++ compiler found (looked for {', '.join(compilers)}; set CXX)"
+    command = [*shlex.split(there[0]), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    program = "#include <string_view>\nint main() {}\n"
+    if subprocess.run(command, input=program, capture_output=True, text=True).returncode:
+        return f"the C++ compiler {there[0]} does not compile a program in C++17 (set CXX)"
     return None
 
 
@@ -84,12 +132,11 @@ class CMakeBuild(build_ext):
         try:
             installed = self.cmake_with_or_without_cuda()
         except (subprocess.CalledProcessError, OSError) as error:
-            if switch("UHD_OPS_REQUIRE_NATIVE") or switch("UHD_OPS_CUDA"):
-                raise
-            boxed_warning(
-                f"the native build FAILED ({error}); the operators will run on the PyTorch "
-                "reference (slow). Set UHD_OPS_REQUIRE_NATIVE=1 to make this an error."
-            )
+            # Without kernels it would be another package, of another version.
+            raise SystemExit(
+                f"{PACKAGE}: the native build FAILED ({error}). UHD_OPS_NO_NATIVE=1 installs "
+                "without kernels; the operators then run on the PyTorch reference (slow)."
+            ) from error
         finally:
             for stale in self.present_libraries() - installed:
                 stale.unlink()  # of an earlier build that this one did not renew
@@ -130,21 +177,21 @@ class CMakeBuild(build_ext):
         return {Path(line) for line in manifest if line}
 
     def configure_command(self, build, nvcc):
-        import pybind11
-
         include = torch_include()
-        if include is None:
-            raise OSError("no torch >= 2.10 headers found; set UHD_OPS_TORCH_INCLUDE")
         for tool in ("cmake", "ninja"):
             if not shutil.which(tool):
                 raise OSError(f"{tool} is not on PATH (pip install {tool})")
+        if not importlib.util.find_spec("pybind11"):
+            raise OSError("pybind11 is not installed (pip install pybind11)")
+        import pybind11
+
         yield from ("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja")
         # Said every time: the ninja of an isolated build is gone when the next one reads the cache.
         yield f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"
         yield f"-DUHD_TORCH_INCLUDE={include}"
         yield f"-DUHD_CUDA={'ON' if nvcc else 'OFF'}"
         yield f"-DUHD_SANITIZE={'ON' if switch('UHD_OPS_SANITIZE') else 'OFF'}"
-        yield f"-DUHD_VERSION={self.distribution.get_version()}"
+        yield f"-DUHD_VERSION={VERSION}"
         yield f"-DPython_EXECUTABLE={sys.executable}"
         yield f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
         if nvcc:
@@ -159,6 +206,7 @@ class CMakeBuild(build_ext):
         return {}
 
 
+VERSION = re.search(r'^__version__ = "(.+)"$', _text(ROOT / PACKAGE / "__init__.py"), re.M)[1]
 reason = why_not_native()
 if reason:
     if switch("UHD_OPS_REQUIRE_NATIVE"):
@@ -167,6 +215,8 @@ if reason:
         f"building WITHOUT native kernels: {reason}. The operators will run on the PyTorch "
         "reference (slow)."
     )
+elif "dist_info" in sys.argv:
+    torch_include()  # pip asks for the metadata, and downloads what they require before it builds
 
 
 class NativeDistribution(Distribution):
@@ -174,11 +224,14 @@ class NativeDistribution(Distribution):
         return reason is None
 
 
+# Said here, where the setuptools of a fresh Python 3.11 (65.5) understands it too: pyproject.toml
+# would need a table for setuptools < 77, and a string from there on.
+before_expressions = int(setuptools.__version__.split(".")[0]) < 77
+license_field = "license" if before_expressions else "license_expression"
 setup(
+    version=VERSION + ("+reference" if reason and "sdist" not in sys.argv else ""),
+    **{license_field: "Apache-2.0"},
     distclass=NativeDistribution,
     ext_modules=[] if reason else [Extension(f"{PACKAGE}._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    # Where no torch can be found (`python -m build` isolates itself completely), bring one for its
-    # headers.
-    setup_requires=[] if reason or torch_include() else ["torch>=2.10"],
 )

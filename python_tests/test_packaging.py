@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installing without a compiler, with a broken one, and with native kernels required."""
+"""Installing: with which torch, without a compiler, with native kernels required."""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
+import setuptools
+
+import uhd_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
@@ -80,22 +84,17 @@ def use_wheel(wheel, tmp_path):
     ("environment", "reason"),
     [
         ({"CXX": "/nonexistent/c++"}, "no C++ compiler found (looked for /nonexistent/c++"),
+        ({"CXX": "/bin/false"}, "the C++ compiler /bin/false does not compile a program in C++17"),
         ({"UHD_OPS_NO_NATIVE": "1"}, "UHD_OPS_NO_NATIVE is set"),
     ],
-    ids=["no compiler", "switched off"],
+    ids=["no compiler", "broken compiler", "switched off"],
 )
 def test_without_compiler_installs_and_says_so(tmp_path, environment, reason):
     done, wheels = build_wheel(tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert f"building WITHOUT native kernels: {reason}" in done.stdout + done.stderr
-    assert [wheel.name.split("-", 2)[2] for wheel in wheels] == ["py3-none-any.whl"]
-    use_wheel(wheels[0], tmp_path)
-
-
-def test_broken_compiler_installs_and_says_so(tmp_path):
-    done, wheels = build_wheel(tmp_path, CXX="/bin/false")
-    assert done.returncode == 0, done.stderr
-    assert "the native build FAILED" in done.stdout + done.stderr
+    version = f"{uhd_ops.__version__}+reference"
+    assert [wheel.name for wheel in wheels] == [f"uhd_ops-{version}-py3-none-any.whl"]
     use_wheel(wheels[0], tmp_path)
 
 
@@ -104,3 +103,109 @@ def test_required_native_kernels_fail_the_install(tmp_path, compiler):
     done, wheels = build_wheel(tmp_path, CXX=compiler, UHD_OPS_REQUIRE_NATIVE="1")
     assert done.returncode != 0
     assert not wheels
+
+
+def test_a_failing_build_fails_the_install(tmp_path):
+    cmake = tmp_path / "bin" / "cmake"
+    cmake.parent.mkdir()
+    cmake.write_text("#!/bin/sh\nexit 3\n")
+    cmake.chmod(0o755)
+    path = os.pathsep.join([str(cmake.parent), os.environ["PATH"]])
+    done, wheels = build_wheel(tmp_path, PATH=path)
+    assert done.returncode != 0
+    assert not wheels
+    assert "the native build FAILED" in done.stdout + done.stderr
+    assert "UHD_OPS_NO_NATIVE=1 installs without kernels" in done.stdout + done.stderr
+
+
+class IsolatedBuild:
+    """setup.py as pip's isolated build runs it, in a new environment.
+
+    As in pip, PYTHONPATH leads to a sitecustomize.py that hides the folders of packages and what
+    their .pth files name; setuptools is in a folder of its own.
+    """
+
+    def __init__(self, root, system_site=False):
+        self.environment, self.source = root / "environment", root / "source"
+        venv.create(self.environment, with_pip=False, system_site_packages=system_site)
+        self.hiding = root / "hiding"
+        (self.hiding / "packages").mkdir(parents=True)
+        site = Path(setuptools.__file__).parent.parent
+        for part in (*site.glob("setuptools*"), site / "_distutils_hack"):
+            (self.hiding / "packages" / part.name).symlink_to(part)
+        (self.hiding / "sitecustomize.py").write_text(
+            "import sys\n"
+            f"kept = [p for p in sys.path if p.startswith({sys.base_prefix!r})]\n"
+            "sys.path[:] = [p for p in kept if 'site-packages' not in p]\n"
+            f"sys.path.append({str(self.hiding / 'packages')!r})\n"
+        )
+        (self.source / "uhd_ops").mkdir(parents=True)
+        for name in (*SOURCES, "uhd_ops/__init__.py"):
+            shutil.copy(ROOT / name, self.source / name)
+
+    def add_path_file(self, folder):
+        """A .pth file that names the folder."""
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        packages = self.environment / "lib" / version / "site-packages"
+        packages.mkdir(parents=True, exist_ok=True)
+        (packages / "elsewhere.pth").write_text(f"{folder}\n")
+
+    def run(self, *command, **environment):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("UHD_OPS_") and k != "CXX"}
+        hiding = {"PYTHONPATH": str(self.hiding), "PYTHONNOUSERSITE": "1"}
+        words = [str(self.environment / "bin" / "python"), "setup.py", *command]
+        return subprocess.run(
+            words,
+            cwd=self.source,
+            env={**kept, **hiding, **environment},
+            capture_output=True,
+            text=True,
+        )
+
+
+def write_torch(folder, minor):
+    """A torch that fails where it is imported, with the header that tells its version."""
+    header = folder / "torch" / "include" / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    header.write_text(f"#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR {minor}\n")
+    (folder / "torch" / "__init__.py").write_text("raise SystemExit('torch must not be imported')")
+    return header.parent.parent.parent
+
+
+@pytest.mark.parametrize("where", ["path file", "user's packages", "named"])
+def test_an_isolated_build_sees_the_torch_that_is_there(tmp_path, where):
+    folder, options = tmp_path / "elsewhere", {}
+    # An environment that sees the system's packages sees the user's: these a test can write.
+    build = IsolatedBuild(tmp_path, system_site=where == "user's packages")
+    if where == "path file":
+        build.add_path_file(folder)
+    elif where == "named":
+        options = {"UHD_OPS_TORCH_INCLUDE": str(folder / "torch" / "include")}
+    else:
+        options = {"PYTHONUSERBASE": str(tmp_path)}
+        folder = Path(sysconfig.get_path("purelib", "posix_user", {"userbase": str(tmp_path)}))
+    include = write_torch(folder, minor=9)
+    done = build.run("dist_info", **options)
+    assert done.returncode != 0
+    assert f"{include} (2.9)" in done.stderr
+    assert "Install torch first" in done.stderr
+    write_torch(folder, minor=10)
+    done = build.run("dist_info", **options)
+    assert done.returncode == 0, done.stderr
+    assert len(list(build.source.glob(f"uhd_ops-{uhd_ops.__version__}.dist-info"))) == 1
+
+
+def test_no_torch_is_fetched_where_none_is_seen(tmp_path):
+    build = IsolatedBuild(tmp_path)
+    done = build.run("dist_info")
+    assert done.returncode != 0
+    assert "there is no torch that" in done.stderr
+    assert "add --no-build-isolation" in done.stderr
+
+
+def test_a_source_archive_needs_no_torch_and_has_the_plain_version(tmp_path):
+    build = IsolatedBuild(tmp_path)
+    done = build.run("sdist", "--formats=gztar", UHD_OPS_NO_NATIVE="1")
+    assert done.returncode == 0, done.stderr
+    archives = [archive.name for archive in (build.source / "dist").iterdir()]
+    assert archives == [f"uhd_ops-{uhd_ops.__version__}.tar.gz"]
