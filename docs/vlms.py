@@ -20,7 +20,7 @@ import transformers
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from uhd_ops.integrations.transformers import compress
-from uhd_ops.integrations.transformers.vlm_models import entry_of, fine_side, merged_side
+from uhd_ops.integrations.transformers.vlm_models import entry_of, grid_side
 
 TABLE = Path(__file__).with_name("vlms.md")
 LAYER = 5  # VipLLaVA reads the states behind block 5 of its tower
@@ -47,6 +47,7 @@ REASONS = {
     "gemma4_unified": "it has no tower: its decoder reads the patches",
     "got_ocr2": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
     "lfm2_vl": "it cuts the tower's output by the patches of each image",
+    "lighton_ocr": "its image processor makes sizes that merged tokens need not divide",
     "minicpmv4_6": "it holds a compressor: see uhd_ops.integrations.transformers.accelerate",
     "minicpmv4_7": "it holds a compressor: see uhd_ops.integrations.transformers.accelerate",
     "mistral4": "it reads text only",
@@ -101,10 +102,10 @@ def try_type(kind: str, model: str) -> Row:
     if kind in REASONS:
         raise AssertionError(f"{kind} is supported, but REASONS says: {REASONS[kind]}")
     inner = next(module for module in vlm.modules() if entry_of(module))
-    entry, side = entry_of(inner), fine_side(inner.config.vision_config)
+    entry, vision = entry_of(inner), inner.config.vision_config
     tower = getattr(inner, entry.towers[0])
-    merged = merged_side(side, tower.compression)
-    before, after = (entry.counts(inner.config, n) for n in (side, merged))
+    side, merged = grid_side(vision), grid_side(vision, tower.compression)
+    before, after = (entry.counts(inner.config, given) for given in (None, tower.compression))
     counts = (f"`{name}` {before[name]} → {after[name]}" for name in before)
     grid = f"{side} x {side} → {merged} x {merged}"
     return Row(kind, model, type(tower).__name__, grid, ", ".join(counts))

@@ -119,6 +119,23 @@ def test_tiles_are_put_together_on_the_merged_grid(vlm):
         assert torch.equal(actual, right)
 
 
+@pytest.mark.parametrize("side", [40, 44], ids=["even", "odd"])
+def test_packed_images_are_split_on_the_merged_grid(side):
+    """Each of two images in one call has the features that it has alone, and as many as tokens."""
+    vlm = next(vlm for vlm in VLMS if vlm.name == "mistral3")
+    model, _ = made(vlm)
+    compress(model, layer=LAYER)
+    images, sizes = torch.randn(2, 3, side, 56), torch.tensor([[32, 56], [side, 24]])
+    with torch.no_grad():
+        both = model.model.get_image_features(images, sizes).pooler_output
+        for features, image, size in zip(both, images, sizes, strict=True):
+            cropped = image[None, :, : size[0], : size[1]]
+            (alone,) = model.model.get_image_features(cropped, size[None]).pooler_output
+            assert_close(features, alone, ROUNDINGS)
+    # 8 x 14 and 10 or 11 x 6 patches, merged twice; the connector drops half a square, as it does.
+    assert [len(features) for features in both] == [2 * 3, (side // 4 + 1) // 2 // 2 * 1]
+
+
 VIDEOS = {"llava_next_video": 3 * 1, "llava_onevision": 3 * 4 + 1, "video_llava": 8 * 5}
 
 

@@ -328,6 +328,29 @@ def deepseek(vision, size):
     return make
 
 
+def pixtral(kind, **options):
+    """Images of any size; ``options`` are the config's."""
+
+    def make():
+        config = getattr(transformers, f"{kind}Config")(
+            vision_config=transformers.PixtralVisionConfig(**TOWER, image_size=64, patch_size=4),
+            text_config={**TEXT, "model_type": "mistral", "vocab_size": len(tokenizer())},
+            **options,
+        )
+        config.image_token_id = image_id()
+        images = transformers.PixtralImageProcessor(size={"longest_edge": 64})
+        made = transformers.PixtralProcessor(
+            images,
+            tokenizer(),
+            patch_size=4,
+            spatial_merge_size=options.get("spatial_merge_size", 1),
+        )
+        made.image_token, made.image_token_id = "<image>", image_id()
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config), made
+
+    return make
+
+
 def pi0():
     """A robot's policy around PaliGemma: model, processor, and a function that makes inputs."""
     text = {**TEXT, "model_type": "gemma", "vocab_size": 1300}
@@ -384,7 +407,8 @@ def t5gemma2():
 # LLaVA-NeXT cuts the picture of 40 x 70 px into 2 x 2 tiles. Of their 10 x 10 patches, the padding
 # takes 4 rows, so that there are 6 * (10 + 1) tokens with the line breaks, and 5 * 5 of the whole
 # picture; of 6 x 6 merged tokens, it takes 2 rows: 4 * (6 + 1) and 3 * 3. Command A and Aya cut it
-# into 5 and 3 tiles with 3 * 3 tokens each behind the connector, or 2 * 2.
+# into 5 and 3 tiles with 3 * 3 tokens each behind the connector, or 2 * 2. Around Pixtral, it has
+# 40 x 64 px for 5 * 8 tokens that are merged once, of 48 x 64 px 3 * 4 that are merged twice.
 VLMS = [
     Vlm("llava", llava("Llava", siglip(30, 6), 30), (25, 9)),
     Vlm("llava", llava("Llava", clip(24, 6), 24, "default"), (16, 4)),
@@ -401,5 +425,11 @@ VLMS = [
     Vlm("gemma3", gemma3(siglip(32, 4), 32, 16), (16, 16), "<boi>"),
     Vlm("cohere2_vision", cohere2(siglip(24, 4), 24), (45, 20)),
     Vlm("aya_vision", aya(siglip(24, 4), 24), (27, 12), token="<PATCH>"),
+    Vlm("mistral3", pixtral("Mistral3", spatial_merge_size=2), (40, 12)),
+    Vlm(
+        "llava",
+        pixtral("Llava", vision_feature_layer=-1, vision_feature_select_strategy="full"),
+        (144, 40),
+    ),
     Vlm("deepseek_vl", deepseek(siglip(30, 6), 30), (25, 9)),
 ]

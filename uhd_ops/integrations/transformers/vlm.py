@@ -12,8 +12,6 @@ from uhd_ops.integrations.transformers.vlm_models import (
     Counts,
     Entry,
     entry_of,
-    fine_side,
-    merged_side,
 )
 from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import Mixed, body_class, is_mixed, mixed
@@ -68,14 +66,13 @@ def compress(model: Model, processor: Any = None, layer: int = 6, **options: Any
     """
     inner, entry = _understood(model)
     towers = [getattr(inner, name) for name in entry.towers]
-    config, side = inner.config, fine_side(inner.config.vision_config)
     # A wrong name among the options is refused by the insertion.
     known = {key: value for key, value in options.items() if key in vars(CompressorConfig(0))}
     wanted = CompressorConfig(layer, **known)
-    merged = merged_side(side, wanted)
-    entry.check(config, merged)
-    _check_feature_layers(config, wanted)
-    counts = {} if processor is None else _checked_counts(entry, config, processor, side, merged)
+    _check_feature_layers(inner.config, wanted)
+    if entry.check is not None:
+        entry.check(inner.config, wanted)
+    counts = _checked_counts(entry, inner.config, processor, None, wanted)
     inserted: list[nn.Module] = []
     try:
         for tower in towers:
@@ -122,11 +119,7 @@ def decompress(model: Model, processor: Any = None) -> Model:
                 "model and its parts must have the classes that compress gave them, got "
                 f"{type(part).__name__}: undo what extended it (a parametrization, say) first"
             )
-    side = fine_side(inner.config.vision_config)
-    merged = merged_side(side, towers[0].compression)
-    counts = (
-        {} if processor is None else _checked_counts(entry, inner.config, processor, merged, side)
-    )
+    counts = _checked_counts(entry, inner.config, processor, towers[0].compression, None)
     for tower in towers:
         remove_early_compressor(tower)
     for part in parts:
@@ -175,19 +168,27 @@ def _check_feature_layers(config: Any, wanted: CompressorConfig) -> None:
         )
 
 
-def _checked_counts(entry: Entry, config: Any, processor: Any, side: int, wanted: int) -> Counts:
-    """What a processor must count with, if it does so now for either of two sides of the grid."""
-    before, after = entry.counts(config, side), entry.counts(config, wanted)
+def _checked_counts(
+    entry: Entry,
+    config: Any,
+    processor: Any,
+    present: CompressorConfig | None,
+    wanted: CompressorConfig | None,
+) -> Counts:
+    """What a processor must count with, if it fits the model now, or does so already."""
+    if processor is None:
+        return {}
+    before, after = entry.counts(config, present), entry.counts(config, wanted)
     try:
-        present = {name: _attribute(processor, name) for name in before}
+        found = {name: _attribute(processor, name) for name in before}
     except AttributeError as error:
         raise ValueError(
             f"processor must be that of the model, with {', '.join(before)}, got "
             f"{type(processor).__name__}"
         ) from error
-    if present not in (before, after):
+    if found not in (before, after):
         shown = ", ".join(f"{name}={value}" for name, value in before.items())
-        got = ", ".join(f"{name}={value}" for name, value in present.items())
+        got = ", ".join(f"{name}={value}" for name, value in found.items())
         raise ValueError(f"processor must count for the model's tower, by {shown}, got {got}")
     return after
 

@@ -24,6 +24,7 @@ from uhd_ops.nn.modules import Mixed, body_class
 from uhd_ops.retrofit.relative_positions import StandIn
 
 Counts = dict[str, int]
+Counting = Callable[[Any, CompressorConfig | None], Counts]
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,22 @@ class Entry:
     """What a class of models needs beside the compressor in its tower.
 
     Attributes:
-        counts: Given the model's config and the tokens on a side of the tower's grid: what
-            attributes of the processor must say, by dotted name.
+        counts: Given the model's config and what compresses its towers, if anything: what
+            attributes of the processor must say, by dotted name. Raises a ValueError where no
+            number does.
         towers: Attributes of the model that hold its vision towers.
         parts: Mixins by the names of the parts that they change; ``""`` is the model itself.
-        check: Raises a ValueError where so many tokens on a side do not fit the model.
+        check: Called as ``counts``: raises a ValueError where the model itself cannot count.
     """
 
-    counts: Callable[[Any, int], Counts]
+    counts: Counting
     towers: tuple[str, ...] = ("vision_tower",)
     parts: Mapping[str, type[Mixed]] = field(default_factory=dict)
-    check: Callable[[Any, int], None] = lambda config, side: None
+    check: Counting | None = None
 
 
-def fine_side(config: Any) -> int:
-    """Patches on a side of the image that a vision config is made for."""
+def grid_side(config: Any, compression: CompressorConfig | None = None) -> int:
+    """Tokens on a side behind all merges, of the images that a vision config is made for."""
     sizes = [config.image_size, config.patch_size]
     (height, rows), (width, cols) = zip(
         *((size, size) if isinstance(size, int) else tuple(size) for size in sizes), strict=True
@@ -55,13 +57,18 @@ def fine_side(config: Any) -> int:
             "the vision config must tell of square images, which the model counts by one side, got "
             f"image_size={config.image_size} and patch_size={config.patch_size}"
         )
-    return height // rows
+    return merged_side(height // rows, compression)
 
 
-def merged_side(side: int, compression: CompressorConfig | None) -> int:
-    """Tokens on a side behind all merges."""
+def compression_of(tower: nn.Module) -> CompressorConfig | None:
+    """What compresses a tower, if anything."""
+    return getattr(tower, "compression", None)
+
+
+def merged_side(side: Any, compression: CompressorConfig | None) -> Any:
+    """Tokens on a side behind all merges; of an int or a tensor."""
     for _ in compression.layers if compression else ():
-        side = math.ceil(side / compression.window)
+        side = -(-side // compression.window)
     return side
 
 
@@ -85,11 +92,11 @@ def patch_size_for(image_size: int, side: int) -> int:
 class _LooksUpPatchSize(Mixed):
     """A model whose methods divide the image size of the tower's config by its patch size."""
 
-    def _merged(self) -> Any:
+    def _on_merged_grid(self) -> Any:
         """This model, with a config whose patches are the merged tokens."""
         config = self.config
         vision = config.vision_config
-        side = merged_side(fine_side(vision), getattr(self.vision_tower, "compression", None))
+        side = grid_side(vision, compression_of(self.vision_tower))
         patch_size = patch_size_for(vision.image_size, side)
         vision = StandIn(vision, patch_size=patch_size)
         return StandIn(self, config=StandIn(config, vision_config=vision))
@@ -100,7 +107,7 @@ class TiledImages(_LooksUpPatchSize):
 
     def pack_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """Put the tiles together, each on the grid of merged tokens."""
-        return self.body_class.pack_image_features(self._merged(), *args, **kwargs)
+        return self.body_class.pack_image_features(self._on_merged_grid(), *args, **kwargs)
 
 
 class TiledImagesAndVideos(TiledImages):
@@ -108,7 +115,7 @@ class TiledImagesAndVideos(TiledImages):
 
     def apply_pooling(self, *args: Any, **kwargs: Any) -> Any:
         """Halve the grids of merged tokens."""
-        return self.body_class.apply_pooling(self._merged(), *args, **kwargs)
+        return self.body_class.apply_pooling(self._on_merged_grid(), *args, **kwargs)
 
 
 # ---- connectors that merge tokens themselves -----------------------------------------------------
@@ -160,75 +167,144 @@ class PoolsToFixedNumber(Mixed):
         return self.body_class.forward(merged, vision_outputs)
 
 
+# ---- towers that pack images of any size ---------------------------------------------------------
+
+
+class _TowerForSizes(StandIn):
+    """A tower that gets the sizes of the images, whatever its caller passes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **{**kwargs, "image_sizes": self.image_sizes})
+
+
+class PacksImages(Mixed):
+    """Mistral 3 around Pixtral, which splits the tower's tokens by the sizes of the images."""
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Split and merge the tokens as those of images whose patches are the merged tokens."""
+        merged, stand_in = self._for_sizes(image_sizes)
+        return self.body_class.get_image_features(stand_in, pixel_values, merged, *args, **kwargs)
+
+    def _for_sizes(self, sizes: Any) -> tuple[Any, StandIn]:
+        """Sizes of images with as many patches as there are merged tokens; the model for them."""
+        tower = self.vision_tower
+        patch, compression = self.config.vision_config.patch_size, compression_of(tower)
+        if isinstance(sizes, torch.Tensor):
+            merged = merged_side(sizes // patch, compression) * patch
+        else:
+            merged = [[merged_side(int(n) // patch, compression) * patch for n in s] for s in sizes]
+        return merged, StandIn(self, vision_tower=_TowerForSizes(tower, image_sizes=sizes))
+
+
+class MayPackImages(PacksImages):
+    """LLaVA, which has sizes of images only around Pixtral."""
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: Any = None,
+        vision_feature_select_strategy: Any = None,
+        image_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Likewise."""
+        model = self
+        if image_sizes is not None:
+            image_sizes, model = self._for_sizes(image_sizes)
+        return self.body_class.get_image_features(
+            model,
+            pixel_values,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            **kwargs,
+        )
+
+
 # ---- counts of the processors --------------------------------------------------------------------
 
 
-def _patch_size(config: Any, side: int) -> Counts:
+def _side(config: Any, compression: CompressorConfig | None, factor: int = 1) -> int:
+    """Tokens on a side behind a connector that merges squares of a side of ``factor``."""
+    return -(-grid_side(config.vision_config, compression) // factor)
+
+
+def _patch_size(config: Any, compression: CompressorConfig | None) -> Counts:
+    vision = config.vision_config
+    if vision.model_type == "pixtral":
+        return _pixtral(config, compression)
+    return {"patch_size": patch_size_for(vision.image_size, _side(config, compression))}
+
+
+def _pixtral(config: Any, compression: CompressorConfig | None) -> Counts:
+    """The processor makes images that whole squares of merged tokens divide."""
+    factor = compression.window ** len(compression.layers) if compression else 1
+    return {"patch_size": config.vision_config.patch_size * factor}
+
+
+def _number(name: str, factor: Callable[[Any], int] = lambda config: 1) -> Counting:
+    """The number of tokens, under a name."""
+    return lambda config, compression: {name: _side(config, compression, factor(config)) ** 2}
+
+
+def _aya(config: Any, compression: CompressorConfig | None) -> Counts:
+    side = _side(config, compression, config.downsample_factor)
     return {"patch_size": patch_size_for(config.vision_config.image_size, side)}
 
 
-def _number(name: str, factor: Callable[[Any], int] = lambda config: 1) -> Callable[..., Counts]:
-    """The number of tokens, under a name, behind a connector that merges squares of a side."""
-    return lambda config, side: {name: math.ceil(side / factor(config)) ** 2}
-
-
-def _aya(config: Any, side: int) -> Counts:
-    side = math.ceil(side / config.downsample_factor)
-    return {"patch_size": patch_size_for(config.vision_config.image_size, side)}
-
-
-def _cohere2(config: Any, side: int) -> Counts:
+def _cohere2(config: Any, compression: CompressorConfig | None) -> Counts:
     # What the processor calls a patch size is the number of tokens on a side of a tile.
-    side = math.ceil(side / config.downsample_factor)
+    side = _side(config, compression, config.downsample_factor)
     return {"patch_size": side, "image_processor.patch_size": side}
 
 
-def _paligemma(config: Any, side: int) -> Counts:
-    return {"image_seq_length": side**2, "image_processor.image_seq_length": side**2}
+def _paligemma(config: Any, compression: CompressorConfig | None) -> Counts:
+    number = _side(config, compression) ** 2
+    return {"image_seq_length": number, "image_processor.image_seq_length": number}
 
 
-def _gemma3(config: Any, side: int) -> None:
-    wanted = math.isqrt(config.mm_tokens_per_image)
+def _gemma3(config: Any, compression: CompressorConfig | None) -> Counts:
+    side, wanted = _side(config, compression), math.isqrt(config.mm_tokens_per_image)
     if side % wanted:
         raise ValueError(
             f"the tower must leave a multiple of {wanted} tokens on a side, which the model "
             f"averages down to mm_tokens_per_image={config.mm_tokens_per_image}, got {side}"
         )
+    return {"image_seq_length": config.mm_tokens_per_image}
 
 
+_GEMMA3 = Entry(_gemma3, parts={"multi_modal_projector": PoolsToFixedNumber}, check=_gemma3)
+_LLAVA_NEXT = Entry(_patch_size, parts={"": TiledImages}, check=_patch_size)
+_IDEFICS3 = Entry(
+    _number("image_seq_len", lambda config: config.scale_factor),
+    towers=("vision_model",),
+    parts={"connector": ShufflesByArgument},
+)
+_INTERNVL = Entry(
+    _number("image_seq_length", lambda config: round(1 / config.downsample_ratio)),
+    parts={"": ShufflesMaps},
+)
+_MISTRAL3 = Entry(_pixtral, parts={"": PacksImages})
 ENTRIES: dict[str, Entry] = {
     "AyaVisionModel": Entry(_aya, parts={"multi_modal_projector": ShufflesByAttribute}),
     "Cohere2VisionModel": Entry(_cohere2, parts={"multi_modal_projector": ShufflesByAttribute}),
     "DeepseekVLModel": Entry(_number("num_image_tokens"), towers=("vision_model",)),
-    "Gemma3Model": Entry(
-        lambda config, side: {"image_seq_length": config.mm_tokens_per_image},
-        parts={"multi_modal_projector": PoolsToFixedNumber},
-        check=_gemma3,
+    "Gemma3Model": _GEMMA3,
+    "Idefics3Model": _IDEFICS3,
+    "InternVLModel": _INTERNVL,
+    "LlavaModel": Entry(_patch_size, parts={"": MayPackImages}),
+    "LlavaNextModel": _LLAVA_NEXT,
+    "LlavaNextVideoModel": _LLAVA_NEXT,
+    "LlavaOnevisionModel": Entry(
+        _number("num_image_tokens"), parts={"": TiledImagesAndVideos}, check=_patch_size
     ),
-    "Idefics3Model": Entry(
-        _number("image_seq_len", lambda config: config.scale_factor),
-        towers=("vision_model",),
-        parts={"connector": ShufflesByArgument},
-    ),
-    "InternVLModel": Entry(
-        _number("image_seq_length", lambda config: round(1 / config.downsample_ratio)),
-        parts={"": ShufflesMaps},
-    ),
-    "LlavaModel": Entry(_patch_size),
-    "LlavaNextModel": Entry(_patch_size, parts={"": TiledImages}),
-    "LlavaNextVideoModel": Entry(_patch_size, parts={"": TiledImages}),
-    "LlavaOnevisionModel": Entry(_number("num_image_tokens"), parts={"": TiledImagesAndVideos}),
+    "Mistral3Model": _MISTRAL3,
+    "MistralLarge4Model": _MISTRAL3,
     "PaliGemmaModel": Entry(_paligemma),
-    "SmolVLMModel": Entry(
-        _number("image_seq_len", lambda config: config.scale_factor),
-        towers=("vision_model",),
-        parts={"connector": ShufflesByArgument},
-    ),
-    "T5Gemma2Encoder": Entry(
-        lambda config, side: {"image_seq_length": config.mm_tokens_per_image},
-        parts={"multi_modal_projector": PoolsToFixedNumber},
-        check=_gemma3,
-    ),
+    "SmolVLMModel": _IDEFICS3,
+    "T5Gemma2Encoder": _GEMMA3,
     "VideoLlavaModel": Entry(_patch_size, towers=("image_tower", "video_tower")),
     "VipLlavaModel": Entry(_patch_size),
 }
