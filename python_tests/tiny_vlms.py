@@ -13,6 +13,7 @@ import transformers
 WORDS = ("what", "is", "in", "this", "picture", "?", "a", "small", "red", "square")
 SPECIAL = {
     "image_token": "<image>",
+    "image_boundary_token": "<fake_token_around_image>",
     "video_token": "<video>",
     "boi_token": "<boi>",
     "eoi_token": "<eoi>",
@@ -106,6 +107,7 @@ class Vlm:
             with one.
         image: What stands for an image in a text.
         token: What the processor makes of it, once for every token.
+        generates: Whether it can in transformers itself.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Vlm:
     tokens: tuple[int, int]
     image: str = "<image>"
     token: str = "<image>"
+    generates: bool = True
 
     def inputs(self, processor, **options):
         text = f"what is in {self.image} this picture ?"
@@ -351,6 +354,49 @@ def pixtral(kind, **options):
     return make
 
 
+def idefics2():
+    text = {**TEXT, "model_type": "mistral", "vocab_size": len(tokenizer())}
+    config = transformers.Idefics2Config(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 4},
+        text_config=text,
+        perceiver_config={
+            "hidden_size": 32,
+            "resampler_n_latents": 3,
+            "resampler_depth": 2,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 1,
+        },
+        image_token_id=image_id(),
+    )
+    images = transformers.Idefics2ImageProcessor(
+        size={"shortest_edge": 16, "longest_edge": 32}, do_image_splitting=False
+    )
+    processor = transformers.Idefics2Processor(images, tokenizer(), image_seq_len=3)
+    return transformers.Idefics2ForConditionalGeneration(config), processor
+
+
+def idefics3(kind, **parts):
+    """Idefics 3 and SmolVLM: a connector that merges 2 x 2 of 6 x 6 patches."""
+
+    def make():
+        config = getattr(transformers, f"{kind}Config")(
+            vision_config={**TOWER, "image_size": 24, "patch_size": 4},
+            text_config={**TEXT, "model_type": "llama", "vocab_size": len(tokenizer())},
+            scale_factor=2,
+            image_token_id=image_id(),
+        )
+        images = getattr(transformers, f"{kind}ImageProcessor")(
+            size={"longest_edge": 48}, max_image_size={"longest_edge": 24}
+        )
+        processor = getattr(transformers, f"{kind}Processor")(
+            images, tokenizer(), image_seq_len=9, **{name: part() for name, part in parts.items()}
+        )
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
+
+    return make
+
+
 def pi0():
     """A robot's policy around PaliGemma: model, processor, and a function that makes inputs."""
     text = {**TEXT, "model_type": "gemma", "vocab_size": 1300}
@@ -425,6 +471,11 @@ VLMS = [
     Vlm("gemma3", gemma3(siglip(32, 4), 32, 16), (16, 16), "<boi>"),
     Vlm("cohere2_vision", cohere2(siglip(24, 4), 24), (45, 20)),
     Vlm("aya_vision", aya(siglip(24, 4), 24), (27, 12), token="<PATCH>"),
+    Vlm("idefics2", idefics2, (3, 3), generates=False),
+    Vlm("idefics3", idefics3("Idefics3"), (45, 20)),
+    Vlm(
+        "smolvlm", idefics3("SmolVLM", video_processor=transformers.SmolVLMVideoProcessor), (45, 20)
+    ),
     Vlm("mistral3", pixtral("Mistral3", spatial_merge_size=2), (40, 12)),
     Vlm(
         "llava",

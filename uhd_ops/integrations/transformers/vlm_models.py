@@ -223,6 +223,27 @@ class MayPackImages(PacksImages):
         )
 
 
+class ResamplesImages(Mixed):
+    """Idefics 2, whose resampler gets the mask of the tower's patches."""
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the resampler have the mask of the merged tokens."""
+        masks: list[torch.Tensor] = []
+
+        def tower(patch_attention_mask: torch.Tensor, **options: Any) -> Any:
+            mask, compression = patch_attention_mask, compression_of(self.vision_model)
+            for _ in compression.layers if compression else ():
+                mask = functional.max_pool2d(mask.float(), compression.window, ceil_mode=True)
+            masks.append(mask.bool().flatten(1))
+            return self.vision_model(patch_attention_mask=patch_attention_mask, **options)
+
+        def connector(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.connector(tokens, attention_mask=masks.pop())
+
+        stand_in = StandIn(self, vision_model=tower, connector=connector)
+        return self.body_class.get_image_features(stand_in, *args, **kwargs)
+
+
 # ---- counts of the processors --------------------------------------------------------------------
 
 
@@ -292,6 +313,11 @@ ENTRIES: dict[str, Entry] = {
     "Cohere2VisionModel": Entry(_cohere2, parts={"multi_modal_projector": ShufflesByAttribute}),
     "DeepseekVLModel": Entry(_number("num_image_tokens"), towers=("vision_model",)),
     "Gemma3Model": _GEMMA3,
+    "Idefics2Model": Entry(
+        lambda config, compression: {"image_seq_len": config.perceiver_config.resampler_n_latents},
+        towers=("vision_model",),
+        parts={"": ResamplesImages},
+    ),
     "Idefics3Model": _IDEFICS3,
     "InternVLModel": _INTERNVL,
     "LlavaModel": Entry(_patch_size, parts={"": MayPackImages}),
