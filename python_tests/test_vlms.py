@@ -2,6 +2,7 @@
 """compress puts a compressor into a whole vision-language model, and all that counts follows."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -54,17 +55,13 @@ def test_life_of_a_compressed_model(vlm, tmp_path):
     inputs = vlm.inputs(processor)
     assert vlm.num_image_tokens(inputs) == vlm.tokens[0]
     before = logits(model, inputs)
-    if not vlm.generates:
-        with pytest.raises(ValueError, match="cannot specify both"):
-            model.generate(**inputs, max_new_tokens=3)
 
     assert compress(model, processor, LAYER) is model
     assert compress(model, processor, LAYER) is model  # again is the same
     merged = vlm.inputs(processor)
     assert vlm.num_image_tokens(merged) == vlm.tokens[1]
-    if vlm.generates:
-        generated = model.generate(**merged, max_new_tokens=3, do_sample=False)
-        assert merged["input_ids"].shape[1] < generated.shape[1]
+    generated = model.generate(**merged, max_new_tokens=3, do_sample=False)
+    assert merged["input_ids"].shape[1] < generated.shape[1]
 
     decompress(model, processor)
     assert_same_state(model, state, types)
@@ -80,6 +77,20 @@ def test_life_of_a_compressed_model(vlm, tmp_path):
     assert torch.equal(inputs["input_ids"], merged["input_ids"])
     assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
     assert_close(logits(again, inputs), logits(model, merged), ROUNDINGS)
+
+
+@pytest.mark.parametrize("vlm", VLMS, ids=[vlm.name for vlm in VLMS])
+def test_replaced_methods_have_the_parameters_of_the_original(vlm):
+    """By the names of parameters, transformers finds out what it can pass."""
+    model, _ = made(vlm)
+    inner = next(module for module in model.modules() if entry_of(module))
+    for name, mixin in entry_of(inner).parts.items():
+        original = type(inner.get_submodule(name))
+        for method in (method for method in vars(mixin) if hasattr(original, method)):
+            if not method.startswith("__"):
+                both = (getattr(cls, method) for cls in (mixin, original))
+                ours, theirs = (list(inspect.signature(one).parameters) for one in both)
+                assert ours == theirs, method
 
 
 def train(model, inputs):

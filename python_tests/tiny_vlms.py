@@ -107,7 +107,6 @@ class Vlm:
             with one.
         image: What stands for an image in a text.
         token: What the processor makes of it, once for every token.
-        generates: Whether it can in transformers itself.
     """
 
     name: str
@@ -115,7 +114,6 @@ class Vlm:
     tokens: tuple[int, int]
     image: str = "<image>"
     token: str = "<image>"
-    generates: bool = True
 
     def inputs(self, processor, **options):
         text = f"what is in {self.image} this picture ?"
@@ -471,7 +469,7 @@ VLMS = [
     Vlm("gemma3", gemma3(siglip(32, 4), 32, 16), (16, 16), "<boi>"),
     Vlm("cohere2_vision", cohere2(siglip(24, 4), 24), (45, 20)),
     Vlm("aya_vision", aya(siglip(24, 4), 24), (27, 12), token="<PATCH>"),
-    Vlm("idefics2", idefics2, (3, 3), generates=False),
+    Vlm("idefics2", idefics2, (3, 3)),
     Vlm("idefics3", idefics3("Idefics3"), (45, 20)),
     Vlm(
         "smolvlm", idefics3("SmolVLM", video_processor=transformers.SmolVLMVideoProcessor), (45, 20)

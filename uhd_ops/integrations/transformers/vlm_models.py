@@ -105,17 +105,41 @@ class _LooksUpPatchSize(Mixed):
 class TiledImages(_LooksUpPatchSize):
     """LLaVA-NeXT and those after it, which put the tiles of an image together."""
 
-    def pack_image_features(self, *args: Any, **kwargs: Any) -> Any:
+    def pack_image_features(
+        self,
+        image_features: Any,
+        image_sizes: Any,
+        vision_feature_select_strategy: Any,
+        image_newline: Any = None,
+    ) -> Any:
         """Put the tiles together, each on the grid of merged tokens."""
-        return self.body_class.pack_image_features(self._on_merged_grid(), *args, **kwargs)
+        return self.body_class.pack_image_features(
+            self._on_merged_grid(),
+            image_features,
+            image_sizes,
+            vision_feature_select_strategy,
+            image_newline,
+        )
 
 
-class TiledImagesAndVideos(TiledImages):
+class TiledImagesAndVideos(_LooksUpPatchSize):
     """LLaVA-OneVision, which also halves the grids of a video."""
 
-    def apply_pooling(self, *args: Any, **kwargs: Any) -> Any:
+    def pack_image_features(
+        self,
+        image_features: Any,
+        image_sizes: Any,
+        image_newline: Any = None,
+        vision_aspect_ratio: str = "anyres_max_9",
+    ) -> Any:
+        """Put the tiles together, each on the grid of merged tokens."""
+        return self.body_class.pack_image_features(
+            self._on_merged_grid(), image_features, image_sizes, image_newline, vision_aspect_ratio
+        )
+
+    def apply_pooling(self, image_features: torch.Tensor) -> torch.Tensor:
         """Halve the grids of merged tokens."""
-        return self.body_class.apply_pooling(self._on_merged_grid(), *args, **kwargs)
+        return self.body_class.apply_pooling(self._on_merged_grid(), image_features)
 
 
 # ---- connectors that merge tokens themselves -----------------------------------------------------
@@ -181,11 +205,17 @@ class PacksImages(Mixed):
     """Mistral 3 around Pixtral, which splits the tower's tokens by the sizes of the images."""
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: Any, *args: Any, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: Any,
+        vision_feature_layer: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Split and merge the tokens as those of images whose patches are the merged tokens."""
         merged, stand_in = self._for_sizes(image_sizes)
-        return self.body_class.get_image_features(stand_in, pixel_values, merged, *args, **kwargs)
+        return self.body_class.get_image_features(
+            stand_in, pixel_values, merged, vision_feature_layer=vision_feature_layer, **kwargs
+        )
 
     def _for_sizes(self, sizes: Any) -> tuple[Any, StandIn]:
         """Sizes of images with as many patches as there are merged tokens; the model for them."""
@@ -226,7 +256,12 @@ class MayPackImages(PacksImages):
 class ResamplesImages(Mixed):
     """Idefics 2, whose resampler gets the mask of the tower's patches."""
 
-    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Let the resampler have the mask of the merged tokens."""
         masks: list[torch.Tensor] = []
 
@@ -241,7 +276,9 @@ class ResamplesImages(Mixed):
             return self.connector(tokens, attention_mask=masks.pop())
 
         stand_in = StandIn(self, vision_model=tower, connector=connector)
-        return self.body_class.get_image_features(stand_in, *args, **kwargs)
+        return self.body_class.get_image_features(
+            stand_in, pixel_values, pixel_attention_mask, **kwargs
+        )
 
 
 # ---- counts of the processors --------------------------------------------------------------------
