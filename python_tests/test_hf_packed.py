@@ -38,6 +38,10 @@ def tensors(output):
     return found
 
 
+def loss(output):
+    return sum(value.square().sum() for value in tensors(output))
+
+
 def assert_same(first, second):
     assert len(first) == len(second)
     assert all(map(torch.equal, first, second))
@@ -45,24 +49,28 @@ def assert_same(first, second):
 
 OPTIONS = [
     *({"layer": layer} for layer in range(4)),
-    {"window": 3},
-    {"window": 8},
     {"attention": False},
     {"positions": "reindex"},
-    {"window": 3, "positions": "reindex"},
     {"form": "block"},
     {"form": "tied"},
+]
+OPTIONS = [(name, options) for name in CASES for options in OPTIONS] + [
+    (name, {"window": window, "positions": positions})
+    for name, case in CASES.items()
+    for window in case.windows
+    for positions in ("center", "reindex")
 ]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_definition(case, options):
-    model = case.make().double()
-    inputs = case.inputs(case.shapes)
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+def test_definition(name, options):
+    case, model = CASES[name], CASES[name].make().double()
+    shapes = case.shapes_for(options.get("window", 2))
+    inputs = case.inputs(shapes)
     described = {key: value for key, value in options.items() if key != "form"}
     with exactly(torch.float64):
-        states, others = case.by_hand(model, inputs, case.shapes, **described)
+        states, others = case.by_hand(model, inputs, shapes, **described)
     insert_early_compressor(model, **({"layer": LAYER} | options))
     output = outputs(model, inputs, output_hidden_states=True)
     assert_close(output.last_hidden_state.flatten(0, -2), states[-1], ROUNDINGS)
@@ -70,8 +78,9 @@ def test_definition(case, options):
     for actual, expected in zip(output.hidden_states, states, strict=True):
         assert_close(actual.flatten(0, -2), expected, ROUNDINGS)
     assert others.keys() == output.keys() - {"last_hidden_state", "hidden_states"}
-    for name, expected in others.items():
-        assert_close(output[name], expected, ROUNDINGS)
+    found = tensors({name: output[name] for name in others})
+    for actual, expected in zip(found, tensors(others), strict=True):
+        assert_close(actual, expected, ROUNDINGS)
 
 
 @torch.no_grad()
@@ -118,7 +127,8 @@ def test_copies_are_their_own(case):
 
 @torch.no_grad()
 def test_checkpoints(case, tmp_path):
-    options = {"form": "tied", "window": 3, "attention": False, "positions": "reindex"}
+    window = case.windows[0]
+    options = {"form": "tied", "window": window, "attention": False, "positions": "reindex"}
     model = insert_early_compressor(case.make(), LAYER, **options)
     for name, parameter in model.named_parameters():
         if COMPRESSOR in name:
@@ -130,7 +140,7 @@ def test_checkpoints(case, tmp_path):
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert_same(list(loaded.state_dict().values()), list(model.state_dict().values()))
     # A loaded weight lies wherever the file has it, and products may round by alignment.
-    inputs = case.inputs(case.shapes)
+    inputs = case.inputs(case.shapes_for(window))
     results = (tensors(outputs(m.double(), inputs)) for m in (loaded, model))
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, ROUNDINGS)
@@ -139,7 +149,7 @@ def test_checkpoints(case, tmp_path):
 def test_gradient_checkpointing_and_what_learns(case):
     model = case.make().train()
     inputs, others = (case.inputs(s, torch.float32) for s in (case.shapes, case.shapes[::-1]))
-    outputs(model, inputs).last_hidden_state.square().sum().backward()
+    loss(outputs(model, inputs)).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
     insert_early_compressor(model, LAYER)
     gradients = []
@@ -147,11 +157,11 @@ def test_gradient_checkpointing_and_what_learns(case):
         if options:
             model.activation_checkpointing_enable(options)
             for given in (inputs, others):
-                given[model.main_input_name].requires_grad_()
+                next(iter(given.values())).requires_grad_()
         model.zero_grad()
         out = outputs(model, inputs)
         outputs(model, others)  # must not leave their layout
-        out.last_hidden_state.square().sum().backward()
+        loss(out).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert model.state_dict().keys() - gradients[0].keys() == without
     assert all(grad.isfinite().all() and grad.any() for grad in gradients[0].values())
@@ -179,8 +189,7 @@ def test_dtypes(case, dtype):
 def test_autocast(case):
     model = insert_early_compressor(case.make(), LAYER).train()
     with torch.autocast("cpu", torch.bfloat16):
-        output = outputs(model, case.inputs(case.shapes, torch.float32))
-        output.last_hidden_state.square().sum().backward()
+        loss(outputs(model, case.inputs(case.shapes, torch.float32))).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
@@ -240,3 +249,36 @@ def test_other_blocks_are_refused(case):
     with pytest.raises(NotImplementedError, match=rf"vit\.{case.layers}\.2 must be .*, got Sequ"):
         insert_early_compressor(model, LAYER)
     assert snapshot(model) == before
+
+
+GRIDS = [name for name in CASES if name != "Pixtral"]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_sides_that_do_not_divide_are_refused(name):
+    """Without a compressor they are right; with one, the error says what would be."""
+    case, model = CASES[name], CASES[name].make()
+    inputs = case.inputs([(1, 4, 8), (2, 4, 6)], torch.float32)
+    expected = tensors(outputs(model, inputs))
+    insert_early_compressor(model, LAYER)
+    message = "must have rows and columns that are multiples of 4 x 4 patches, 16 x 16 px, .*; "
+    with pytest.raises(ValueError, match=message + "entry 1 has 4 x 6 patches"):
+        outputs(model, inputs)
+    assert_same(tensors(outputs(remove_early_compressor(model), inputs)), expected)
+
+
+def test_windows_of_attention_must_hold_whole_ones():
+    model = CASES["Qwen2.5-VL"].make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"window must divide 4, .* \(32 px\) .*, got 3"):
+        insert_early_compressor(model, LAYER, window=3)
+    assert snapshot(model) == before
+
+
+@torch.no_grad()
+def test_compile():
+    model = insert_early_compressor(CASES["Qwen2-VL"].make(num_layers=2), 0)
+    inputs = CASES["Qwen2-VL"].inputs([(1, 4, 8)], torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")  # reading the grids breaks the graph
+    assert_same(tensors(compiled(**inputs)), tensors(outputs(model, inputs)))

@@ -128,6 +128,24 @@ FAMILIES = (
         ("PixtralVisionModel",),
         ("PixtralAttentionLayer",),
     ),
+    Row(
+        "hf_qwen2_vl",
+        "transformers.models.qwen2_vl.modeling_qwen2_vl",
+        ("Qwen2VisionTransformerPretrainedModel",),
+        ("Qwen2VLVisionBlock",),
+    ),
+    Row(
+        "hf_qwen2_5_vl",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+        ("Qwen2_5_VisionTransformerPretrainedModel",),
+        ("Qwen2_5_VLVisionBlock",),
+    ),
+    Row(
+        "hf_qwen3_vl",
+        "transformers.models.qwen3_vl.modeling_qwen3_vl",
+        ("Qwen3VLVisionModel",),
+        ("Qwen3VLVisionBlock",),
+    ),
 )
 OWN: dict[type, Family] = {}  # by register_family
 # Dotted name of a class -> the file that knows it, and what it is called there.
