@@ -8,6 +8,7 @@ import math
 import torch
 import transformers
 from families.case import Case, merge_batch, mlp_mean, randomise
+from transformers.models.internvl import modeling_internvl
 
 SIZE = {
     "hidden_size": 32,
@@ -68,6 +69,8 @@ class HfCase:
         vit = self.vit(model)
         if self.by_hand is idefics_by_hand:
             return (vit.post_layernorm(last),)
+        if self.by_hand is internvl_by_hand:
+            return (vit.layernorm(last),)
         if "Siglip" in self.model:
             normed = vit.post_layernorm(last)
             return normed, vit.head(normed) if vit.use_head else None
@@ -86,7 +89,8 @@ class HfCase:
         if "DINOv3" in self.model:
             angles = torch.zeros(x.shape[1], 16, dtype=x.dtype)
             positions["position_embeddings"] = angles.cos(), angles.sin()
-        return self.vit(model).get_submodule(self.layers)[index](x, None, **positions)
+        layer = self.vit(model).get_submodule(self.layers)[index]
+        return layer(x) if "InternVL" in self.model else layer(x, None, **positions)
 
     def as_case(self):
         """What the battery of families takes."""
@@ -223,6 +227,34 @@ def dino_by_hand(vit, images, layer=1, window=2, positions="center", attention=T
     return states
 
 
+def internvl_by_hand(vit, images, layer=1, window=2, positions="center", attention=True):
+    """As above, for InternVL."""
+    grid = images.shape[-2] // 4, images.shape[-1] // 4
+    tokens = vit.embeddings(images)
+    states = [tokens]
+    for index, block in enumerate(vit.encoder.layer):
+        tokens = block(tokens)
+        if index == layer:
+
+            def attend(x, present, block=block):
+                return block.lambda_1 * block.attention(block.layernorm_before(x[None]))[0][0]
+
+            def mlp(z, block=block):
+                return block.lambda_2 * mlp_mean(block.layernorm_after, block.mlp, z)
+
+            tokens = merge_batch(tokens, grid, 1, window, attend if attention else None, mlp)
+        states.append(tokens)
+    return states
+
+
+def rms_norm(self, hidden_states):
+    """The RMSNorm of transformers, but in float64 for float64, where it computes in float32."""
+    x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * x.to(hidden_states.dtype)
+
+
+modeling_internvl.InternVLVisionRMSNorm.forward = rms_norm
 CLIP = {"intermediate_size": 48}
 DINOV2 = {"mlp_ratio": 2}
 STAGES = {"out_indices": [1, 2, 4]}
@@ -248,6 +280,20 @@ CASES = {
         clip_by_hand,
         "vision_model",
         resizes=RESIZED,
+    ),
+    "InternVL": HfCase(
+        "InternVLVisionModel",
+        "InternVLVisionConfig",
+        {**CLIP, "use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
+        internvl_by_hand,
+        layers="encoder.layer",
+    ),
+    "InternVL, no norms": HfCase(  # of queries and keys, nor positions
+        "InternVLVisionModel",
+        "InternVLVisionConfig",
+        {**CLIP, "attention_bias": True, "use_absolute_position_embeddings": False},
+        internvl_by_hand,
+        layers="encoder.layer",
     ),
     "DINOv2": HfCase("Dinov2Model", "Dinov2Config", DINOV2, dino_by_hand, layers="encoder.layer"),
     "DINOv2, gated": HfCase(

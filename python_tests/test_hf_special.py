@@ -11,6 +11,7 @@ from hf_models import BACKBONES, CASES, CLIP, SIZE, centers, merge_clip, random_
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 
 from uhd_ops import insert_early_compressor, remove_early_compressor
+from uhd_ops.nn.block_spec import read_block
 
 ROUNDINGS = 12 * 512  # products of at most 4 * 48 terms, a dozen in a row
 SHAPES = [(5, 7), (4, 4), (1, 9), (2, 3), (1, 1)]
@@ -242,6 +243,10 @@ def test_dropout_comes_from_the_layer():
     assert compressor.attn.attention_dropout == 0.5
     model = insert_early_compressor(CASES["CLIP"].make(attention_dropout=0.5), 1)
     assert model.encoder.layers[1].compressor.attn.attention_dropout == 0.5
+    rates = {"attention_dropout": 0.5, "projection_dropout": 0.25, "hidden_dropout_prob": 0.125}
+    spec = read_block(CASES["InternVL"].make(**rates).encoder.layer[1])
+    assert (spec.attentions[0].attention_dropout, spec.attentions[0].proj_dropout) == (0.5, 0.25)
+    assert (spec.mlps[0].hidden_dropout, spec.mlps[0].output_dropout) == (0.0, 0.125)
 
 
 def siglip(**options):
@@ -279,7 +284,14 @@ def wrapped_layer():
     return model
 
 
+def other_norm():
+    model = CASES["InternVL"].make()
+    model.encoder.layer[1].attention.q_norm = torch.nn.RMSNorm(32)
+    return model
+
+
 REFUSED = {
+    "layer.attention.q_norm must be LayerNorm or InternVLVisionRMSNorm, got RMSNorm": other_norm,
     "its 'vision_model' is one: pass that": full_clip,
     "vit must leave SiglipVisionModel.forward as it is": other_forward,
     "layer.mlp.fc1 must be Linear": other_linear,

@@ -46,10 +46,14 @@ def run_attention(
     tokens = x if part.norm is None else part.norm(x)
     q, k, v = _project(part, tokens)
     dtype = v.dtype  # under autocast a norm returns float32
+    if part.joint_norms:
+        q, k = q.flatten(-2), k.flatten(-2)
     if part.q_norm is not None:
         q = part.q_norm(q).to(dtype)
     if part.k_norm is not None:
         k = part.k_norm(k).to(dtype)
+    if part.joint_norms:
+        q, k = q.unflatten(-1, (-1, part.head_dim)), k.unflatten(-1, (-1, part.head_dim))
     if part.v_norm is not None:
         v = part.v_norm(v).to(dtype)
     if positions is not None:

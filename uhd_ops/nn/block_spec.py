@@ -57,6 +57,8 @@ class AttentionSpec:
         q_norm: Norm of the queries, over head_dim, or None; so are those of keys and values.
         k_norm: Norm of the keys.
         v_norm: Norm of the values.
+        joint_norms: Whether the norms of queries and keys are over all of their heads together,
+            ``num_heads * head_dim`` channels, instead.
         inner_norm: Norm of what the heads return, over all of them, or None.
         gate: Projection whose sigmoid multiplies what the heads return, or None.
         rotate_half: How rotary embeddings pair the channels of a head; see
@@ -80,6 +82,7 @@ class AttentionSpec:
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
     v_norm: nn.Module | None = None
+    joint_norms: bool = False
     inner_norm: nn.Module | None = None
     gate: nn.Module | None = None
     rotate_half: int = 0

@@ -187,7 +187,7 @@ class WindowAttention(nn.Module):
         for name, projection in zip(names, spec.projections, strict=True):
             self.add_module(name, clone_module(projection))
         self.q_norm, self.k_norm = clone_module(spec.q_norm), clone_module(spec.k_norm)
-        self.v_norm = clone_module(spec.v_norm)
+        self.v_norm, self.joint_norms = clone_module(spec.v_norm), spec.joint_norms
         self.score_bias = None if spec.score_bias is None else spec.score_bias(window)
         self.inner_norm = clone_module(spec.inner_norm)
         self.gate = None if spec.gate is None else clone_module(spec.gate)

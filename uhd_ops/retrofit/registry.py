@@ -102,6 +102,12 @@ FAMILIES = (
         )
         for name in ("Idefics2", "Idefics3", "SmolVLM")
     ),
+    Row(
+        "hf_internvl",
+        "transformers.models.internvl.modeling_internvl",
+        ("InternVLVisionModel",),
+        ("InternVLVisionLayer",),
+    ),
     *(
         Row(
             "hf_dinov2",

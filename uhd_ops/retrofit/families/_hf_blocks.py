@@ -40,9 +40,9 @@ def sibling(cls: type, *names: str) -> type:
     return getattr(module, next((name for name in names if hasattr(module, name)), names[0]))
 
 
-def norm(module: nn.Module, name: str, cls: type = nn.LayerNorm) -> nn.Module:
-    """Return a LayerNorm, or a norm of another class."""
-    modules.require_exactly(module, name, (cls,))
+def norm(module: nn.Module, name: str, *classes: type) -> nn.Module:
+    """Return a norm of one of the classes, by default a LayerNorm."""
+    modules.require_exactly(module, name, classes or (nn.LayerNorm,))
     return module
 
 
@@ -65,13 +65,14 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
         module: The attention.
         name: What to call it in messages.
         cls: The class that it must have.
-        branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec; and
-            ``rotate_half``.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of AttentionSpec; and what
+            else it has, such as ``rotate_half``.
     """
     modules.require_exactly(module, name, (cls,))
     modules.require_own_forward(module, name)
     projections = ["qkv"] if hasattr(module, "qkv") else [f"{part}_proj" for part in "qkv"]
-    out = next(part for part in ("o_proj", "out_proj", "proj") if hasattr(module, part))
+    names = ("o_proj", "out_proj", "proj", "projection_layer")
+    out = next(part for part in names if hasattr(module, part))
     dropout = "dropout" if hasattr(module, "dropout") else "attention_dropout"
     heads = "num_heads" if hasattr(module, "num_heads") else "num_attention_heads"
     return AttentionSpec(
@@ -92,7 +93,8 @@ def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: objec
         module: The MLP.
         name: What to call it in messages.
         classes: The classes that it may have.
-        branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec.
+        branch: What is around it: ``norm``, ``post``, ``drop_path`` of MlpSpec; and what else it
+            has.
     """
     modules.require_exactly(module, name, classes)
     modules.require_own_forward(module, name)

@@ -187,9 +187,12 @@ def require_understood(
     cls = next(c for c in type(vit).__mro__ if c.__module__.startswith("transformers.models."))
     require_methods(vit, cls, ("forward",))
     family = re.sub(r"(Vision)?(Model|Backbone|Transformer)$", "", cls.__name__)
-    expected = {blocks_name.rpartition(".")[0]: parts.sibling(cls, f"{family}{encoder}")}
+    encoder, layer = (
+        parts.sibling(cls, f"{family}Vision{name}", f"{family}{name}") for name in (encoder, layer)
+    )
+    expected = {blocks_name.rpartition(".")[0]: encoder}
     for index in range(config.layers[0], len(vit.get_submodule(blocks_name))):
-        expected[f"{blocks_name}.{index}"] = parts.sibling(cls, f"{family}{layer}")
+        expected[f"{blocks_name}.{index}"] = layer
     for name, part in expected.items():
         modules.require_exactly(vit.get_submodule(name), f"vit.{name}", (part,))
         modules.require_own_forward(vit.get_submodule(name), f"vit.{name}")
