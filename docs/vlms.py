@@ -104,10 +104,12 @@ def try_type(kind: str, model: str) -> Row:
     inner = next(module for module in vlm.modules() if entry_of(module))
     entry, vision = entry_of(inner), inner.config.vision_config
     tower = getattr(inner, entry.towers[0])
-    side, merged = grid_side(vision), grid_side(vision, tower.compression)
+    grid = "any, to a quarter"
+    if hasattr(vision, "image_size"):
+        side, merged = grid_side(vision), grid_side(vision, tower.compression)
+        grid = f"{side} x {side} → {merged} x {merged}"
     before, after = (entry.counts(inner.config, given) for given in (None, tower.compression))
     counts = (f"`{name}` {before[name]} → {after[name]}" for name in before)
-    grid = f"{side} x {side} → {merged} x {merged}"
     return Row(kind, model, type(tower).__name__, grid, ", ".join(counts))
 
 

@@ -21,6 +21,8 @@ SPECIAL = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<image>",
+    "vision_start_token": "<img>",
+    "vision_end_token": "</img>",
 }
 MORE = (
     "<START>",
@@ -395,6 +397,37 @@ def idefics3(kind, **parts):
     return make
 
 
+def qwen(kind, vision, video="Qwen2VL"):
+    """Qwen2-VL and later: 2 x 2 patches become a token behind the tower."""
+
+    def make():
+        ids = {name: image_id(token) for name, token in QWEN_IDS.items()}
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        text_config = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope}
+        config = getattr(transformers, f"{kind}Config")(
+            vision_config=vision, text_config=text_config, **ids
+        )
+        size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+        patches = {"patch_size": 4, "size": size}
+        processor = getattr(transformers, f"{kind}Processor")(
+            transformers.Qwen2VLImageProcessor(**patches),
+            tokenizer(),
+            getattr(transformers, f"{video}VideoProcessor")(**patches, do_sample_frames=False),
+        )
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
+
+    return make
+
+
+QWEN_IDS = {
+    "image_token_id": "<image>",
+    "video_token_id": "<video>",
+    "vision_start_token_id": "<img>",
+    "vision_end_token_id": "</img>",
+}
+QWEN_VISION = {"depth": 4, "patch_size": 4, "spatial_merge_size": 2, "num_heads": 2}
+
+
 def pi0():
     """A robot's policy around PaliGemma: model, processor, and a function that makes inputs."""
     text = {**TEXT, "model_type": "gemma", "vocab_size": 1300}
@@ -452,7 +485,8 @@ def t5gemma2():
 # takes 4 rows, so that there are 6 * (10 + 1) tokens with the line breaks, and 5 * 5 of the whole
 # picture; of 6 x 6 merged tokens, it takes 2 rows: 4 * (6 + 1) and 3 * 3. Command A and Aya cut it
 # into 5 and 3 tiles with 3 * 3 tokens each behind the connector, or 2 * 2. Around Pixtral, it has
-# 40 x 64 px for 5 * 8 tokens that are merged once, of 48 x 64 px 3 * 4 that are merged twice.
+# 40 x 64 px for 5 * 8 tokens that are merged once, of 48 x 64 px 3 * 4 that are merged twice. The
+# Qwens round it to 40 x 72 px, 5 * 9 tokens of 2 * 2 patches, or to 32 x 64 px, 2 * 4 of 4 * 4.
 VLMS = [
     Vlm("llava", llava("Llava", siglip(30, 6), 30), (25, 9)),
     Vlm("llava", llava("Llava", clip(24, 6), 24, "default"), (16, 4)),
@@ -479,6 +513,36 @@ VLMS = [
         "llava",
         pixtral("Llava", vision_feature_layer=-1, vision_feature_select_strategy="full"),
         (144, 40),
+    ),
+    Vlm(
+        "qwen2_vl",
+        qwen("Qwen2VL", {**QWEN_VISION, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}),
+        (45, 8),
+    ),
+    Vlm(
+        "qwen2_5_vl",
+        qwen(
+            "Qwen2_5_VL",
+            {
+                **QWEN_VISION,
+                **{"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
+                **{"fullatt_block_indexes": [3], "window_size": 32},
+            },
+        ),
+        (45, 8),
+    ),
+    Vlm(
+        "qwen3_vl",
+        qwen(
+            "Qwen3VL",
+            {
+                **QWEN_VISION,
+                **{"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
+                **{"deepstack_visual_indexes": [2, 3], "num_position_embeddings": 64},
+            },
+            video="Qwen3VL",
+        ),
+        (45, 8),
     ),
     Vlm("deepseek_vl", deepseek(siglip(30, 6), 30), (25, 9)),
 ]

@@ -157,7 +157,9 @@ def _understood(model: nn.Module) -> tuple[Any, Entry]:
 def _check_feature_layers(config: Any, wanted: CompressorConfig) -> None:
     """Refuse a model that reads what the tower has in front of the compressor."""
     chosen = getattr(config, "vision_feature_layer", None)
-    chosen = chosen if isinstance(chosen, Sequence) else [-1 if chosen is None else chosen]
+    if chosen is None:
+        return
+    chosen = chosen if isinstance(chosen, Sequence) else [chosen]
     depth = config.vision_config.num_hidden_layers
     states = [index if index >= 0 else depth + 1 + index for index in chosen]
     if min(states) <= wanted.layers[-1]:

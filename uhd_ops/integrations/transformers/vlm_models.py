@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from uhd_ops.nn.early_compressor import CompressorConfig
 from uhd_ops.nn.modules import Mixed, body_class
+from uhd_ops.ops.reorder_tokens import reorder_tokens
 from uhd_ops.retrofit.relative_positions import StandIn
 
 Counts = dict[str, int]
@@ -281,12 +282,71 @@ class ResamplesImages(Mixed):
         )
 
 
+# ---- towers that get their patches in blocks -----------------------------------------------------
+
+
+class _TowerForBlocks(StandIn):
+    """A tower that gets patches in larger blocks than those that it knows."""
+
+    def __call__(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+        shapes = grid_thw.tolist()
+        grids = [(height, width) for frames, height, width in shapes for _ in range(frames)]
+        sides = (self.module.spatial_merge_size,), (self.spatial_merge_size,)
+        pixel_values = reorder_tokens(pixel_values, grids, sides[0], order_in=sides[1])
+        return self.module(pixel_values, grid_thw=grid_thw, **kwargs)
+
+
+class GetsBlocks(Mixed):
+    """Qwen2-VL and Qwen3-VL, whose processor orders the patches by the squares that are merged.
+
+    With a compressor, these are squares of merged squares: the processor has them in its
+    ``merge_size``, by which it also rounds sizes and counts.
+    """
+
+    def _for_blocks(self) -> StandIn:
+        """The model, with the size of the squares that become one token of the language model."""
+        config, vision = self.config, self.config.vision_config
+        size = _merge_size(config, compression_of(self.visual))
+        vision = StandIn(vision, spatial_merge_size=size)
+        visual = _TowerForBlocks(self.visual, spatial_merge_size=size)
+        return StandIn(self, config=StandIn(config, vision_config=vision), visual=visual)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Split the tokens by the images, of which fewer are left."""
+        model = self._for_blocks()
+        return self.body_class.get_image_features(model, pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grid_thw: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Likewise."""
+        features = self.body_class.get_video_features
+        return features(self._for_blocks(), pixel_values_videos, video_grid_thw, **kwargs)
+
+    def get_rope_index(self, *args: Any, **kwargs: Any) -> Any:
+        """Positions of the tokens that are left."""
+        return self.body_class.get_rope_index(self._for_blocks(), *args, **kwargs)
+
+
 # ---- counts of the processors --------------------------------------------------------------------
 
 
 def _side(config: Any, compression: CompressorConfig | None, factor: int = 1) -> int:
     """Tokens on a side behind a connector that merges squares of a side of ``factor``."""
     return -(-grid_side(config.vision_config, compression) // factor)
+
+
+def _factor(compression: CompressorConfig | None) -> int:
+    """Patches on a side of what a merged token stands for."""
+    return compression.window ** len(compression.layers) if compression else 1
 
 
 def _patch_size(config: Any, compression: CompressorConfig | None) -> Counts:
@@ -298,8 +358,16 @@ def _patch_size(config: Any, compression: CompressorConfig | None) -> Counts:
 
 def _pixtral(config: Any, compression: CompressorConfig | None) -> Counts:
     """The processor makes images that whole squares of merged tokens divide."""
-    factor = compression.window ** len(compression.layers) if compression else 1
-    return {"patch_size": config.vision_config.patch_size * factor}
+    return {"patch_size": config.vision_config.patch_size * _factor(compression)}
+
+
+def _merge_size(config: Any, compression: CompressorConfig | None) -> int:
+    return config.vision_config.spatial_merge_size * _factor(compression)
+
+
+def _qwen(config: Any, compression: CompressorConfig | None) -> Counts:
+    size = _merge_size(config, compression)
+    return {"image_processor.merge_size": size, "video_processor.merge_size": size}
 
 
 def _number(name: str, factor: Callable[[Any], int] = lambda config: 1) -> Counting:
@@ -345,6 +413,7 @@ _INTERNVL = Entry(
     parts={"": ShufflesMaps},
 )
 _MISTRAL3 = Entry(_pixtral, parts={"": PacksImages})
+_QWEN = Entry(_qwen, towers=("visual",), parts={"": GetsBlocks})
 ENTRIES: dict[str, Entry] = {
     "AyaVisionModel": Entry(_aya, parts={"multi_modal_projector": ShufflesByAttribute}),
     "Cohere2VisionModel": Entry(_cohere2, parts={"multi_modal_projector": ShufflesByAttribute}),
@@ -366,6 +435,9 @@ ENTRIES: dict[str, Entry] = {
     "Mistral3Model": _MISTRAL3,
     "MistralLarge4Model": _MISTRAL3,
     "PaliGemmaModel": Entry(_paligemma),
+    "Qwen2VLModel": _QWEN,
+    "Qwen2_5_VLModel": _QWEN,
+    "Qwen3VLModel": _QWEN,
     "SmolVLMModel": _IDEFICS3,
     "T5Gemma2Encoder": _GEMMA3,
     "VideoLlavaModel": Entry(_patch_size, towers=("image_tower", "video_tower")),
