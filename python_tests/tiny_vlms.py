@@ -397,6 +397,22 @@ def idefics3(kind, **parts):
     return make
 
 
+def internvl():
+    text = {**TEXT, "model_type": "qwen2", "vocab_size": len(tokenizer())}
+    vision = {**TOWER, "image_size": [24, 24], "patch_size": [4, 4]}
+    config = transformers.InternVLConfig(
+        vision_config=vision, text_config=text, image_token_id=image_id(), image_seq_length=9
+    )
+    size = {"height": 24, "width": 24}
+    processor = transformers.InternVLProcessor(
+        transformers.GotOcr2ImageProcessor(size=size, crop_to_patches=True, max_patches=4),
+        tokenizer(),
+        transformers.InternVLVideoProcessor(size=size),
+        image_seq_length=9,
+    )
+    return transformers.InternVLForConditionalGeneration(config), processor
+
+
 def qwen(kind, vision, video="Qwen2VL"):
     """Qwen2-VL and later: 2 x 2 patches become a token behind the tower."""
 
@@ -484,7 +500,8 @@ def t5gemma2():
 # LLaVA-NeXT cuts the picture of 40 x 70 px into 2 x 2 tiles. Of their 10 x 10 patches, the padding
 # takes 4 rows, so that there are 6 * (10 + 1) tokens with the line breaks, and 5 * 5 of the whole
 # picture; of 6 x 6 merged tokens, it takes 2 rows: 4 * (6 + 1) and 3 * 3. Command A and Aya cut it
-# into 5 and 3 tiles with 3 * 3 tokens each behind the connector, or 2 * 2. Around Pixtral, it has
+# into 5 and 3 tiles with 3 * 3 tokens each behind the connector, or 2 * 2; InternVL cuts as Aya.
+# Idefics 3 and SmolVLM cut it into 4 with a picture of the whole. Around Pixtral, it has
 # 40 x 64 px for 5 * 8 tokens that are merged once, of 48 x 64 px 3 * 4 that are merged twice. The
 # Qwens round it to 40 x 72 px, 5 * 9 tokens of 2 * 2 patches, or to 32 x 64 px, 2 * 4 of 4 * 4.
 VLMS = [
@@ -503,6 +520,7 @@ VLMS = [
     Vlm("gemma3", gemma3(siglip(32, 4), 32, 16), (16, 16), "<boi>"),
     Vlm("cohere2_vision", cohere2(siglip(24, 4), 24), (45, 20)),
     Vlm("aya_vision", aya(siglip(24, 4), 24), (27, 12), token="<PATCH>"),
+    Vlm("internvl", internvl, (27, 12)),
     Vlm("idefics2", idefics2, (3, 3)),
     Vlm("idefics3", idefics3("Idefics3"), (45, 20)),
     Vlm(
