@@ -15,6 +15,7 @@ from families.case import merge_by_hand, mlp_mean, randomise, window_slots
 from hf_models import centers
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers.models.kimi_k25 import modeling_kimi_k25
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
@@ -50,9 +51,9 @@ class PackedCase:
         make: ``make(num_layers=4)`` returns a model in evaluation, every parameter random.
         inputs: ``inputs(shapes, dtype)`` returns what the model takes, by name, for images or
             videos of so many frames, rows and columns of patches.
-        by_hand: ``by_hand(model, inputs, shapes, layer, window, positions, attention)`` returns
-            what enters the first block and what leaves each, ``(N, C)``, in the model's order; and
-            the other outputs by name.
+        by_hand: ``by_hand(model, inputs, shapes, layers, window, positions, attention, pool)``
+            returns what enters the first block and what leaves each, ``(N, C)``, in the model's
+            order; and the other outputs by name. With ``pool``, windows are averaged.
         layers: Name of the list of blocks.
         shapes_for: ``shapes_for(window)``: mixed ones that the model takes with such windows.
         windows: Sides of windows to try beside 2.
@@ -73,23 +74,35 @@ class PackedCase:
         return self.shapes_for(2)
 
 
-def run_layers(blocks, tokens, run, merge, layer):
-    """What enters the first block and what leaves each, for one view with the compressor.
+def run_layers(blocks, tokens, run, merge, layers, window):
+    """What enters the first block and what leaves each, for one view with compressors.
 
     Args:
         blocks: The blocks.
-        tokens: ``(L, C)`` of the view.
-        run: ``run(index, x, coarse)`` runs a block.
-        merge: ``merge(block, x)`` runs the compressor.
-        layer: Behind which block.
+        tokens: Those of the view.
+        run: ``run(index, x, side)`` runs a block, on tokens that were ``side x side`` patches.
+        merge: ``merge(block, x, side)`` merges windows of tokens.
+        layers: Behind which blocks.
+        window: Side of a window.
+
+    Returns:
+        A list of pairs: side of the patches that became one token, tokens.
     """
-    states = [tokens]
+    side, states = 1, [(1, tokens)]
     for index, block in enumerate(blocks):
-        tokens = run(index, tokens, index > layer)
-        if index == layer:
-            tokens = merge(block, tokens)
-        states.append(tokens)
+        tokens = run(index, tokens, side)
+        if index in layers:
+            tokens, side = merge(block, tokens, side), side * window
+        states.append((side, tokens))
     return states
+
+
+def merged_grid(grid, side):
+    return [-(-length // side) for length in grid]
+
+
+def no_mlp(z):
+    return torch.zeros_like(z[0])
 
 
 # ---- Pixtral -----------------------------------------------------------------------------------
@@ -115,33 +128,43 @@ def pixtral_inputs(shapes, dtype=torch.float64):
     return {"pixel_values": images, "image_sizes": torch.tensor(sizes)}
 
 
-def pixtral_by_hand(model, inputs, shapes, layer=1, window=2, positions="center", attention=True):
-    views = []
-    for image, (_, height, width) in zip(inputs["pixel_values"], shapes, strict=True):
-        grid = height, width
-        patches = model.patch_conv(image[None, :, : PATCH * height, : PATCH * width])
+def pixtral_by_hand(
+    model,
+    inputs,
+    shapes,
+    layers=(1,),
+    window=2,
+    positions="center",
+    attention=True,
+    pool=False,
+):
+    blocks, views = model.transformer.layers, []
+    for image, (_, *grid) in zip(inputs["pixel_values"], shapes, strict=True):
+        patches = model.patch_conv(image[None, :, : PATCH * grid[0], : PATCH * grid[1]])
         tokens = model.ln_pre(patches[0].flatten(1).T)
-        fine, coarse = (
-            model.patch_positional_embedding(tokens, centers(grid, *how) - 0.5)
-            for how in ((1, "center"), (window, positions))
-        )
 
-        def run(index, x, behind, fine=fine, coarse=coarse):
-            table = coarse if behind else fine
-            return model.transformer.layers[index](x[None], None, position_embeddings=table)[0]
+        def table(side, grid=grid, tokens=tokens):
+            how = positions if side > 1 else "center"
+            return model.patch_positional_embedding(tokens, centers(grid, side, how) - 0.5)
 
-        def merge(block, x, fine=fine, grid=grid):
+        def run(index, x, side, table=table):
+            return blocks[index](x[None], None, position_embeddings=table(side))[0]
+
+        def merge(block, x, side, table=table, grid=grid):
             def attend(x, present):
-                table = tuple(part[present] for part in fine)
+                rows = tuple(part[present] for part in table(side))
                 normed = block.attention_norm(x[None])
-                return block.attention(normed, None, position_embeddings=table)[0][0]
+                return block.attention(normed, None, position_embeddings=rows)[0][0]
 
             def mlp(z):
                 return mlp_mean(block.ffn_norm, block.feed_forward, z)
 
-            return merge_by_hand(x, grid, window, attend if attention else None, mlp)
+            attend = attend if attention and not pool else None
+            where = merged_grid(grid, side), window
+            return merge_by_hand(x, *where, attend, no_mlp if pool else mlp)
 
-        views.append(run_layers(model.transformer.layers, tokens, run, merge, layer))
+        own = run_layers(blocks, tokens, run, merge, layers, window)
+        views.append([x for _, x in own])
     return [torch.cat(states) for states in zip(*views, strict=True)], {}
 
 
@@ -186,8 +209,10 @@ class GridModel:
         across: ``across(model, index)``: patches across an attention window of a block; None for
             attention in whole frames.
         clips: Whether all frames of a video attend to each other.
-        finish: ``finish(model, states, ends)``: the other outputs by name, by what leaves each
-            block, in lists of ``(clip, frames, grid, tokens in raster order)``.
+        last: ``last(model, x)``: what the model returns of what leaves its last block.
+        finish: ``finish(model, clips)``: the other outputs by name. A clip is a list of what enters
+            the first block and leaves each: the grid, and tokens ``(T, L, C)`` of T frames in
+            raster order.
     """
 
     blocks: str
@@ -197,65 +222,67 @@ class GridModel:
     finish: Callable
     across: Callable = lambda model, index: None
     clips: bool = False
+    last: Callable = lambda model, x: x
 
-    def by_hand(self, model, inputs, shapes, layer=1, window=2, positions="center", attention=True):
+    def by_hand(
+        self,
+        model,
+        inputs,
+        shapes,
+        layers=(1,),
+        window=2,
+        positions="center",
+        attention=True,
+        pool=False,
+    ):
         embedded, start, clips = self.embed(model, inputs), 0, []
         if not self.clips:
-            shapes = [(1, height, width) for frames, height, width in shapes for _ in range(frames)]
+            shapes = [(1, *grid) for frames, *grid in shapes for _ in range(frames)]
         blocks = getattr(model, self.blocks)
-        for frames, *grid in shapes:
-            tokens = embedded[start : (start := start + frames * grid[0] * grid[1])]
-            frames = tokens.unflatten(0, (frames, -1))[:, inverse(places(grid, self.order(1)[-1:]))]
-            run, merge = self.functions(model, frames, grid, window, positions, attention)
-            clips.append((grid, run_layers(blocks, frames, run, merge, layer)))
-        sides = [1 if index <= layer else window for index in range(len(blocks) + 1)]
+        for count, *grid in shapes:
+            tokens = embedded[start : (start := start + count * grid[0] * grid[1])]
+            frames = tokens.unflatten(0, (count, -1))[:, inverse(places(grid, self.order(1)[-1:]))]
+            functions = self.functions(model, grid, window, positions, attention, pool)
+            own = run_layers(blocks, frames, *functions, layers, window)
+            clips.append([(side, merged_grid(grid, side), x) for side, x in own])
         states = []
-        for index, side in enumerate(sides):
-            parts = []
-            for grid, own in clips:
-                merged = [-(-length // side) for length in grid]
-                parts.append(own[index][:, places(merged, self.order(side))].flatten(0, 1))
-            states.append(torch.cat(parts))
-        clips = [
-            [
-                ([-(-length // side) for length in grid], x)
-                for side, x in zip(sides, own, strict=True)
+        for of_clips in zip(*clips, strict=True):
+            parts = [
+                x[:, places(grid, self.order(side))].flatten(0, 1) for side, grid, x in of_clips
             ]
-            for grid, own in clips
-        ]
-        return states, self.finish(model, clips, window)
+            states.append(torch.cat(parts))
+        states[-1] = self.last(model, states[-1])
+        clips = [[(grid, x) for _, grid, x in own] for own in clips]
+        return states, self.finish(model, clips)
 
-    def functions(self, model, frames, grid, window, positions, attention):
+    def functions(self, model, grid, window, positions, attention, pool):
         """What run_layers takes, for the frames ``(T, L, C)`` of one clip."""
-        tables = {
-            coarse: getattr(model, self.rotary)(frames[0], centers(grid, *how) - 0.5)
-            for coarse, how in ((False, (1, "center")), (True, (window, positions)))
-        }
 
-        def run(index, x, coarse):
-            block, table = getattr(model, self.blocks)[index], tables[coarse]
+        def table(x, side):
+            how = positions if side > 1 else "center"
+            return getattr(model, self.rotary)(x[0], centers(grid, side, how) - 0.5)
+
+        def run(index, x, side):
+            block, rows = getattr(model, self.blocks)[index], table(x, side)
             if self.clips:
-                table = tuple(part.repeat(len(x), 1) for part in table)
-                return call(block, x.flatten(0, 1), table).view_as(x)
-            merged = [-(-length // window) for length in grid] if coarse else grid
-            across = self.across(model, index)
-            if across is not None and coarse:
-                across //= window
-            out = x.clone()
-            for rows in attention_windows(merged, across):
-                out[0, rows] = call(block, x[0, rows], tuple(part[rows] for part in table))
+                rows = tuple(part.repeat(len(x), 1) for part in rows)
+                return call(block, x.flatten(0, 1), rows).view_as(x)
+            across, out = self.across(model, index), x.clone()
+            for own in attention_windows(merged_grid(grid, side), across and across // side):
+                out[0, own] = call(block, x[0, own], tuple(part[own] for part in rows))
             return out
 
-        def merge(block, x):
-            def attend(x, present):
-                table = tuple(part[present] for part in tables[False])
-                return call(block.attn, block.norm1(x), table)
+        def merge(block, x, side):
+            def attend(tokens, present):
+                rows = tuple(part[present] for part in table(x, side))
+                return call(block.attn, block.norm1(tokens), rows)
 
             def mlp(z):
                 return mlp_mean(block.norm2, block.mlp, z)
 
-            merged = [merge_by_hand(y, grid, window, attend if attention else None, mlp) for y in x]
-            return torch.stack(merged)
+            how = attend if attention and not pool else None, no_mlp if pool else mlp
+            where = merged_grid(grid, side), window
+            return torch.stack([merge_by_hand(frame, *where, *how) for frame in x])
 
         return run, merge
 
@@ -306,15 +333,13 @@ def merged_rows(merger, grid, tokens):
     return merger(tokens[0, places(grid, (2,))])
 
 
-def pooled(model, clips, window):
+def pooled(model, clips):
     return {"pooler_output": torch.cat([merged_rows(model.merger, *own[-1]) for own in clips])}
 
 
-def grid_case(make, model, windows=(3,), inputs=None):
+def grid_case(make, model, windows=(3,), inputs=None, shapes=even_shapes):
     inputs = inputs or grid_inputs("hidden_states")
-    return PackedCase(
-        make, inputs, model.by_hand, model.blocks, even_shapes, windows, model.run_block
-    )
+    return PackedCase(make, inputs, model.by_hand, model.blocks, shapes, windows, model.run_block)
 
 
 # ---- Qwen2-VL ----------------------------------------------------------------------------------
@@ -365,7 +390,7 @@ def embed_qwen3(model, inputs):
     return model.patch_embed(inputs["hidden_states"]) + torch.cat(parts)
 
 
-def finish_qwen3(model, clips, window):
+def finish_qwen3(model, clips):
     """Deepstack in front of the compressor: mean over its windows of what the merger returns."""
     features = []
     for index, merger in zip((0, 1, 2), model.deepstack_merger_list, strict=False):
@@ -373,14 +398,10 @@ def finish_qwen3(model, clips, window):
         for own in clips:
             grid, tokens = own[index + 1]
             merged = merged_rows(merger, grid, tokens)
-            if grid != own[-1][0]:
-                units = [length // 2 for length in grid]
-                merged = torch.stack(
-                    [merged[present].mean(0) for present, _ in window_slots(*units, window)]
-                )
-            rows.append(merged)
+            windows = window_slots(grid[0] // 2, grid[1] // 2, grid[0] // own[-1][0][0])
+            rows.append(torch.stack([merged[present].mean(0) for present, _ in windows]))
         features.append(torch.cat(rows))
-    return pooled(model, clips, window) | {"deepstack_features": features}
+    return pooled(model, clips) | {"deepstack_features": features}
 
 
 QWEN3 = GridModel("blocks", "rotary_pos_emb", embed_qwen3, lambda window: (2,), finish_qwen3)
@@ -412,6 +433,50 @@ QWEN25 = GridModel(
 )
 
 
+# ---- MoonViT -----------------------------------------------------------------------------------
+
+
+def make_moonvit(num_layers=4):
+    config = modeling_kimi_k25.Kimi_K25VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        num_hidden_layers=num_layers,
+        patch_size=PATCH,
+        pos_emb_height=5,
+        pos_emb_width=5,
+        rope_parameters={"rope_type": "axial", "rope_theta": 10000.0},
+    )
+    return randomise(modeling_kimi_k25.Kimi_K25VisionModel(config))
+
+
+def finish_moonvit(model, clips):
+    """A 2 x 2 block of tokens is a row; frames are averaged."""
+    rows = []
+    for own in clips:
+        grid, frames = own[-1]
+        blocks = model.final_layernorm(frames)[:, places(grid, (2,))].unflatten(1, (-1, 4))
+        rows.append(blocks.mean(0))
+    return {"pooler_output": torch.cat(rows)}
+
+
+def shapes_of_moonvit(window):
+    """Images for windows of 2, videos for others: all in a call must have as many frames."""
+    frames = 1 if window == 2 else 3
+    return tuple((frames, height, width) for _, height, width in even_shapes(window)[1:])
+
+
+MOONVIT = GridModel(
+    "layers",
+    "rotary_emb",
+    lambda model, inputs: model.patch_embed(**inputs),
+    lambda window: (),
+    finish_moonvit,
+    clips=True,
+    last=lambda model, x: model.final_layernorm(x),
+)
+
+
 CASES = {
     "Pixtral": PackedCase(
         make_pixtral,
@@ -425,4 +490,10 @@ CASES = {
     "Qwen2-VL": grid_case(make_qwen2, QWEN2),
     "Qwen2.5-VL": grid_case(make_qwen25, QWEN25, windows=(4,)),
     "Qwen3-VL": grid_case(make_qwen3, QWEN3),
+    "MoonViT": grid_case(
+        make_moonvit,
+        MOONVIT,
+        inputs=grid_inputs("pixel_values", temporal=0),
+        shapes=shapes_of_moonvit,
+    ),
 }

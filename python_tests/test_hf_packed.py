@@ -11,7 +11,13 @@ from hf_packed import CASES, ROUNDINGS, exactly
 from test_flops_families import counted
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from uhd_ops import flops, insert_early_compressor, remove_early_compressor
+from uhd_ops import (
+    flops,
+    insert_early_compressor,
+    insert_progressive_compression,
+    remove_early_compressor,
+    remove_progressive_compression,
+)
 from uhd_ops.nn import EarlyCompressor, SliceEncoder
 
 COMPRESSOR = ".compressor."
@@ -68,10 +74,29 @@ def test_definition(name, options):
     case, model = CASES[name], CASES[name].make().double()
     shapes = case.shapes_for(options.get("window", 2))
     inputs = case.inputs(shapes)
-    described = {key: value for key, value in options.items() if key != "form"}
+    described = {key: value for key, value in options.items() if key not in ("form", "layer")}
+    described["layers"] = (options.get("layer", LAYER),)
     with exactly(torch.float64):
         states, others = case.by_hand(model, inputs, shapes, **described)
     insert_early_compressor(model, **({"layer": LAYER} | options))
+    assert_as_by_hand(model, inputs, states, others)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["center", "reindex"])
+def test_progressive_compression(case, positions):
+    model = case.make().double()
+    shapes = case.shapes_for(4)
+    inputs, options = case.inputs(shapes), {"layers": (0, 2), "positions": positions}
+    expected = outputs(model, inputs)
+    with exactly(torch.float64):
+        states, others = case.by_hand(model, inputs, shapes, **options, pool=True)
+    insert_progressive_compression(model, **options, pool="mean")
+    assert_as_by_hand(model, inputs, states, others)
+    assert_same(tensors(outputs(remove_progressive_compression(model), inputs)), tensors(expected))
+
+
+def assert_as_by_hand(model, inputs, states, others):
     output = outputs(model, inputs, output_hidden_states=True)
     assert_close(output.last_hidden_state.flatten(0, -2), states[-1], ROUNDINGS)
     assert len(output.hidden_states) == len(states)
@@ -258,7 +283,7 @@ GRIDS = [name for name in CASES if name != "Pixtral"]
 def test_sides_that_do_not_divide_are_refused(name):
     """Without a compressor they are right; with one, the error says what would be."""
     case, model = CASES[name], CASES[name].make()
-    inputs = case.inputs([(1, 4, 8), (2, 4, 6)], torch.float32)
+    inputs = case.inputs([(1, 4, 8), (1, 4, 6)], torch.float32)
     expected = tensors(outputs(model, inputs))
     insert_early_compressor(model, LAYER)
     message = "must have rows and columns that are multiples of 4 x 4 patches, 16 x 16 px, .*; "
@@ -272,6 +297,10 @@ def test_windows_of_attention_must_hold_whole_ones():
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"window must divide 4, .* \(32 px\) .*, got 3"):
         insert_early_compressor(model, LAYER, window=3)
+    with pytest.raises(
+        ValueError, match=r"window to the power of 3 merges must divide 4, .*, got 2"
+    ):
+        insert_progressive_compression(model, (0, 1, 2))
     assert snapshot(model) == before
 
 

@@ -6,11 +6,15 @@ import inspect
 import pytest
 import torch
 import transformers
-from families.case import assert_close, randomise
+from families.case import assert_close, randomise, window_slots
 from hf_models import BACKBONES, CASES, CLIP, SIZE, centers, merge_clip, random_images
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 
-from uhd_ops import insert_early_compressor, remove_early_compressor
+from uhd_ops import (
+    insert_early_compressor,
+    insert_progressive_compression,
+    remove_early_compressor,
+)
 from uhd_ops.nn.block_spec import read_block
 
 ROUNDINGS = 12 * 512  # products of at most 4 * 48 terms, a dozen in a row
@@ -76,6 +80,23 @@ def test_siglip2_merged_tokens_need_padding_where_the_patches_do_not():
     for given in (mask, None):
         output = model(pixels, given, grids)
         assert_close(output.pooler_output, torch.cat(pooled), ROUNDINGS)
+
+
+@torch.no_grad()
+def test_siglip2_with_two_merges():
+    model = make_siglip2()
+    pixels, mask, shapes = padded_batch(SHAPES, 40)
+    expected = []
+    for image, grid in zip(pixels, SHAPES, strict=True):
+        tokens = model.embeddings(image[None, : grid[0] * grid[1]], torch.tensor([grid]))
+        for index, block in enumerate(model.encoder.layers):
+            tokens = block(tokens, None)
+            if index in (0, 2):
+                windows = [tokens[0, present].mean(0) for present, _ in window_slots(*grid)]
+                tokens, grid = torch.stack(windows)[None], [-(-side // 2) for side in grid]
+        expected.append(model.head(model.post_layernorm(tokens)))
+    insert_progressive_compression(model, (0, 2), pool="mean")
+    assert_close(model(pixels, mask, shapes).pooler_output, torch.cat(expected), ROUNDINGS)
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""insert_progressive_compression: several merges in one model, of any family of timm."""
+"""insert_progressive_compression: several merges in one model, of any family."""
 
 import copy
 import pickle
 
+import hf_models
 import pytest
 import torch
 from families import all_cases
-from families.case import assert_close, run_features, snapshot, window_slots
+from families.case import assert_close, snapshot, window_slots
 from families.vision_transformer import make
 from torch.nn import functional
 
@@ -25,7 +26,7 @@ CASES = {
     name: case
     for name, case in all_cases().items()
     if case.make.__module__.startswith("families.") and not name.startswith(("Gemma4", "Hf"))
-}
+} | hf_models.all_cases()
 NAMES = pytest.mark.parametrize("name", CASES)
 LAYERS = (0, 2)
 
@@ -84,13 +85,13 @@ def test_starts_as_pooling(name):
     model = case.make_first()
     x = case.images(model, 2, torch.float32)
     other = insert_early_compressor(copy.deepcopy(model), 1, attention="none", mlp="none")
-    expected = run_features(other, x)
-    actual = run_features(insert_progressive_compression(model, [1], pool="mean"), x)
+    expected = case.run(other, x)
+    actual = case.run(insert_progressive_compression(model, [1], pool="mean"), x)
     assert torch.equal(actual, expected)
     adaptive = insert_progressive_compression(remove_progressive_compression(model), [1])
     # A softmax of equal scores is a mean, up to rounding in each of four blocks.
     bound = 4 * 12 * 512 * torch.finfo(torch.float32).eps * expected.abs().max()
-    assert (run_features(adaptive, x) - expected).abs().max() <= bound
+    assert (case.run(adaptive, x) - expected).abs().max() <= bound
 
 
 @NAMES
@@ -101,11 +102,11 @@ def test_every_family(name, positions):
     x = case.images(model, 2, torch.float32)
     before = snapshot(model)
     with torch.no_grad():
-        expected = run_features(model, x)
+        expected = case.run(model, x)
     inserted = insert_progressive_compression(model, LAYERS, positions=positions)
     assert inserted is model
     assert insert_progressive_compression(model, LAYERS, positions=positions) is model
-    out = run_features(model, x)
+    out = case.run(model, x)
     assert out.isfinite().all()
     out.square().sum().backward()
     compressors = [p for key, p in model.named_parameters() if ".compressor." in key]
@@ -114,11 +115,11 @@ def test_every_family(name, positions):
     assert all(p.grad is not None for p in compressors)
     assert sum(bool(p.grad.any()) for p in compressors) >= 2
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(run_features(clone, x), out)
+        assert torch.equal(case.run(clone, x), out)
     remove_progressive_compression(model)
     assert snapshot(model) == before
     with torch.no_grad():
-        assert torch.equal(run_features(model, x), expected)
+        assert torch.equal(case.run(model, x), expected)
 
 
 @NAMES
@@ -129,9 +130,9 @@ def test_positions_of_two_merges_are_those_of_one_large_window(name):
     model = case.make_first().double()
     x = case.images(model, 1, torch.float64)
     once = insert_progressive_compression(copy.deepcopy(model), [1], pool="mean", window=4)
-    expected = run_features(once, x)
+    expected = case.run(once, x)
     twice = insert_progressive_compression(model, [0, 1], pool="mean")
-    assert run_features(twice, x).shape == expected.shape
+    assert case.run(twice, x).shape == expected.shape
 
 
 def test_slice_encoder_runs_all_merges():
@@ -185,8 +186,8 @@ def test_compile(name):
     case = CASES[name]
     model = insert_progressive_compression(case.make_first(), LAYERS)
     x = case.images(model, 2, torch.float32)
-    expected = run_features(model, x)
+    expected = case.run(model, x)
     torch._dynamo.reset()
     compiled = torch.compile(model.forward_features, backend="eager", fullgraph=True, dynamic=False)
     assert torch.equal(compiled(x), expected)
-    assert torch.equal(run_features(model, x), expected)
+    assert torch.equal(case.run(model, x), expected)

@@ -50,10 +50,11 @@ def insert_early_compressor(
     maps behind ``layer`` are those of merged tokens; ``save_pretrained`` writes the options too,
     and where ``uhd_ops.integrations.transformers`` is imported, ``from_pretrained`` reads them.
     Padded batches (NaFlex, SigLIP 2, Idefics) are merged sample by sample, and packed images
-    (Pixtral, Qwen-VL) image by image; masks, ``patch_valid`` and starts of sequences behind the
-    compressor are those of the merged tokens, and the grids are read from the device once for each
-    forward pass. Refused at run time are attention masks made for the full sequence, causal
-    attention, patch dropout in training, ``torch.jit.script`` and ``torch.fx.symbolic_trace``.
+    (Pixtral, Qwen-VL, MoonViT) image by image; masks, ``patch_valid`` and starts of sequences
+    behind the compressor are those of the merged tokens, and the grids are read from the device
+    once for each forward pass. Refused at run time are attention masks made for the full sequence,
+    causal attention, patch dropout in training, ``torch.jit.script`` and
+    ``torch.fx.symbolic_trace``.
 
     Args:
         vit: A plain vision transformer of timm: ``VisionTransformer`` (SigLIP, CLIP, DeiT, DINOv2,
@@ -61,9 +62,9 @@ def insert_early_compressor(
             ``Beit``, ``VisionTransformerRelPos``, ``VisionTransformerSAM``, ``NaFlexVit``,
             ``Cait``, and the encoders of Qwen 3, DeepSeek and Gemma 4. Or one of transformers: the
             vision models of SigLIP, SigLIP 2, CLIP, DINOv2 and DINOv3, and the towers of Idefics 2
-            and 3, SmolVLM, InternVL, Pixtral, and Qwen2-VL, Qwen2.5-VL and Qwen3-VL, whose sides
-            must be multiples of ``window`` times their own ``spatial_merge_size`` then.
-            docs/models.md has the list of timm's.
+            and 3, SmolVLM, InternVL, Pixtral, and Qwen2-VL, Qwen2.5-VL, Qwen3-VL and MoonViT (Kimi
+            K2.5), whose images then need sides that are multiples of ``window`` times the side of
+            their own merger. docs/models.md has the list of timm's.
         layer: 0-based index of the block after whose body the compressor runs; the last block is
             allowed.
         attention: ``"window"`` if tokens attend inside their window before they are merged,
@@ -156,7 +157,7 @@ def insert_progressive_compression(
     parameter keeps its name, and the compressors' own are ``blocks.<index>.compressor.*``.
 
     Args:
-        vit: A model of timm that :func:`uhd_ops.insert_early_compressor` takes.
+        vit: A model that :func:`uhd_ops.insert_early_compressor` takes.
         layers: 0-based indices of the blocks after which tokens are merged, ascending. The paper
             counts the blocks in front of each merge: its "4-18" is ``(3, 17)``, and "4-18-27", the
             three stages of 4, 14 and 9 blocks, is ``(3, 17, 26)``.
@@ -189,7 +190,7 @@ def insert_progressive_compression(
         torch.Size([1, 5, 32])
     """
     options = {"pool": pool, "hidden_dim": hidden_dim, "window": window}
-    return insert(vit, "timm", layers=layers, **options, positions=positions)
+    return insert(vit, layers=layers, **options, positions=positions)
 
 
 def remove_progressive_compression(vit: nn.Module) -> nn.Module:
@@ -213,11 +214,11 @@ def remove_progressive_compression(vit: nn.Module) -> nn.Module:
     return _remove(vit, family)
 
 
-def insert(vit: nn.Module, library: str = "", **options: Any) -> nn.Module:
-    """Insert what the options of CompressorConfig say, into a model of this library if named."""
+def insert(vit: nn.Module, **options: Any) -> nn.Module:
+    """Insert what the options of CompressorConfig say."""
     if isinstance(vit, DistributedDataParallel):
         _refuse_data_parallel(vit)
-    family, config = family_of(vit, library), CompressorConfig(**options)
+    family, config = family_of(vit), CompressorConfig(**options)
     transformer = family.transformer(vit)
     present = getattr(transformer, "compression", None)
     if present not in (None, config):  # to insert others would lose trained weights

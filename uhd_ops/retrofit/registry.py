@@ -152,6 +152,12 @@ FAMILIES = (
         ("Qwen3VLVisionModel",),
         ("Qwen3VLVisionBlock",),
     ),
+    Row(
+        "hf_kimi_k25",
+        "transformers.models.kimi_k25.modeling_kimi_k25",
+        ("Kimi_K25VisionModel",),
+        ("Kimi_K25VisionEncoderLayer",),
+    ),
 )
 OWN: dict[type, Family] = {}  # by register_family
 # Dotted name of a class -> the file that knows it, and what it is called there.
@@ -176,23 +182,23 @@ _REFUSALS = {
 }
 
 
-def family_of(vit: nn.Module, library: str = "") -> Family:
-    """Import the file that knows the class of ``vit``, of this library if one is named."""
+def family_of(vit: nn.Module) -> Family:
+    """Import the file that knows the class of ``vit``."""
     if not isinstance(vit, nn.Module):
         raise TypeError(f"vit must be a torch.nn.Module, got {type(vit).__name__}")
-    found = _look_up(vit, library)
+    found = _look_up(vit)
     if isinstance(found, Family):
         return found
     if found is not None:
         return getattr(_import(found[0]), found[1])
-    inner = [name for name, module in vit.named_modules() if _look_up(module, library)]
+    inner = [name for name, module in vit.named_modules() if _look_up(module)]
     why = _reason(vit)
     if why:
         reason = f"{why}, so vit takes no compressor"
     elif inner:
         reason = f"vit is no vision transformer, but its {inner[0]!r} is one: pass that"
     else:
-        reason = f"vit is of no class that is known{library and ' in '}{library}"
+        reason = "vit is of no class that is known"
     raise NotImplementedError(
         f"{reason}; got {_dotted(body_class(vit))}. docs/models.md lists the classes of timm that "
         "are known, docs/own_vit.md shows how to register one of your own"
@@ -266,12 +272,12 @@ def _import(file: str) -> object:
     return sys.modules.get(name) or importlib.import_module(name)
 
 
-def _look_up(module: nn.Module, library: str = "") -> Family | tuple[str, str] | None:
+def _look_up(module: nn.Module) -> Family | tuple[str, str] | None:
     for cls in type(module).__mro__:
         if cls in OWN:
             return OWN[cls]
         name = _dotted(cls)
-        if name in _MODELS and name.startswith(library):
+        if name in _MODELS:
             return _MODELS[name]
     return None
 
