@@ -45,7 +45,7 @@ SETTINGS = {"_best_cpu_isa", "_cpu_isa", "_set_cpu_isa"}
 if _native.status["cuda"] == "loaded":
     SETTINGS.add("_cublaslt_version")
 # In Python, for graphs of SliceEncoder alone: tested in test_slice_encoder_compile.py.
-TRACED = {"_view_tables", "_view_tables_backward"}
+TRACED = {"_model_part", "_model_part_backward"}
 
 
 class _Record(TorchDispatchMode):

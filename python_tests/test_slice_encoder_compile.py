@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nn.SliceEncoder under torch.compile: one graph for all grids, positions by one operator."""
+"""nn.SliceEncoder under torch.compile: one graph for all grids, parts of it by one operator."""
 
 import copy
 import gc
@@ -9,7 +9,7 @@ import torch
 from test_slice_encoder_families import BOUND, VARIANTS, make
 from test_view_attention import TWELVE
 from torch._dynamo.testing import CompileCounterWithBackend
-from views_alone import GRIDS, assert_close
+from views_alone import GRIDS, assert_close, exact
 
 from uhd_ops import PackedGrids, insert_early_compressor
 from uhd_ops.nn import SliceEncoder
@@ -28,59 +28,105 @@ def packed_patches(encoder, grids):
     return torch.rand(grids.num_tokens, *shape, dtype=own.like(own.vit).dtype)
 
 
-@pytest.mark.parametrize(
-    ("name", "layer", "positions"),
-    [
-        ("VisionTransformer, odd", None, "nearest"),
-        ("transformers: SigLIP", 1, "resample"),
-        ("Eva, rotary, axial", 1, "resample"),
-        ("Eva, mixed, any size, default", None, "resample"),
-    ],
-)
-@torch.no_grad()
-def test_three_graphs_serve_all_grids(name, layer, positions):
-    model = make(name) if layer is None else insert_early_compressor(make(name), layer)
-    encoder = SliceEncoder(model, positions)
+def short(name, positions="resample", **options):
+    """An encoder with one block, or with one on either side of a compressor with these options."""
+    model = make(name)
+    if hasattr(model, "blocks"):
+        model.blocks = model.blocks[: 2 if options else 1]
+    return SliceEncoder(insert_early_compressor(model, **options) if options else model, positions)
+
+
+def gradients_of(encoder, encode, patches, grids, **options):
+    """Gradients of every parameter by name, and what was returned."""
+    encoder.zero_grad()
+    result = encode(patches, grids, **options)
+    (result.tokens.square().mean() + result.prefix.square().sum()).backward()
+    return {name: p.grad for name, p in encoder.named_parameters()}, result
+
+
+def assert_same_gradients(found, expected):
+    largest = {n: g.abs().max() for n, g in expected.items() if g is not None and g.numel()}
+    # A softmax does not see the bias of its keys, whose gradient is rounding of larger ones.
+    least = max(largest.values()) / 100
+    for name, grad in expected.items():
+        assert (found[name] is None) == (grad is None), name
+        if name in largest:
+            bound = BOUND[torch.float32] * largest[name].clamp(min=least)
+            assert (found[name] - grad).abs().max() <= bound, name
+
+
+# One of each kind of attention and of each part that the operator runs.
+ENCODERS = {
+    "plain": ("VisionTransformer, odd", {"positions": "nearest"}),
+    "transformers": ("transformers: SigLIP", {"layer": 1}),
+    "rotary": ("Eva, rotary, axial", {"layer": 0, "window": 3}),
+    "rotary of each block": ("Eva, mixed, any size, default", {}),
+    "biases, shared and of each block": ("Beit, both", {"layer": 0}),
+    "biases of an MLP": ("VisionTransformerRelPos, mlp, class token", {}),
+    "maps, neck": ("VisionTransformerSAM, own windows", {"layer": 0}),
+    "talking heads, class attention": ("Cait, odd", {"layer": 0}),
+    "differential, branches": ("ParallelThingsBlock, differential", {}),
+    "differential, one projection": ("DiffParallelScalingBlock, odd", {}),
+    "backbone": ("ViTamin, odd", {}),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_three_graphs_serve_all_grids(name):
+    vit, options = ENCODERS[name]
+    encoder = short(vit, **options)
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(encoder, fullgraph=True, backend=backend)
-    for pairs in TWELVE:
+    for pairs in TWELVE if options else TWELVE[::-1]:
         grids = PackedGrids(pairs)
         patches = packed_patches(encoder, grids)
-        result, expected = compiled(patches, grids), encoder(patches, grids)
+        grads, result = gradients_of(encoder, compiled, patches, grids)
+        wanted, expected = gradients_of(encoder, encoder, patches, grids)
         assert_close(result.tokens, expected.tokens, BOUND[torch.float32])
+        if expected.prefix.numel():
+            assert_close(result.prefix, expected.prefix, BOUND[torch.float32])
+        assert_same_gradients(grads, wanted)
         assert result.grids == expected.grids
         assert result.views_per_image == expected.views_per_image
         assert [len(x) for x in result.per_view()] == [len(x) for x in expected.per_view()]
     assert backend.frame_count <= 3
 
 
-def test_compiled_gradients():
-    encoder = SliceEncoder(insert_early_compressor(make("VisionTransformer, odd"), 1))
+@pytest.mark.parametrize(
+    ("name", "autocast"), [("plain", False), ("biases of an MLP", False), ("maps, neck", True)]
+)
+def test_ahead_of_time(name, autocast):
+    """AOTAutograd traces the operator's backward pass, and casts as autocast says."""
+    encoder = short(ENCODERS[name][0], **ENCODERS[name][1])
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
-    for pairs in ([(4, 6), (3, 5)], [(2, 2), (9, 7), (2, 2)]):
-        grids, grads = PackedGrids(pairs), []
+    for pairs in ([(4, 6), (3, 5)], [(2, 2), (9, 7), (2, 2)])[: 1 if autocast else 2]:
+        grids = PackedGrids(pairs)
         patches = packed_patches(encoder, grids)
-        for encode in (compiled, encoder):
-            encoder.zero_grad()
-            encode(patches, grids).tokens.square().mean().backward()
-            grads.append({name: p.grad for name, p in encoder.named_parameters()})
-        for name, expected in grads[1].items():
-            assert (grads[0][name] is None) == (expected is None), name
-            if expected is not None and expected.numel():  # no registers have no numbers
-                assert_close(grads[0][name], expected, BOUND[torch.float32])
+        with torch.autocast("cpu", enabled=autocast):
+            grads, result = gradients_of(encoder, compiled, patches, grids)
+            wanted, expected = gradients_of(encoder, encoder, patches, grids)
+        assert result.tokens.dtype == expected.tokens.dtype
+        bound = 2.0**-6 if autocast else BOUND[torch.float32]
+        assert_close(result.tokens, expected.tokens, bound)
+        if not autocast:
+            assert_same_gradients(grads, wanted)
 
 
 @torch.no_grad()
-def test_drawn_positions_are_part_of_the_graph():
-    encoder = SliceEncoder(make("Eva, rotary, Sapiens2")).train()
-    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
-    grids, tokens = PackedGrids(GRIDS), []
-    patches = packed_patches(encoder, grids)
-    for encode, seed in ((compiled, 0), (encoder, 0), (encoder, 1)):
-        torch.manual_seed(seed)
-        tokens.append(encode(patches, grids).tokens)
-    assert_close(tokens[0], tokens[1], BOUND[torch.float32])
-    assert not torch.allclose(tokens[1], tokens[2])
+def test_random_numbers_of_a_graph():
+    """Drawn positions and dropout inside a module: as the seed says, and other ones each time."""
+    for encoder in (short("Eva, rotary, Sapiens2", layer=0), short("Cait, odd")):
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        compiled = torch.compile(encoder.train(), fullgraph=True, backend="eager")
+        grids, tokens = PackedGrids(GRIDS), []
+        patches = packed_patches(encoder, grids)
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            tokens.append(compiled(patches, grids).tokens)
+        assert_close(tokens[0], tokens[1], BOUND[torch.float32])
+        assert not torch.allclose(tokens[1], tokens[2])
 
 
 class Tokens(torch.nn.Module):
@@ -111,8 +157,24 @@ def test_one_exported_program_takes_all_numbers_of_views_from_two():
                 assert_close(actual, value, BOUND[torch.float32])
 
 
-CALLS = (("absolute", 0, [1], []), ("rotary", 3, [1], []), ("rotary", 0, [2], []))
-CALLS += (("rotary", 1, [1, 2, 2, 1], [0, 2]),)
+def part(encoder, name, *, sides=(1,), inputs=(), call=(), numbers=(), seed=None):
+    """Arguments of the operator, and what it must return."""
+    own = encoder.packed(PackedGrids(GRIDS))
+    with torch.no_grad():
+        made = own.run_part(name, list(inputs), list(sides), call, numbers)
+    rows = [len(x) for x in made[:2]] or [0]
+    given = own.part_tensors(name, call), list(inputs), own.grids.rows, torch.tensor(sides), seed
+    prefix = call[0] if name in ("attend", "module") else 0
+    of_one, last = [1 + prefix] * len(inputs), (name, list(call), list(numbers), None)
+    return *given, rows, of_one, encoder._number, *last
+
+
+TABLES = (
+    {"name": "absolute"},
+    {"name": "rotary", "call": [3]},
+    {"name": "rotary", "call": [0], "sides": [2]},
+    {"name": "rotary", "call": [1], "sides": [1, 2, 2, 1]},
+)
 
 
 def gradients(tables, parameters):
@@ -127,12 +189,10 @@ def gradients(tables, parameters):
 def test_the_operator_makes_the_tables_of_the_model(name):
     encoder = SliceEncoder(make(name))
     parameters = list(encoder.parameters())
-    for call in CALLS:
-        own = encoder.packed(PackedGrids(GRIDS))
-        expected = own.make_tables(*call)
-        tokens = len(expected[0]) if expected else 0
-        given = own.position_tensors(), own.grids.rows, tokens, encoder._number
-        found = torch.ops.uhd_ops._view_tables(*given, *call)
+    for options in TABLES:
+        own, call = encoder.packed(PackedGrids(GRIDS)), options.get("call", ())
+        expected = own.run_part(options["name"], [], options.get("sides", [1]), call, ())
+        found = torch.ops.uhd_ops._model_part(*part(encoder, **options))
         for table, wanted in zip(found, expected, strict=True):
             assert_close(table, wanted, BOUND[torch.float32])
         grads = gradients(found, parameters), gradients(expected, parameters)
@@ -141,15 +201,75 @@ def test_the_operator_makes_the_tables_of_the_model(name):
                 assert_close(grad, wanted, BOUND[torch.float32])
 
 
+TOKENS = sum(height * width for height, width in GRIDS)
+
+
+def part_of(name):
+    """Arguments of the operator for each part, with dropout where a part may have it."""
+    seed = torch.tensor(3)
+
+    def tokens(*shape, prefix=0):
+        return torch.randn(TOKENS + len(GRIDS) * prefix, *shape).double().requires_grad_()
+
+    if name in ("absolute", "rotary"):
+        encoder = short("Eva, mixed, any size, default")
+        encoder.double()
+        return encoder, part(encoder, name, call=[1] if name == "rotary" else ())
+    if name == "attend":
+        encoder = SliceEncoder(exact(make("Beit, both")))
+        qkv = [tokens(2, 16, prefix=1) for _ in range(3)]
+        call = {"call": [1, 0, 0], "numbers": [0.3, 0.25], "seed": seed}
+        return encoder, part(encoder, name, inputs=qkv, **call)
+    if name == "patches":
+        encoder = SliceEncoder(exact(make("ViTamin, odd")))
+        patches = packed_patches(encoder, PackedGrids(GRIDS)).requires_grad_()
+        return encoder, part(encoder, name, inputs=[patches])
+    encoder = SliceEncoder(insert_early_compressor(exact(make("Cait, odd")), 1)).train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    if name == "finish":
+        prefix = torch.zeros(len(GRIDS), 0, 32).double()
+        return encoder, part(encoder, name, inputs=[prefix, tokens(32)], seed=seed)
+    if name == "merge":
+        times = torch.tensor([1, 0, 2, 1])
+        return encoder, part(encoder, name, inputs=[tokens(32), times], call=[1], seed=seed)
+    return encoder, part(encoder, name, inputs=[tokens(32)], call=[0, 0, 0], seed=seed)
+
+
+PARTS = ("absolute", "rotary", "attend", "patches", "finish", "merge", "module")
+
+
 # opcheck itself reads .grad of its own intermediate tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_the_operator_does_what_it_declares():
-    encoder = SliceEncoder(make("Eva, mixed, any size, default"))
-    own = encoder.packed(PackedGrids(GRIDS))
-    for call in CALLS:
-        tokens = len(own.make_tables(*call)[0])
-        given = own.position_tensors(), own.grids.rows, tokens, encoder._number
-        torch.library.opcheck(torch.ops.uhd_ops._view_tables.default, (*given, *call))
+@pytest.mark.parametrize("name", PARTS)
+def test_the_operator_does_what_it_declares(name):
+    _encoder, call = part_of(name)  # which must be there
+    torch.library.opcheck(torch.ops.uhd_ops._model_part.default, call)
+
+
+@pytest.mark.parametrize("name", ["attend", "finish", "merge", "module"])
+def test_the_backward_pass_draws_what_the_forward_pass_drew(name):
+    _encoder, call = part_of(name)  # which must be there
+    leaves = [x for x in call[1] if x.requires_grad]
+    weights, ends = None, []
+    direction = [torch.randn_like(x) for x in leaves]
+
+    def value(step):
+        nonlocal weights
+        moved = iter(x.detach() + step * d for x, d in zip(leaves, direction, strict=True))
+        inputs = [next(moved) if x.requires_grad else x for x in call[1]]
+        made = torch.ops.uhd_ops._model_part(call[0], inputs, *call[2:])[-1]
+        weights = torch.randn_like(made) if weights is None else weights
+        return (made * weights).sum()
+
+    with torch.no_grad():
+        ends = [value(step) for step in (1e-6, -1e-6)]
+    total = (torch.ops.uhd_ops._model_part(*call)[-1] * weights).sum()
+    grads = torch.autograd.grad(total, leaves)
+    slope = sum((g * d).sum() for g, d in zip(grads, direction, strict=True))
+    # The error of a central difference: a third derivative times 1e-12, and eps / 1e-6.
+    assert (slope - (ends[0] - ends[1]) / 2e-6).abs() <= 1e-7 * slope.abs().clamp(min=1)
 
 
 @torch.no_grad()
@@ -167,11 +287,10 @@ def test_a_copy_has_its_own_positions():
 
 def test_a_graph_without_its_model_is_refused():
     encoder = SliceEncoder(make("VisionTransformer, odd"))
-    own = encoder.packed(PackedGrids(GRIDS))
-    call = own.position_tensors(), own.grids.rows, own.grids.num_tokens, encoder._number, *CALLS[0]
+    given, *call = part(encoder, "absolute")
     with pytest.raises(RuntimeError, match="must be those that the graph was given"):
-        torch.ops.uhd_ops._view_tables([call[0][0] + 1], *call[1:])
-    del encoder, own
+        torch.ops.uhd_ops._model_part([given[0] + 1], *call)
+    del encoder
     gc.collect()
     with pytest.raises(RuntimeError, match="that a compiled graph was made of is gone"):
-        torch.ops.uhd_ops._view_tables(*call)
+        torch.ops.uhd_ops._model_part(given, *call)

@@ -199,12 +199,14 @@ class TracedGrids(PackedGrids):
         counts: dict[int, int] | None = None,
         longest: dict[int, int] | None = None,
         source: tuple[PackedGrids, str, int] | None = None,
+        less: int = 0,
     ) -> None:
         if self._is_made:  # PackedGrids(pairs) returns one, and Python calls this once more
             return
         self._is_made = True
         self._given_rows, self._sides, self._source = rows, sides, source
-        self._counts, self._longest = counts or {}, longest or {}
+        # The counts are so much less than those that are kept here.
+        self._counts, self._longest, self._less = counts or {}, longest or {}, less
         self.is_known = sides is not None or (source is not None and source[0].is_known)
 
     @classmethod
@@ -223,9 +225,14 @@ class TracedGrids(PackedGrids):
         """What a method called ``how`` makes of grids, in the graph where it can be."""
         if isinstance(grids, TracedGrids) and grids._sides is not None:
             return cls(None, _DERIVED[how](grids._sides, number))
-        rows, counts, longest = grids._rows, grids._counts, grids._longest
+        rows, less = grids._rows, 0
         if how == "merged":
             # ceil(ceil(h / a) / b) = ceil(h / (a * b))
+            if grids.is_kept:
+                counts, longest = grids._counts_and_tokens, grids._longest_and_tokens
+                less = grids.num_tokens
+            else:
+                counts, longest, less = grids._counts, grids._longest, grids._less
             counts = {f // number: n for f, n in counts.items() if f % number == 0}
             longest = {f // number: n for f, n in longest.items() if f % number == 0}
             rows = (rows + (number - 1)) // number
@@ -235,7 +242,7 @@ class TracedGrids(PackedGrids):
             lengths = rows.prod(1) + number
             lengths = torch.cat([lengths[:-1], lengths.new_zeros(1)])
             rows = torch.stack([torch.ones_like(lengths), lengths], 1)
-        return cls(rows, None, counts, longest, (grids, how, number))
+        return cls(rows, None, counts, longest, (grids, how, number), less)
 
     @property
     def _rows(self) -> torch.Tensor:
@@ -275,8 +282,8 @@ class TracedGrids(PackedGrids):
         if 1 not in self._longest and self.is_known:
             return max((h * w for h, w in self._pairs), default=0)
         if 1 not in self._longest:
-            self._longest[1] = _count_in(self._rows.prod(1).max())
-        return self._longest[1]
+            self._longest[1] = _count_in(self._rows.prod(1).max()) + self._less
+        return self._longest[1] - self._less
 
     @property
     def has_empty_views(self) -> bool:
@@ -290,10 +297,11 @@ class TracedGrids(PackedGrids):
         window = check_int(window, "window", 1)
         if window not in self._counts:
             if self.is_known:
-                self._counts[window] = _count_windows(self._pairs, window)
+                count = _count_windows(self._pairs, window)
             else:
-                self._counts[window] = _count_in(self.view_table(window, _CPU)[-1, 3])
-        return self._counts[window]
+                count = _count_in(self.view_table(window, _CPU)[-1, 3])
+            self._counts[window] = count + self._less
+        return self._counts[window] - self._less
 
     def merged(self, factor: int = 2) -> PackedGrids:
         """As for PackedGrids."""
@@ -409,6 +417,11 @@ def _make(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
     merged = {f: [-(-h // f) * -(-w // f) for h, w in pairs] for f in _COMMON_WINDOWS}
     put("_counts", {f: sum(tokens) for f, tokens in merged.items()})
     put("_longest", {f: max(tokens, default=0) for f, tokens in merged.items()})
+    # torch.compile makes a number a variable once it has changed. With the tokens added, all of
+    # them change when the tokens do, and not one by one, with a graph for each.
+    for name in ("_counts", "_longest"):
+        sums = {f: number + grids._counts[1] for f, number in getattr(grids, name).items()}
+        put(f"{name}_and_tokens", sums)
     put("num_views", len(pairs))
     put("num_tokens", grids._counts[1])
     put("max_seqlen", grids._longest[1])
@@ -416,7 +429,10 @@ def _make(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
     # The extra last row keeps the length above one: torch.compile specialises on "exactly one view"
     # otherwise.
     with outlives_modes():
-        put("_rows", torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"))
+        rows = torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu")
+    # What torch._dynamo.maybe_mark_dynamic sets, without importing it: a variable from the start.
+    rows._dynamo_weak_dynamic_indices = {0}
+    put("_rows", rows)
     put("_tables", Tables())
     return grids
 

@@ -94,6 +94,10 @@ class PartView(nn.Module):
     and gradients arrive where the parameters are.
     """
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The parameters that it reads."""
+        raise NotImplementedError
+
     def clone(self) -> nn.Module:
         """Return an ordinary module with copies of the parameters."""
         raise NotImplementedError
@@ -389,6 +393,22 @@ def require_exactly(module: nn.Module, name: str, classes: tuple[type, ...]) -> 
         got = f"{cls.__module__}.{cls.__qualname__}"
         known = [f"{known.__module__}.{known.__qualname__}" for known in classes]
     raise NotImplementedError(f"{name} must be {' or '.join(known)}, got {got}")
+
+
+def blocks_at(vit: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:
+    """Return the list of blocks with this dotted name; refuse a name that is of none."""
+    try:
+        found = vit.get_submodule(name)
+    except AttributeError:
+        found = None
+    if isinstance(found, (nn.ModuleList, nn.Sequential)):
+        return found
+    lists = [repr(path) for path, part in vit.named_modules() if isinstance(part, nn.ModuleList)]
+    raise ValueError(
+        f"blocks must be the dotted name of a ModuleList or Sequential in {type(vit).__name__}"
+        f"{', which has ' * bool(lists)}{', '.join(lists)}; got {name!r}, which is "
+        f"{'nothing' if found is None else f'a {type(found).__name__}'} there"
+    )
 
 
 def require_own_forward(module: nn.Module, name: str) -> None:

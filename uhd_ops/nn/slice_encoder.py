@@ -14,13 +14,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from uhd_ops import _checks
-from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.grids import Grids, PackedGrids, TracedGrids
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, families
-from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.nn.traced_tables import register
-from uhd_ops.nn.view_ratios import merge_by_ratio, times_of
+from uhd_ops.nn.traced_parts import register
+from uhd_ops.nn.view_ratios import Merge, times_of
 from uhd_ops.windows import join_prefix, split_prefix
 
 POSITIONS = ("resample", "nearest")
@@ -66,13 +65,17 @@ class SliceEncoder(nn.Module):
     its own grid: learned ones resampled, rotary embeddings, tables of relative positions resized.
     If a compressor was inserted into the model, the blocks behind it work on merged tokens. Forward
     hooks of linear layers and norms run, but those of the model, its blocks and their attention
-    and MLP do not. A compiled or exported encoder calls the model itself for its positions when it
-    runs, so the encoder must still be there: an exported program runs in the process that made it.
+    and MLP do not. At most three graphs of torch.compile serve all grids, and one of torch.export
+    all of two views or more; a graph with ``ratios`` serves those ratios and grids only. Positions,
+    and attention that is no plain softmax over scores, are computed by the model itself when a
+    graph runs, so the encoder must still be there: an exported program runs in the process that
+    made it. In training, such attention is computed once more in the backward pass.
 
     Args:
         vit: Any model that :func:`uhd_ops.insert_early_compressor` takes, with or without a
-            compressor: the vision transformers of timm in docs/models.md, and those of
-            transformers. It becomes a submodule; its parameters are shared, not copied.
+            compressor: the vision transformers of timm in docs/models.md, those of transformers,
+            and classes that ``register_family`` was told how to embed. It becomes a submodule; its
+            parameters are shared, not copied.
         positions: How a learned table of position embeddings is fitted to the grid of a view.
             ``"resample"`` does what the model does; ``"nearest"`` takes no mixture but the nearest
             position below: patch i of n that of row, or column, ``floor(i * S / n)`` of S, the rule
@@ -177,9 +180,9 @@ class SliceEncoder(nn.Module):
         x, sides = join_prefix(prefix, patches, model.grids), 1
         for index, block in enumerate(model.blocks):
             # Read anew in every call: adapters may have come, or a compressor.
-            spec, compressor = model.spec(index), getattr(block, "compressor", None)
-            merge = None if compressor is None else _Merge(model, index, sides, compressor, ratios)
+            spec = model.spec(index)
             # Out here, because a checkpointed block must not find made what it made the first time.
+            merge = model.merge(index, sides, ratios) if hasattr(block, "compressor") else None
             scope = model.scope(index, sides, prefix.shape[1])
             positions = model.rotary(index, sides, prefix.shape[1])
             arguments = spec, x, scope, positions, merge, prefix.shape[1]
@@ -190,7 +193,7 @@ class SliceEncoder(nn.Module):
             sides = sides if merge is None else merge.sides
         grids = model.merged_grids(sides)
         prefix, patches = split_prefix(x, grids, prefix.shape[1])
-        prefix, patches = model.finish(prefix, patches, sides)
+        prefix, patches = model.end(prefix, patches, sides)
         return patches, grids, prefix
 
     @staticmethod
@@ -210,63 +213,12 @@ class SliceEncoder(nn.Module):
         return f"positions={self.positions!r}"
 
 
-class _Merge:
-    """The compressor behind one block.
-
-    Args:
-        model: The model.
-        index: Index of the block.
-        sides: Side of the windows that became one token before, of all views or of each.
-        compressor: The compressor.
-        ratios: As for SliceEncoder.
-
-    Attributes:
-        sides: Those behind the compressor.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        index: int,
-        sides: int | tuple[int, ...],
-        compressor: nn.Module,
-        ratios: Sequence[int] | None,
-    ) -> None:
-        self.compressor, self.ratios, window = compressor, ratios, compressor.window
-        self.grids = model.merged_grids(sides)
-        steps = [(sides, None)]  # of each step, the sides in front of it and the views it merges
-        if ratios is not None:
-            sides, steps = model.each(sides), []
-            times = times_of(ratios, len(sides), window)
-            for step in range(max(times)):
-                steps.append((sides, tuple(v for v, count in enumerate(times) if count > step)))
-                merges = zip(sides, times, strict=True)
-                sides = tuple(s * window if count > step else s for s, count in merges)
-        self.sides = sides * window if ratios is None else sides
-        # Pooling knows no positions.
-        early = isinstance(compressor, EarlyCompressor)
-        rotary = [model.rotary(index, s, 0, views) if early else None for s, views in steps]
-        self.positions = [() if table is None else (table,) for table in rotary]
-
-    def __call__(self, patches: torch.Tensor) -> tuple[torch.Tensor, PackedGrids]:
-        """Merge packed tokens; return them with their grids."""
-        if self.ratios is None:
-            merged = self.compressor(patches, self.grids, *self.positions[0])
-            return merged, self.grids.merged(self.compressor.window)
-        positions, window = iter(self.positions), self.compressor.window
-
-        def compress(x: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
-            return self.compressor(x, grids, *next(positions))
-
-        return merge_by_ratio(compress, patches, self.grids, self.ratios, window=window)
-
-
 def _run(
     spec: BlockSpec,
     x: torch.Tensor,
     scope: ViewScope,
     positions: Rotary | None,
-    merge: _Merge | None,
+    merge: Merge | None,
     prefix: int,
 ) -> torch.Tensor:
     """Run one block on the packed sequence, and its compressor if it has one."""
@@ -323,6 +275,8 @@ class _Patch:
         """Check packed patches against the model and their grids."""
         self._check_pixels(pixels, "views")
         grids = PackedGrids.of(grids)
+        if torch.compiler.is_compiling():
+            grids = TracedGrids.of(grids)
         if grids.has_empty_views:
             raise ValueError(f"grids must hold a patch for each view, got {list(grids)}")
         expected = (grids.num_tokens, *self.shape)

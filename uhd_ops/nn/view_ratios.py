@@ -13,6 +13,7 @@ import torch
 
 from uhd_ops._checks import check_positive_int, check_tensor
 from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.windows import locate
 
 RATIOS = (1, 4, 16)
@@ -76,6 +77,56 @@ def merge_by_ratio(
             [next(coarse) if t else pair for pair, t in zip(grids, chosen, strict=True)]
         )
     return x, grids
+
+
+class Merge:
+    """The compressor behind one block of a model on packed views.
+
+    Args:
+        model: A ``uhd_ops.retrofit.packed.PackedModel``.
+        index: Index of the block.
+        sides: Side of the windows that became one token before, of all views or of each.
+        times: How often each view is merged; None for once.
+
+    Attributes:
+        sides: Those behind the compressor.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        index: int,
+        sides: int | tuple[int, ...],
+        times: Sequence[int] | None,
+    ) -> None:
+        self.compressor = model.blocks[index].compressor
+        self.times, window = times, self.compressor.window
+        self.grids = model.merged_grids(sides)
+        steps = [(sides, None)]  # of each step, the sides in front of it and the views it merges
+        if times is not None:
+            sides, steps = model.each(sides), []
+            for step in range(max(times)):
+                steps.append((sides, tuple(v for v, count in enumerate(times) if count > step)))
+                merges = zip(sides, times, strict=True)
+                sides = tuple(s * window if count > step else s for s, count in merges)
+        self.sides = sides * window if times is None else sides
+        # Pooling knows no positions.
+        early = isinstance(self.compressor, EarlyCompressor)
+        rotary = [model.rotary(index, s, 0, views) if early else None for s, views in steps]
+        self.positions = [() if table is None else (table,) for table in rotary]
+
+    def __call__(self, patches: torch.Tensor) -> tuple[torch.Tensor, PackedGrids]:
+        """Merge packed tokens; return them with their grids."""
+        if self.times is None:
+            merged = self.compressor(patches, self.grids, *self.positions[0])
+            return merged, self.grids.merged(self.compressor.window)
+        positions, window = iter(self.positions), self.compressor.window
+
+        def compress(x: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
+            return self.compressor(x, grids, *next(positions))
+
+        ratios = [window ** (2 * count) for count in self.times]
+        return merge_by_ratio(compress, patches, self.grids, ratios, window=window)
 
 
 def token_variance(x: torch.Tensor, grids: Grids) -> torch.Tensor:

@@ -9,7 +9,8 @@ Whatever depends on the size of a view is made by the model's own functions, onc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from torch.nn import functional
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, read_block
+from uhd_ops.nn.early_compressor import OwnWindowAttention
+from uhd_ops.nn.modules import PartView
 from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
+from uhd_ops.nn.traced_parts import run_in_graph
+from uhd_ops.nn.view_ratios import Merge, times_of
 from uhd_ops.ops.view_attention import by_group
 from uhd_ops.windows import Windows
 
@@ -38,10 +43,13 @@ class PackedModel:
     Args:
         vit: The transformer, with or without a compressor.
         grids: Patch grids of the views.
-        number: That of the encoder in a compiled graph; see ``uhd_ops.retrofit.traced_tables``.
+        number: That of the encoder in a compiled graph; see ``uhd_ops.nn.traced_parts``.
 
     Attributes:
         position_names: Where the model has parameters and modules that its positions are made of.
+        score_names: Where the model, and where a block has those that blocks add to their scores.
+        stem_names: Where it has what embeds whole views, as :meth:`embeds_views` says.
+        tail_names: Where it has what :meth:`finish` runs on whole views; none where it does not.
         blocks_name: Name of the list of blocks.
         methods: What a subclass of the family's class must leave as it is.
         per_block: Whether every block has rotary embeddings of its own.
@@ -49,6 +57,9 @@ class PackedModel:
 
     blocks_name = "blocks"
     position_names: tuple[str, ...] = ("pos_embed", "rope")
+    score_names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    stem_names: tuple[str, ...] = ()
+    tail_names: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     per_block = False
 
@@ -110,13 +121,17 @@ class PackedModel:
         Returns:
             Prefix tokens ``(S, P, C)`` and patch tokens ``(N, C)``.
         """
-        x = self.patches(pixels)
+        if self.embeds_views() and self.is_traced("patches"):
+            call = {"inputs": [pixels], "of_one": [1], "seed": self.seed(self.vit.training)}
+            (x,) = self.traced("patches", [self.grids.num_tokens], **call)
+        else:
+            x = self.patches(pixels)
         if positions == "nearest":
             table = self.require_learned()
             nearest = Windows.of(self.grids, 1, x.device).nearest(*table.shape[:2])
             x = x + table.flatten(0, 1)[nearest]
         else:
-            for table in self.tables(self.grids.num_tokens, "absolute"):
+            for table in self.once(self._absolute):
                 x = x + table
         prefix = self.prefix()
         if prefix is None:
@@ -127,11 +142,15 @@ class PackedModel:
         """Patch embedding without positions: ``(N, 3, p, q)`` to ``(N, C)``."""
         raise NotImplementedError
 
+    def embeds_views(self) -> bool:
+        """Whether :meth:`patches` needs whole views."""
+        return False
+
     def convolve(self, conv: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """A convolution whose stride is its kernel, on packed patches: ``(N, C)``."""
         if type(conv) is nn.Conv2d:
             return functional.linear(pixels.flatten(1), conv.weight.flatten(1), conv.bias)
-        return self.view_by_view(conv, pixels)
+        return conv(pixels).flatten(1)
 
     def view_by_view(self, stem: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Run a module on the images of the views, those of one size as a batch: ``(N, C)``.
@@ -205,25 +224,21 @@ class PackedModel:
         """
         # Where blocks have their own, a graph gets those of all from one call.
         index = index if self.per_block else 0
-        if self.is_traced():
-            tables = self.once(self._traced_rotary, sides, prefix, views)
-            tables = tables[2 * index : 2 * index + 2]
+        if views is None and self.is_traced("rotary"):
+            tables = self.once(self._traced_rotary, sides, prefix)[2 * index : 2 * index + 2]
         else:
             tables = self.once(self._rotary, index, sides, prefix, views)
         return Rotary(*tables) if tables else None
 
-    def _traced_rotary(
-        self, sides: Sides, prefix: int, views: tuple[int, ...] | None
-    ) -> list[torch.Tensor]:
+    def _traced_rotary(self, sides: Sides, prefix: int) -> list[torch.Tensor]:
         grids = self.merged_grids(sides)
-        if views is not None:
-            grids = PackedGrids([grids[view] for view in views])
         tokens = grids.num_tokens + prefix * grids.num_views
-        sides = [sides] if isinstance(sides, int) else list(sides)
-        return self.tables(tokens, "rotary", prefix, sides, list(views or ()))
+        # One for all calls, so that blocks in front of a merge and behind it have the same ones.
+        seed = self.once(self.seed, self.draws_positions())
+        return self.traced("rotary", [tokens], sides=sides, call=[prefix], seed=seed)
 
     def _rotary(
-        self, index: int, sides: Sides, prefix: int, views: tuple[int, ...] | None
+        self, index: int, sides: Sides, prefix: int, views: tuple[int, ...] | None = None
     ) -> list[torch.Tensor]:
         tables, done, parts = self.once(self._rope_of_views), {}, []
         if any(table is None for table in tables):
@@ -245,74 +260,100 @@ class PackedModel:
         tables = {grid: self.rope(grid) for grid in dict.fromkeys(self.grids)}
         return [tables[grid] for grid in self.grids]
 
-    # ---- tables of all views --------------------------------------------------------------------
+    def _merged(self, tables: Tables, grid: Grid, side: int) -> Tables:
+        if side == 1:
+            return tables
+        return merge_table(*tables, grid, side, self.merged_positions, self.frequencies())
 
-    def position_tensors(self) -> list[torch.Tensor]:
-        """The parameters and buffers that positions are made of."""
-        found: list[torch.Tensor] = []
-        for name in self.position_names:
-            part = self.vit
-            for step in name.split("."):
-                part = getattr(part, step, None)
-            if isinstance(part, nn.Module):
-                found += [*part.parameters(), *part.buffers()]
-            elif part is not None:
-                found.append(part)
-        return found
-
-    def is_traced(self) -> bool:
-        """Whether a graph is being made in which an operator makes the tables.
-
-        Not where random positions are drawn, nor where a table is computed from parameters that the
-        operator does not know.
-        """
-        if not torch.compiler.is_compiling() or self.number is None or self.draws_positions():
-            return False
-        tensors = self.position_tensors()
-        return all(isinstance(x, nn.Parameter) or not x.requires_grad for x in tensors)
-
-    def tables(
-        self,
-        tokens: int,
-        what: str,
-        prefix: int = 0,
-        sides: Sequence[int] = (1,),
-        views: Sequence[int] = (),
-    ) -> list[torch.Tensor]:
-        """Return :meth:`make_tables`, which have so many rows, by an operator in a graph."""
-        call = what, prefix, list(sides), list(views)
-        if not self.is_traced():
-            return self.make_tables(*call)
-        given, rows = self.position_tensors(), self.grids.rows
-        return torch.ops.uhd_ops._view_tables(given, rows, tokens, self.number, *call)
-
-    def make_tables(
-        self, what: str, prefix: int, sides: Sequence[int], views: Sequence[int]
-    ) -> list[torch.Tensor]:
-        """Make tables with a row for each token by loops over the grids; none for no positions.
-
-        Args:
-            what: ``"absolute"`` for what is added to the patches; or ``"rotary"`` for sine and
-                cosine, one after the other, of each block where every block has its own.
-            prefix: As for :meth:`rotary`, like the others.
-            sides: One for all views, or one for each.
-            views: Those that are wanted; none means all.
-        """
-        if what == "rotary":
-            blocks = range(len(self.blocks)) if self.per_block else (0,)
-            call = sides[0] if len(sides) == 1 else tuple(sides), prefix, tuple(views) or None
-            return [table for index in blocks for table in self._rotary(index, *call)]
+    def _absolute(self) -> list[torch.Tensor]:
+        """What is added to all patches; nothing for no positions."""
+        if self.is_traced("absolute"):
+            return self.traced("absolute", [self.grids.num_tokens])
         tables = {grid: self.absolute(grid) for grid in dict.fromkeys(self.grids)}
         if any(table is None for table in tables.values()):
             return []
         return [torch.cat([tables[grid] for grid in self.grids])]
 
-    # ---- attention, and what follows the blocks -----------------------------
+    # ---- parts that an operator runs in a graph ------------------------------------------------
 
-    def _merged(self, tables: Tables, grid: Grid, side: int) -> Tables:
-        if side == 1:
-            return tables
-        return merge_table(*tables, grid, side, self.merged_positions, self.frequencies())
+    def is_traced(self, part: str, *call: int) -> bool:
+        """Whether a graph is being made in which an operator runs a part.
+
+        Not where the part reads what is computed from parameters: they would get no gradient.
+        """
+        if not torch.compiler.is_compiling() or self.number is None:
+            return False
+        tensors = self.part_tensors(part, call)
+        return all(isinstance(x, nn.Parameter) or not x.requires_grad for x in tensors)
+
+    def traced(
+        self, part: str, rows: Sequence[int], *, sides: Sides = 1, **options: Any
+    ) -> list[torch.Tensor]:
+        """Leave a part to the operator; see ``uhd_ops.nn.traced_parts.run_in_graph``."""
+        sides = [sides] if isinstance(sides, int) else list(sides)
+        return run_in_graph(self, part, rows, sides=torch.tensor(sides, device="cpu"), **options)
+
+    def seed(self, draws: bool) -> torch.Tensor | None:
+        """Draw what the random numbers of a part begin with; None where there are none."""
+        return torch.randint(2**62, (), device="cpu") if draws else None
+
+    def run_part(
+        self,
+        part: str,
+        inputs: list[torch.Tensor],
+        sides: list[int],
+        call: Sequence[int],
+        numbers: Sequence[float],
+    ) -> list[torch.Tensor]:
+        """Run a part where a graph runs.
+
+        Args:
+            part: ``"absolute"`` for what is added to the patches; ``"rotary"`` for sine and cosine,
+                one after the other, of each block where every block has its own; ``"attend"`` and
+                ``"module"`` for the attention of a block, ``"merge"`` for its compressor;
+                ``"patches"`` and ``"finish"`` for the methods of that name.
+            inputs: What it works on; for ``"merge"`` maybe how often each view is merged, too.
+            sides: One for all views, or one for each.
+            call: For ``"merge"`` the index of the block; for ``"rotary"`` the number of prefix
+                tokens; for attention that, the index of the block, and that of the branch.
+            numbers: Scale and dropout of ``"attend"``.
+        """
+        sides = sides[0] if len(sides) == 1 else tuple(sides)
+        if part == "absolute":
+            return self._absolute()
+        if part == "rotary":
+            blocks = range(len(self.blocks)) if self.per_block else (0,)
+            return [table for index in blocks for table in self._rotary(index, sides, *call)]
+        if part == "patches":
+            made = self.patches(*inputs)
+            return [made] if isinstance(made, torch.Tensor) else list(made)
+        if part == "finish":
+            return list(self.finish(*inputs, sides))
+        if part == "merge":
+            patches, *times = inputs
+            times = times[0].tolist() if times else None
+            return [Merge(self, *call, sides, times)(patches)[0]]
+        prefix, index, branch = call
+        scope = self.views_scope(index, sides, prefix)
+        if part == "module":
+            return [scope.run_module(self.spec(index).attentions[branch].module, *inputs)]
+        scale, dropout = numbers
+        return [scope.attend(*inputs, scale=scale, dropout=dropout)]
+
+    def part_tensors(self, part: str, call: Sequence[int]) -> list[torch.Tensor]:
+        """The parameters that a part reads, and the buffers that positions are made of."""
+        names = {"patches": self.stem_names, "finish": self.tail_names}
+        found = tensors_at(self.vit, names.get(part, self.position_names))
+        if part == "merge":
+            return [*found, *self.blocks[call[0]].compressor.parameters()]
+        if part not in ("attend", "module"):
+            return found
+        _, index, branch = call
+        if part == "module":
+            module = self.spec(index).attentions[branch].module
+            return module.tensors() if isinstance(module, PartView) else list(module.parameters())
+        shared, own = self.score_names
+        return tensors_at(self.vit, shared) + tensors_at(self.blocks[index], own)
 
     # ---- attention, and what follows the blocks -----------------------------
 
@@ -322,12 +363,39 @@ class PackedModel:
         return self.vit.get_submodule(self.blocks_name)
 
     def spec(self, index: int) -> BlockSpec:
-        """A block by its parts as they are now."""
+        """A block by its parts, as they are in this forward pass."""
+        return self.once(self.read, index)
+
+    def read(self, index: int) -> BlockSpec:
+        """Read a block."""
         return read_block(self.blocks[index])
 
     def scope(self, index: int, sides: Sides, prefix: int) -> ViewScope:
         """Which tokens of the packed sequence attend to which in a block; see :meth:`rotary`."""
+        if torch.compiler.is_compiling():
+            return TracedScope(self, index, sides, prefix)
+        return self.views_scope(index, sides, prefix)
+
+    def views_scope(self, index: int, sides: Sides, prefix: int) -> ViewScope:
+        """As :meth:`scope`, by loops over the views."""
         return ViewScope(self.merged_grids(sides), prefix, self.biases(index, sides))
+
+    def merge(self, index: int, sides: Sides, ratios: Sequence[int] | None) -> Merge | TracedMerge:
+        """What merges tokens behind a block.
+
+        Args:
+            index: Index of the block, which has a compressor.
+            sides: As for :meth:`rotary`.
+            ratios: As for SliceEncoder.
+        """
+        compressor = self.blocks[index].compressor
+        times = None if ratios is None else times_of(ratios, len(ratios), compressor.window)
+        loops = times is not None or any(
+            isinstance(module, OwnWindowAttention) for module in compressor.modules()
+        )
+        if loops and self.is_traced("merge", index):
+            return TracedMerge(self, index, sides, times)
+        return Merge(self, index, sides, times)
 
     def biases(self, index: int, sides: Sides) -> list[Any] | None:
         """What a block adds to the scores of each view, for ViewScope; None for nothing."""
@@ -345,6 +413,16 @@ class PackedModel:
         if key not in self._made:
             self._made[key] = function(*args)
         return self._made[key]
+
+    def end(
+        self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`finish`, which an operator runs in a graph if it needs whole views."""
+        if not (self.tail_names and self.is_traced("finish")):
+            return self.finish(prefix, patches, sides)
+        rows = [self.grids.num_views, self.merged_grids(sides).num_tokens]
+        call = {"inputs": [prefix, patches], "of_one": [1, 1], "seed": self.seed(self.vit.training)}
+        return tuple(self.traced("finish", rows, sides=sides, **call))
 
     def finish(
         self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
@@ -380,6 +458,110 @@ class PackedModel:
         grids = self.merged_grids(sides)
         lengths = [height * width for height, width in grids]
         return by_group(lambda views, first: function(views[0], grids[first]), (x,), lengths, grids)
+
+
+class TracedScope(ViewScope):
+    """The views in a graph: attention that loops over them is left to the operator.
+
+    Args:
+        model: The model.
+        index: Index of the block.
+        sides: As for :meth:`PackedModel.scope`.
+        prefix: Likewise.
+    """
+
+    def __init__(self, model: PackedModel, index: int, sides: Sides, prefix: int) -> None:
+        super().__init__(model.merged_grids(sides), prefix)
+        self.model, self.index, self.sides, self.prefix = model, index, sides, prefix
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """As in the base class."""
+        if not (any(self.model.score_names) or dropout):
+            return super().attend(q, k, v, scale=scale, dropout=dropout)
+        if not self._is_left("attend", 0):
+            return self._loops().attend(q, k, v, scale=scale, dropout=dropout)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return self._leave("attend", 0, [q, k, v], dropout > 0, numbers=[scale, dropout])
+
+    def run_module(
+        self, module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """As in the base class; ``module`` is that of a branch."""
+        parts = self.model.spec(self.index).attentions
+        modules = [getattr(part, "module", None) for part in parts]
+        (branch,) = [place for place, own in enumerate(modules) if own is module]
+        if not self._is_left("module", branch):
+            return self._loops().run_module(module, x)
+        return self._leave("module", branch, [x], module.training)
+
+    def _is_left(self, part: str, branch: int) -> bool:
+        return self.model.is_traced(part, self.prefix, self.index, branch)
+
+    def _loops(self) -> ViewScope:
+        return self.model.views_scope(self.index, self.sides, self.prefix)
+
+    def _leave(
+        self, part: str, branch: int, inputs: list[torch.Tensor], draws: bool, **options: Any
+    ) -> torch.Tensor:
+        one, seed = [1 + self.prefix] * len(inputs), self.model.seed(draws)
+        call = {"inputs": inputs, "of_one": one, "call": [self.prefix, self.index, branch]}
+        rows = [inputs[0].shape[0]]
+        return self.model.traced(part, rows, sides=self.sides, seed=seed, **call, **options)[0]
+
+
+class TracedMerge(Merge):
+    """The compressor behind one block in a graph, where it loops over views: left to the operator.
+
+    Arguments and attributes are those of the base class.
+    """
+
+    def __init__(
+        self, model: PackedModel, index: int, sides: Sides, times: Sequence[int] | None
+    ) -> None:
+        self.model, self.index, self.before, self.times = model, index, sides, times
+        self.compressor, self.grids = model.blocks[index].compressor, model.merged_grids(sides)
+        window = self.compressor.window
+        if times is None:
+            self.sides = sides * window
+        else:
+            each = zip(model.each(sides), times, strict=True)
+            self.sides = tuple(side * window**count for side, count in each)
+
+    def __call__(self, patches: torch.Tensor) -> tuple[torch.Tensor, PackedGrids]:
+        """As in the base class."""
+        grids, inputs = self.model.merged_grids(self.sides), [patches]
+        if self.times is not None:
+            inputs.append(torch.tensor(self.times, device="cpu"))
+        (merged,) = self.model.traced(
+            "merge",
+            [grids.num_tokens],
+            sides=self.before,
+            inputs=inputs,
+            of_one=[1] * len(inputs),
+            call=[self.index],
+            seed=self.model.seed(self.compressor.training),
+        )
+        return merged, grids
+
+
+def tensors_at(module: nn.Module, names: Iterable[str]) -> list[torch.Tensor]:
+    """The tensors with these dotted names, and parameters and buffers of modules with them."""
+    found: list[torch.Tensor] = []
+    for name in names:
+        part = functools.reduce(lambda p, step: getattr(p, step, None), name.split("."), module)
+        if isinstance(part, nn.Module):
+            found += [*part.parameters(), *part.buffers()]
+        elif part is not None:
+            found.append(part)
+    return found
 
 
 def unpatchify(views: torch.Tensor, grid: Grid) -> torch.Tensor:

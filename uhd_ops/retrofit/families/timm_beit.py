@@ -146,6 +146,7 @@ class PackedBeit(PackedRelativePositions, parts.PackedVisionTransformer):
     """A Beit on packed views."""
 
     methods = ("forward_features",)
+    score_names = ("rel_pos_bias",), ("attn.relative_position_bias_table",)
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Dropout."""

@@ -75,6 +75,7 @@ class PackedCait(parts.PackedVisionTransformer):
     """A Cait on packed views."""
 
     methods = ("forward_features", "forward_cls")
+    tail_names = ("blocks_token_only", "cls_token", "norm")
     _positioned = 0
 
     @classmethod

@@ -124,6 +124,7 @@ class PackedRelPos(PackedRelativePositions, parts.PackedTimm):
     """A VisionTransformerRelPos on packed views."""
 
     methods = ("forward_features",)
+    score_names = ("shared_rel_pos",), ("attn.rel_pos",)
 
     def prefix(self) -> torch.Tensor | None:
         """The class token."""

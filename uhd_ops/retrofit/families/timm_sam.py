@@ -220,6 +220,7 @@ class PackedSam(parts.PackedTimm):
     """
 
     methods = ("forward_features",)
+    tail_names = ("neck",)
 
     def absolute(self, grid: Grid) -> torch.Tensor | None:
         """Resampled as the model does."""
@@ -235,16 +236,16 @@ class PackedSam(parts.PackedTimm):
         """Dropout and the norm in front of the first block."""
         return self.vit.norm_pre(self.vit.pos_drop(x))
 
-    def spec(self, index: int) -> BlockSpec:
+    def read(self, index: int) -> BlockSpec:
         """As it is read, but for the attention."""
-        spec = super().spec(index)
+        spec = super().read(index)
         (part,) = spec.attentions
         own = OwnAttentionSpec(
             self.blocks[index].attn, norm=part.norm, post=part.post, drop_path=part.drop_path
         )
         return dataclasses.replace(spec, attentions=(own,))
 
-    def scope(self, index: int, sides: Sides, prefix: int) -> SamScope:
+    def views_scope(self, index: int, sides: Sides, prefix: int) -> SamScope:
         """Maps of the views."""
         return SamScope(self, index, sides)
 

@@ -26,7 +26,7 @@ from uhd_ops.retrofit.adapter import (
     Family,
     require_methods,
 )
-from uhd_ops.retrofit.packed import Grid, PackedModel
+from uhd_ops.retrofit.packed import Grid, PackedModel, tensors_at
 
 # ---- the parts of blocks -------------------------------------------------------------------------
 
@@ -121,10 +121,9 @@ def attention(
     modules.require_own_forward(module, name)
     check_scale(module, name)
     if type(module) is DiffAttention:
-        for part in ("q_norm", "k_norm", "norm", "sub_norm"):
-            norm(getattr(module, part), f"{name}.{part}")
-        for part in ("attn_drop", "proj_drop"):
-            modules.dropout(getattr(module, part), f"{name}.{part}")
+        _check_diff_attention(module, name)
+        norm(module.norm, f"{name}.norm")
+        modules.dropout(module.proj_drop, f"{name}.proj_drop")
         return OwnAttentionSpec(module, **branch)
     return AttentionSpec(
         module.num_heads,
@@ -139,6 +138,12 @@ def attention(
         proj_dropout=modules.dropout(module.proj_drop, f"{name}.proj_drop"),
         **branch,
     )
+
+
+def _check_diff_attention(module: nn.Module, name: str) -> None:
+    for part in ("q_norm", "k_norm", "sub_norm"):
+        norm(getattr(module, part), f"{name}.{part}")
+    modules.dropout(module.attn_drop, f"{name}.attn_drop")
 
 
 def check_scale(module: nn.Module, name: str, head_dim: int | None = None) -> None:
@@ -219,6 +224,7 @@ def read(block: nn.Module) -> BlockSpec:
     return BlockSpec(block.attn.qkv.in_features, (attn,), (ffn,), block=block)
 
 
+_DIFF_PARTS = ("in_proj", "out_proj", "attn_out_proj", "q_norm", "k_norm", "sub_norm")
 _LAMBDAS = ("lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
@@ -281,9 +287,8 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
     )
     check_scale(block, "block")
     if hasattr(block, "lambda_init"):
-        own = DiffAttentionView(block, qkv, proj)
-        attention(own.build(), "block")
-        attn = OwnAttentionSpec(own, **around)
+        _check_diff_attention(block, "block")
+        attn = OwnAttentionSpec(DiffAttentionView(block, qkv, proj), **around)
     else:
         attn = AttentionSpec(
             block.num_heads,
@@ -338,6 +343,11 @@ class DiffAttentionView(PartView):
         self.qkv, self.proj = qkv, proj
         for name in ("q_norm", "k_norm", "sub_norm", "attn_drop"):
             setattr(self, name, getattr(block, name))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those of its own parts, and the lambdas, which are the block's."""
+        (block,) = self.owner
+        return tensors_at(block, (*_DIFF_PARTS, *_LAMBDAS))
 
     def build(self) -> nn.Module:
         """Return a ``DiffAttention`` of the block's own parts, as they are now."""
@@ -395,6 +405,8 @@ def require_patch_embedding(vit: nn.Module) -> None:
 class PackedTimm(PackedModel):
     """A model of timm on packed views."""
 
+    stem_names = ("patch_embed",)
+
     @classmethod
     def check(cls, vit: nn.Module) -> None:
         """Refuse a patch embedding that is not understood."""
@@ -435,6 +447,12 @@ class PackedTimm(PackedModel):
             return tokens.transpose(1, 2) if tokens.dim() == 3 else tokens
 
         return self.view_by_view(run, pixels)
+
+    def embeds_views(self) -> bool:
+        """A backbone does. What updates statistics when it runs is no part of a graph, though."""
+        stem = self.vit.patch_embed
+        updates = any(getattr(m, "track_running_stats", False) for m in stem.modules())
+        return type(stem) is not layers.PatchEmbed and not (stem.training and updates)
 
 
 class PackedVisionTransformer(PackedTimm):
