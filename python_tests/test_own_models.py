@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from battery import TWELVE
 from families.case import assert_close, merge_batch, mlp_mean, randomise
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import uhd_ops
@@ -196,9 +198,91 @@ def test_several_merges_checkpoints_and_flops(make):
     assert 0 < counts[1] < counts[0]
 
 
-def test_packed_views_are_refused(page):
-    with pytest.raises(NotImplementedError, match="got the registered class Tower"):
-        uhd_ops.nn.SliceEncoder(page.Tower())
+GRIDS = ((5, 5), (3, 4), (1, 1), (3, 4))
+
+
+def alone(page, vit, view):
+    """What the model itself makes of a view, with the positions that the page gives to its grid."""
+    vit, grid = copy.deepcopy(vit), (view.shape[1] // 8, view.shape[2] // 8)
+    if hasattr(vit, "positions"):
+        vit.positions = nn.Parameter(page.resized(vit.positions[0], grid)[None])
+    else:
+        first, table = vit.positional_embedding[:1], vit.positional_embedding[1:]
+        vit.positional_embedding = nn.Parameter(torch.cat([first, page.resized(table, grid)]))
+    return [x[0] for x in outputs(vit, view[None])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [(), (1,), (0, 2)])
+def test_packed_views(page, make, layers):
+    vit = make(size=40)
+    if layers:
+        uhd_ops.insert_progressive_compression(vit, layers)
+    views = [torch.randn(3, 8 * h, 8 * w, dtype=torch.float64) for h, w in GRIDS]
+    result = uhd_ops.nn.SliceEncoder(vit)(views)
+    assert result.grids == uhd_ops.PackedGrids(GRIDS).merged(2 ** len(layers))
+    for view, tokens, prefix in zip(views, result.per_view(), result.prefix, strict=True):
+        *pooled, expected = alone(page, vit, view)
+        for actual, wanted in ((tokens, expected), *zip(prefix, pooled, strict=True)):
+            assert actual.shape == wanted.shape
+            assert (actual - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
+def test_packed_views_in_a_graph(page):
+    vit = randomise(page.VisualTransformer(depth=2)).double()
+    encoder = uhd_ops.nn.SliceEncoder(insert_early_compressor(vit, 0))
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(encoder, fullgraph=True, backend=backend)
+    for pairs in TWELVE:
+        grids, gradients = uhd_ops.PackedGrids(pairs), []
+        patches = torch.randn(grids.num_tokens, 3, 8, 8, dtype=torch.float64)
+        for encode in (compiled, encoder):
+            encoder.zero_grad()
+            result = encode(patches, grids)
+            (result.tokens.square().sum() + result.prefix.square().sum()).backward()
+            gradients.append([p.grad for p in encoder.parameters()])
+        for actual, expected in zip(*gradients, strict=True):
+            assert (actual is None) == (expected is None)
+            if expected is not None:
+                assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max().clamp(min=1)
+    assert backend.frame_count <= 3
+    torch._dynamo.reset()
+
+
+def test_what_packed_views_need(page, monkeypatch):
+    class Bare(page.Tower):
+        pass
+
+    known = {"blocks": "blocks", "read_block": page.read, "grid": page.grid}
+    uhd_ops.register_family(Bare, **known)
+    with pytest.raises(
+        NotImplementedError, match=r"how Bare embeds .* with patch_shape=\.\.\. and"
+    ):
+        uhd_ops.nn.SliceEncoder(Bare())
+    del OWN[Bare]
+    encoder = uhd_ops.nn.SliceEncoder(page.Tower())
+    packed = OWN[page.Tower].packed
+
+    def refused(error, message, **instead):
+        with monkeypatch.context() as patch:
+            for name, function in instead.items():
+                patch.setattr(packed, name, staticmethod(function))
+            with pytest.raises(error, match=message):
+                uhd_ops.nn.SliceEncoder(page.Tower())([torch.randn(3, 16, 24)])
+
+    refused(
+        ValueError, r"must return \(channels, height, width\), got 8", _patch_shape=lambda vit: 8
+    )
+    tokens = torch.zeros(6, 32)
+    shape = r"tokens of shape \(6, C\) .* got shape \(5, 32\)"
+    refused(ValueError, shape, _embed=lambda vit, patches, grids: (None, tokens[1:]))
+    shape = r"prefix of shape \(1, 0, C\) .* prefix_tokens = 0, got shape \(1, 2, 32\)"
+    refused(ValueError, shape, _embed=lambda vit, patches, grids: (tokens[None, :2], tokens))
+    message = "must return a tensor as tokens, got NoneType"
+    refused(TypeError, message, _embed=lambda vit, patches, grids: (tokens, None))
+    with pytest.raises(ValueError, match="positions must be"):
+        uhd_ops.nn.SliceEncoder(encoder.vit, "nearest")
 
 
 def test_a_wrong_grid_is_refused(page, monkeypatch):
@@ -220,6 +304,9 @@ def test_refusals(page):
     refused(TypeError, "blocks must be a dotted name, got int", blocks=3)
     refused(TypeError, "read_block must be callable, got NoneType", read_block=None)
     refused(TypeError, "grid must be callable, got tuple", grid=(5, 5))
+    refused(TypeError, "embed must be callable, got int", embed=3)
+    refused(ValueError, "given together, and with finish, got embed alone", embed=page.embed)
+    refused(ValueError, "together, and with finish, got finish alone", finish=page.finish)
     refused(TypeError, "prefix_tokens must be an int, got float", prefix_tokens=1.0)
     refused(ValueError, "prefix_tokens must be .*, got -1", prefix_tokens=-1)
     refused(ValueError, "layout must be", layout="BLC")
@@ -240,6 +327,18 @@ def test_refusals(page):
     with pytest.raises(NotImplementedError, match="shape"):
         insert_early_compressor(vit, 1)
     assert type(vit) is page.Tower
+
+    class Elsewhere(page.Tower):
+        pass
+
+    wrong = "ModuleList or Sequential in Elsewhere, which has 'blocks'; got {}, which is {} there"
+    for name, what in (("encoder.layers", "nothing"), ("norm", "a LayerNorm")):
+        uhd_ops.register_family(Elsewhere, **{**known, "blocks": name})
+        with pytest.raises(ValueError, match=wrong.format(repr(name), what)):
+            insert_early_compressor(Elsewhere(), 1)
+        with pytest.raises(ValueError, match=wrong.format(repr(name), what)):
+            uhd_ops.nn.SliceEncoder(Elsewhere())
+    del OWN[Elsewhere]
 
     class Unread(page.Tower):
         pass

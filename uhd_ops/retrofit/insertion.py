@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.early_compressor import CompressorConfig, EarlyCompressor
-from uhd_ops.nn.modules import Mixed, check_reusable, is_mixed, mixed
+from uhd_ops.nn.modules import Mixed, blocks_at, check_reusable, is_mixed, mixed
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, CompressedWrapper, Family
 from uhd_ops.retrofit.registry import family_of, read_in
@@ -244,7 +244,7 @@ def _insert_new(
     _refuse_data_parallel(transformer)
     if isinstance(vit, CompressedWrapper):  # the compressor was removed from its transformer only
         restore_model(vit)
-    blocks = transformer.get_submodule(family.model.blocks_name)
+    blocks = blocks_at(transformer, family.model.blocks_name)
     config.check_depth(len(blocks))
     family.check(vit, config)
     compressors = {
