@@ -21,6 +21,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from uhd_ops.integrations.transformers import compress
 from uhd_ops.integrations.transformers.vlm_models import entry_of, grid_side
+from uhd_ops.retrofit.registry import takes_compressor
 
 TABLE = Path(__file__).with_name("vlms.md")
 LAYER = 5  # VipLLaVA reads the states behind block 5 of its tower
@@ -33,6 +34,7 @@ MENDED = {
     "t5gemma2": {"encoder": {"vision_config": GEMMA3}},
 }
 UNKNOWN = "its tower is not known here"
+UNCOUNTED = "its tower takes a compressor, but where the model counts its tokens is not known here"
 # What the structure of the others says.
 REASONS = {
     "chameleon": "its images are codes of a quantiser, not features",
@@ -98,7 +100,8 @@ def try_type(kind: str, model: str) -> Row:
     try:
         compress(vlm, layer=LAYER)
     except NotImplementedError:
-        return refused
+        known = any(takes_compressor(module) for module in vlm.modules())
+        return refused._replace(reason=UNCOUNTED) if known and kind not in REASONS else refused
     if kind in REASONS:
         raise AssertionError(f"{kind} is supported, but REASONS says: {REASONS[kind]}")
     inner = next(module for module in vlm.modules() if entry_of(module))

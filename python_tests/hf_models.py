@@ -71,6 +71,9 @@ class HfCase:
             return (vit.post_layernorm(last),)
         if self.by_hand is internvl_by_hand:
             return (vit.layernorm(last),)
+        if "Janus" in self.model:
+            normed = vit.post_layernorm(last)
+            return normed, vit.post_layernorm(normed[:, 0])
         if "Siglip" in self.model:
             normed = vit.post_layernorm(last)
             return normed, vit.head(normed) if vit.use_head else None
@@ -133,7 +136,7 @@ def merge_clip(layer, tokens, grid, prefix, window, attention=True):
 
 
 def clip_by_hand(vit, images, layer=1, window=2, positions="center", attention=True):
-    """Hidden states of an untouched CLIP or SigLIP with the compressor behind ``layer``.
+    """Hidden states of an untouched CLIP, SigLIP or Janus with the compressor behind ``layer``.
 
     Returns:
         What enters the first layer and what leaves each layer.
@@ -279,6 +282,13 @@ CASES = {
         {**CLIP, "projection_dim": 8},
         clip_by_hand,
         "vision_model",
+        resizes=RESIZED,
+    ),
+    "Janus": HfCase(
+        "JanusVisionModel",
+        "JanusVisionConfig",
+        {"mlp_ratio": 1.5, "attention_bias": False},
+        clip_by_hand,
         resizes=RESIZED,
     ),
     "InternVL": HfCase(

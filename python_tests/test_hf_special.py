@@ -268,6 +268,10 @@ def test_dropout_comes_from_the_layer():
     spec = read_block(CASES["InternVL"].make(**rates).encoder.layer[1])
     assert (spec.attentions[0].attention_dropout, spec.attentions[0].proj_dropout) == (0.5, 0.25)
     assert (spec.mlps[0].hidden_dropout, spec.mlps[0].output_dropout) == (0.0, 0.125)
+    rates = {"attention_dropout": 0.5, "projection_dropout": 0.25, "hidden_dropout_rate": 0.125}
+    spec = read_block(CASES["Janus"].make(**rates).encoder.layers[1])
+    assert (spec.attentions[0].attention_dropout, spec.attentions[0].proj_dropout) == (0.5, 0.25)
+    assert (spec.mlps[0].hidden_dropout, spec.mlps[0].output_dropout) == (0.125, 0.125)
 
 
 def siglip(**options):
@@ -312,6 +316,9 @@ def other_norm():
 
 
 REFUSED = {
+    "layer.self_attn.q_norm must be Identity, got LayerNorm": lambda: CASES["Janus"].make(
+        use_qk_norm=True  # over all heads, but called head by head, so it cannot run
+    ),
     "layer.attention.q_norm must be LayerNorm or InternVLVisionRMSNorm, got RMSNorm": other_norm,
     "its 'vision_model' is one: pass that": full_clip,
     "vit must leave SiglipVisionModel.forward as it is": other_forward,

@@ -87,6 +87,12 @@ FAMILIES = (
         ("SiglipEncoderLayer",),
     ),
     Row(
+        "hf_clip",
+        "transformers.models.janus.modeling_janus",
+        ("JanusVisionModel",),
+        ("JanusVisionEncoderLayer",),
+    ),
+    Row(
         "hf_siglip2",
         "transformers.models.siglip2.modeling_siglip2",
         ("Siglip2VisionModel",),

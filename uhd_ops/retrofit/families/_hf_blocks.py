@@ -75,6 +75,10 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
     out = next(part for part in names if hasattr(module, part))
     dropout = "dropout" if hasattr(module, "dropout") else "attention_dropout"
     heads = "num_heads" if hasattr(module, "num_heads") else "num_attention_heads"
+    for part in ("q_norm", "k_norm"):
+        if hasattr(module, part) and part not in branch:
+            modules.require_exactly(getattr(module, part), f"{name}.{part}", (nn.Identity,))
+    proj_dropout = getattr(module, "projection_dropout", nn.Identity())
     return AttentionSpec(
         getattr(module, heads),
         tuple(getattr(module, part) for part in projections),
@@ -82,6 +86,7 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
         module.head_dim,
         scale=float(module.scale if hasattr(module, "scale") else module.scaling),
         attention_dropout=float(getattr(module, dropout)),
+        proj_dropout=modules.dropout(proj_dropout, f"{name}.projection_dropout"),
         **branch,
     )
 
@@ -102,6 +107,9 @@ def mlp(module: nn.Module, name: str, classes: tuple[type, ...], **branch: objec
     first, second = next(pair for pair in layers if hasattr(module, pair[0]))
     act = next(part for part in ("act_fn", "activation_fn", "act") if hasattr(module, part))
     gate = getattr(module, "gate_proj", None)
+    if hasattr(module, "dropout1"):
+        branch["hidden_dropout"] = modules.dropout(module.dropout1, f"{name}.dropout1")
+        branch["output_dropout"] = modules.dropout(module.dropout2, f"{name}.dropout2")
     return MlpSpec(
         getattr(module, first),
         getattr(module, second),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``CLIPVisionModel`` and ``SiglipVisionModel`` of transformers with a compressor.
+"""The vision models of CLIP, SigLIP and Janus in transformers with a compressor.
 
-So are models that put a head on one of them: ``CLIPVisionModelWithProjection``,
+Likewise models that put a head on one of them: ``CLIPVisionModelWithProjection``,
 ``CLIPForImageClassification`` and ``SiglipForImageClassification``.
 """
 
@@ -32,7 +32,7 @@ def read(block: nn.Module) -> BlockSpec:
     """Return the parts of an encoder layer: pre-norm, with separate projections."""
     modules.require_own_forward(block, "layer")
     cls = body_class(block)
-    family = cls.__name__.removesuffix("EncoderLayer")
+    family = cls.__name__.removesuffix("EncoderLayer").removesuffix("Vision")
     attention = parts.attention(
         block.self_attn,
         "layer.self_attn",
@@ -72,7 +72,7 @@ def check(vit: nn.Module, config: CompressorConfig) -> None:
 
 
 class PackedClip(PackedHfModel):
-    """A vision model of CLIP or SigLIP on packed views."""
+    """A vision model of CLIP, SigLIP or Janus on packed views."""
 
     blocks_name = "encoder.layers"
     position_names = ("embeddings.position_embedding",)

@@ -41,9 +41,6 @@ def read(block: nn.Module) -> BlockSpec:
         k_norm=norm("attention.k_norm"),
         joint_norms=True,
         post=ScaleView(block, "lambda_1", calls=False),
-        proj_dropout=modules.dropout(
-            inner.projection_dropout, "layer.attention.projection_dropout"
-        ),
     )
     mlp = parts.mlp(
         block.mlp,
