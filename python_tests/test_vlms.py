@@ -153,7 +153,7 @@ def test_packed_images_are_split_on_the_merged_grid(side):
     assert [len(features) for features in both] == [2 * 3, (side // 4 + 1) // 2 // 2 * 1]
 
 
-QWENS = [vlm for vlm in VLMS if vlm.name.startswith("qwen")]
+QWENS = [vlm for vlm in VLMS if vlm.name.startswith(("qwen", "glm"))]
 
 
 @pytest.mark.parametrize("vlm", QWENS, ids=lambda vlm: vlm.name)
@@ -169,7 +169,13 @@ def test_patches_in_blocks_of_merged_blocks(vlm):
     with torch.no_grad():
         alone = model.model.visual(fine["pixel_values"], grid_thw=fine["image_grid_thw"])
         whole = model.model.get_image_features(**coarse)
+        frames = (
+            coarse["pixel_values"].repeat(2, 1),
+            coarse["image_grid_thw"] * torch.tensor([2, 1, 1]),
+        )
+        video = model.model.get_video_features(*frames)
     assert_close(torch.cat(whole.pooler_output), alone.pooler_output, ROUNDINGS)
+    assert_close(torch.cat(video.pooler_output), alone.pooler_output.repeat(2, 1), ROUNDINGS)
 
 
 @pytest.mark.parametrize("vlm", QWENS, ids=lambda vlm: vlm.name)

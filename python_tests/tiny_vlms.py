@@ -435,6 +435,39 @@ def qwen(kind, vision, video="Qwen2VL"):
     return make
 
 
+def glm(kind):
+    """GLM-4.1V and 4.6V, likewise."""
+
+    def make():
+        ids = {
+            "image_token_id": image_id(),
+            "image_start_token_id": image_id("<img>"),
+            "image_end_token_id": image_id("</img>"),
+            "video_token_id": image_id("<video>"),
+            "video_start_token_id": image_id("<boi>"),
+            "video_end_token_id": image_id("<eoi>"),
+        }
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        text = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope}
+        vision = {
+            **QWEN_VISION,
+            **{"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
+            "image_size": 16,
+        }
+        config = getattr(transformers, f"{kind}Config")(
+            vision_config=vision, text_config={**text, "model_type": "glm4v_text"}, **ids
+        )
+        size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+        processor = getattr(transformers, f"{kind}Processor")(
+            getattr(transformers, f"{kind}ImageProcessor")(patch_size=4, size=size),
+            tokenizer(),
+            getattr(transformers, f"{kind}VideoProcessor")(patch_size=4, size=size),
+        )
+        return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
+
+    return make
+
+
 QWEN_IDS = {
     "image_token_id": "<image>",
     "video_token_id": "<video>",
@@ -503,7 +536,8 @@ def t5gemma2():
 # into 5 and 3 tiles with 3 * 3 tokens each behind the connector, or 2 * 2; InternVL cuts as Aya.
 # Idefics 3 and SmolVLM cut it into 4 with a picture of the whole. Around Pixtral, it has
 # 40 x 64 px for 5 * 8 tokens that are merged once, of 48 x 64 px 3 * 4 that are merged twice. The
-# Qwens round it to 40 x 72 px, 5 * 9 tokens of 2 * 2 patches, or to 32 x 64 px, 2 * 4 of 4 * 4.
+# Qwens round it to 40 x 72 px, 5 * 9 tokens of 2 * 2 patches, or to 32 x 64 px, 2 * 4 of 4 * 4; the
+# GLMs to 32 x 56 px, 4 * 7 tokens, or likewise.
 VLMS = [
     Vlm("llava", llava("Llava", siglip(30, 6), 30), (25, 9)),
     Vlm("llava", llava("Llava", clip(24, 6), 24, "default"), (16, 4)),
@@ -562,5 +596,7 @@ VLMS = [
         ),
         (45, 8),
     ),
+    Vlm("glm4v", glm("Glm4v"), (28, 8)),
+    Vlm("glm46v", glm("Glm46V"), (28, 8)),
     Vlm("deepseek_vl", deepseek(siglip(30, 6), 30), (25, 9)),
 ]

@@ -141,6 +141,12 @@ FAMILIES = (
         ("PixtralAttentionLayer",),
     ),
     Row(
+        "hf_glm4v",
+        "transformers.models.glm4v.modeling_glm4v",
+        ("Glm4vVisionModel",),
+        ("Glm4vVisionBlock",),
+    ),
+    Row(
         "hf_qwen2_vl",
         "transformers.models.qwen2_vl.modeling_qwen2_vl",
         ("Qwen2VisionTransformerPretrainedModel",),

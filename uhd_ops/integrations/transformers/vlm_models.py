@@ -297,7 +297,7 @@ class _TowerForBlocks(StandIn):
 
 
 class GetsBlocks(Mixed):
-    """Qwen2-VL and Qwen3-VL, whose processor orders the patches by the squares that are merged.
+    """Qwen2-VL to 3-VL and GLM-4V, whose processors order the patches by the squares they merge.
 
     With a compressor, these are squares of merged squares: the processor has them in its
     ``merge_size``, by which it also rounds sizes and counts.
@@ -419,6 +419,8 @@ ENTRIES: dict[str, Entry] = {
     "Cohere2VisionModel": Entry(_cohere2, parts={"multi_modal_projector": ShufflesByAttribute}),
     "DeepseekVLModel": Entry(_number("num_image_tokens"), towers=("vision_model",)),
     "Gemma3Model": _GEMMA3,
+    "Glm46VModel": _QWEN,
+    "Glm4vModel": _QWEN,
     "Idefics2Model": Entry(
         lambda config, compression: {"image_seq_len": config.perceiver_config.resampler_n_latents},
         towers=("vision_model",),
