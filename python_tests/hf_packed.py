@@ -15,6 +15,7 @@ from families.case import merge_by_hand, mlp_mean, randomise, window_slots
 from hf_models import centers
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers.models.glm4v import modeling_glm4v
 from transformers.models.kimi_k25 import modeling_kimi_k25
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
@@ -407,6 +408,62 @@ def finish_qwen3(model, clips):
 QWEN3 = GridModel("blocks", "rotary_pos_emb", embed_qwen3, lambda window: (2,), finish_qwen3)
 
 
+# ---- GLM-4V ------------------------------------------------------------------------------------
+
+
+def make_glm4v(num_layers=4):
+    config = modeling_glm4v.Glm4vVisionConfig(
+        depth=num_layers,
+        hidden_size=32,
+        intermediate_size=40,
+        out_hidden_size=48,
+        image_size=5 * PATCH,
+        **VISION,
+    )
+    return randomise(modeling_glm4v.Glm4vVisionModel(config))
+
+
+def embed_glm4v(model, inputs):
+    """Patches, normed, with learned positions, interpolated to each grid by bicubic splines."""
+    table = model.embeddings.position_embedding.weight.unflatten(0, (5, 5)).permute(2, 0, 1)[None]
+    parts = []
+    for frames, *grid in inputs["grid_thw"].tolist():
+        resized = functional.interpolate(table, grid, mode="bicubic", align_corners=False)[0]
+        own = resized.flatten(1).T[places(grid, (2,))]
+        parts.append(own.repeat(frames, 1))
+    patches = model.patch_embed(inputs["hidden_states"])
+    return model.post_conv_layernorm(patches) + torch.cat(parts)
+
+
+def blocks_glm4v(model, x):
+    """What the convolution makes of each four tokens in a row, a 2 x 2 block."""
+    weight = model.downsample.weight.permute(0, 2, 3, 1).flatten(1)
+    blocks = model.post_layernorm(x).unflatten(0, (-1, 4)).flatten(1)
+    return functional.linear(blocks, weight, model.downsample.bias)
+
+
+def single_frames(window):
+    """The model is given every frame of a video as an image."""
+    return tuple((1, *grid) for frames, *grid in even_shapes(window) for _ in range(frames))
+
+
+def finish_glm4v(model, clips):
+    def row(blocks):
+        return model.merger(blocks_glm4v(model, blocks))
+
+    return {"pooler_output": torch.cat([merged_rows(row, *own[-1]) for own in clips])}
+
+
+GLM4V = GridModel(
+    "blocks",
+    "rotary_pos_emb",
+    embed_glm4v,
+    lambda window: (2,),
+    finish_glm4v,
+    last=blocks_glm4v,
+)
+
+
 # ---- Qwen2.5-VL --------------------------------------------------------------------------------
 
 
@@ -487,6 +544,7 @@ CASES = {
         (3, 8),
         pixtral_block,
     ),
+    "GLM-4V": grid_case(make_glm4v, GLM4V, shapes=single_frames),
     "Qwen2-VL": grid_case(make_qwen2, QWEN2),
     "Qwen2.5-VL": grid_case(make_qwen25, QWEN25, windows=(4,)),
     "Qwen3-VL": grid_case(make_qwen3, QWEN3),

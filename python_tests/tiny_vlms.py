@@ -417,7 +417,7 @@ def qwen(kind, vision, video="Qwen2VL"):
     """Qwen2-VL and later: 2 x 2 patches become a token behind the tower."""
 
     def make():
-        ids = {name: image_id(token) for name, token in QWEN_IDS.items()}
+        ids = {name: image_id(token) for name, token in IDS.items()}
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
         text_config = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope}
         config = getattr(transformers, f"{kind}Config")(
@@ -468,7 +468,35 @@ def glm(kind):
     return make
 
 
-QWEN_IDS = {
+def kimi():
+    """MoonViT in front of a DeepSeek-V3."""
+    text = {
+        "model_type": "deepseek_v3",
+        "vocab_size": len(tokenizer()),
+        **{name: TEXT[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16},
+        **{"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+        **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 2},
+        **{name: TEXT[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    }
+    vision = {**TOWER, "patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8}
+    config = transformers.Kimi_K25Config(
+        text_config=text,
+        vision_config={**vision, "rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}},
+        projection_hidden_size=32,
+        **{name: image_id(token) for name, token in IDS.items()},
+    )
+    size = {"max_height": 64, "max_width": 64}
+    processor = transformers.Kimi_K25Processor(
+        transformers.Kimi_K25ImageProcessor(patch_size=4, size=size),
+        tokenizer(),
+        transformers.Kimi_K25VideoProcessor(patch_size=4, size=size),
+    )
+    return transformers.Kimi_K25ForConditionalGeneration(config), processor
+
+
+IDS = {
     "image_token_id": "<image>",
     "video_token_id": "<video>",
     "vision_start_token_id": "<img>",
@@ -598,5 +626,6 @@ VLMS = [
     ),
     Vlm("glm4v", glm("Glm4v"), (28, 8)),
     Vlm("glm46v", glm("Glm46V"), (28, 8)),
+    Vlm("kimi_k25", kimi, (45, 15)),
     Vlm("deepseek_vl", deepseek(siglip(30, 6), 30), (25, 9)),
 ]

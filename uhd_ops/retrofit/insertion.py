@@ -50,10 +50,10 @@ def insert_early_compressor(
     maps behind ``layer`` are those of merged tokens; ``save_pretrained`` writes the options too,
     and where ``uhd_ops.integrations.transformers`` is imported, ``from_pretrained`` reads them.
     Padded batches (NaFlex, SigLIP 2, Idefics) are merged sample by sample, and packed images
-    (Pixtral, Qwen-VL, MoonViT) image by image; masks, ``patch_valid`` and starts of sequences
-    behind the compressor are those of the merged tokens, and the grids are read from the device
-    once for each forward pass. Refused at run time are attention masks made for the full sequence,
-    causal attention, patch dropout in training, ``torch.jit.script`` and
+    (Pixtral, Qwen-VL, GLM-4V, MoonViT) image by image; masks, ``patch_valid`` and starts of
+    sequences behind the compressor are those of the merged tokens, and the grids are read from the
+    device once for each forward pass. Refused at run time are attention masks made for the full
+    sequence, causal attention, patch dropout in training, ``torch.jit.script`` and
     ``torch.fx.symbolic_trace``.
 
     Args:
@@ -62,9 +62,9 @@ def insert_early_compressor(
             ``Beit``, ``VisionTransformerRelPos``, ``VisionTransformerSAM``, ``NaFlexVit``,
             ``Cait``, and the encoders of Qwen 3, DeepSeek and Gemma 4. Or one of transformers: the
             vision models of SigLIP, SigLIP 2, CLIP, DINOv2 and DINOv3, and the towers of Idefics 2
-            and 3, SmolVLM, InternVL, Janus, Pixtral, and Qwen2-VL, Qwen2.5-VL, Qwen3-VL and MoonViT
-            (Kimi K2.5), whose images then need sides that are multiples of ``window`` times the
-            side of their own merger. docs/models.md has the list of timm's.
+            and 3, SmolVLM, InternVL, Janus, Pixtral, and Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V and
+            MoonViT (Kimi K2.5), whose images then need sides that are multiples of ``window`` times
+            the side of their own merger. docs/models.md has the list of timm's.
         layer: 0-based index of the block after whose body the compressor runs; the last block is
             allowed.
         attention: ``"window"`` if tokens attend inside their window before they are merged,

@@ -336,6 +336,29 @@ class GetsBlocks(Mixed):
         return self.body_class.get_rope_index(self._for_blocks(), *args, **kwargs)
 
 
+class _Tower(StandIn):
+    """A tower with other values for some attributes, to be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class GetsRows(Mixed):
+    """Kimi K2.5, whose processor rounds sizes by ``merge_size``, but orders patches row by row."""
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Split the tokens by the images, of which fewer are left."""
+        size = _merge_size(self.config, compression_of(self.vision_tower))
+        tower = _Tower(self.vision_tower, merge_kernel_size=(size, size))
+        model = StandIn(self, vision_tower=tower)
+        return self.body_class.get_image_features(model, pixel_values, image_grid_thw, **kwargs)
+
+
 # ---- counts of the processors --------------------------------------------------------------------
 
 
@@ -362,10 +385,13 @@ def _pixtral(config: Any, compression: CompressorConfig | None) -> Counts:
 
 
 def _merge_size(config: Any, compression: CompressorConfig | None) -> int:
-    return config.vision_config.spatial_merge_size * _factor(compression)
+    """Patches on a side of what a token of the language model stands for."""
+    vision = config.vision_config
+    own = vision.merge_kernel_size[0] if vision.model_type == "kimi_k25_vision" else None
+    return (own or vision.spatial_merge_size) * _factor(compression)
 
 
-def _qwen(config: Any, compression: CompressorConfig | None) -> Counts:
+def _merge_sizes(config: Any, compression: CompressorConfig | None) -> Counts:
     size = _merge_size(config, compression)
     return {"image_processor.merge_size": size, "video_processor.merge_size": size}
 
@@ -413,7 +439,7 @@ _INTERNVL = Entry(
     parts={"": ShufflesMaps},
 )
 _MISTRAL3 = Entry(_pixtral, parts={"": PacksImages})
-_QWEN = Entry(_qwen, towers=("visual",), parts={"": GetsBlocks})
+_QWEN = Entry(_merge_sizes, towers=("visual",), parts={"": GetsBlocks})
 ENTRIES: dict[str, Entry] = {
     "AyaVisionModel": Entry(_aya, parts={"multi_modal_projector": ShufflesByAttribute}),
     "Cohere2VisionModel": Entry(_cohere2, parts={"multi_modal_projector": ShufflesByAttribute}),
@@ -428,6 +454,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "Idefics3Model": _IDEFICS3,
     "InternVLModel": _INTERNVL,
+    "Kimi_K25Model": Entry(_merge_sizes, parts={"": GetsRows}),
     "LlavaModel": Entry(_patch_size, parts={"": MayPackImages}),
     "LlavaNextModel": _LLAVA_NEXT,
     "LlavaNextVideoModel": _LLAVA_NEXT,
