@@ -5,7 +5,9 @@ import copy
 
 import pytest
 import torch
-from families.case import randomise
+from families.case import assert_close, randomise
+from hf_packed import PATCH, make_moonvit
+from timm.layers import resample_patch_embed
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -104,6 +106,38 @@ def test_after_the_insertion():
     assert vit.feature_info == other.feature_info
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["insert", "refine"])
+def test_moonvit(first, tmp_path):
+    """Patches enlarged by the same resize become the same tokens, with compressors and without."""
+    old, new = make_moonvit(), make_moonvit()
+    new.load_state_dict(old.state_dict())
+    shapes = torch.tensor([(1, 4, 8), (1, 8, 4)])
+    patches = torch.randn(64, 3, PATCH, PATCH)
+    larger = functional.interpolate(patches, size=(6, 6), mode="bicubic", antialias=True)
+    insert_early_compressor(old, 1)
+    if first == "insert":
+        insert_early_compressor(new, 1)
+    frozen = new.patch_embed.proj.weight.requires_grad_(False)
+    assert refine_patch_embedding(new, PATCH) is new
+    assert new.patch_embed.proj.weight is frozen
+    refine_patch_embedding(new, 6)
+    assert new.patch_refinement.residual <= 100 * PATCH**2 * FLOAT32
+    assert not new.patch_embed.proj.weight.requires_grad
+    insert_early_compressor(new, 1)
+    expected = old(patches, shapes).last_hidden_state
+    # The solution's rounding, once more for each of four layers.
+    assert_close(new(larger, shapes).last_hidden_state, expected, 4 * 100 * PATCH**2)
+    with pytest.raises(ValueError, match="multiples of 4 x 4 patches, 24 x 24 px"):
+        new(larger, torch.tensor([(1, 2, 32)]))
+    solved = resample_patch_embed(new.patch_embed.proj.weight, [3, 3])
+    new.save_pretrained(tmp_path)
+    loaded = type(new).from_pretrained(tmp_path)
+    assert torch.equal(loaded.patch_embed.proj.weight, new.patch_embed.proj.weight)
+    smaller = refine_patch_embedding(loaded, 3).patch_embed.proj.weight
+    assert_close(smaller, solved, 100 * 6**2)
+
+
 def test_options_of_the_convolution_survive():
     vit = model(16, 80).to(torch.bfloat16)
     vit.patch_embed.proj.weight.requires_grad_(False)
@@ -131,7 +165,13 @@ def test_options_of_the_convolution_survive():
             lambda: SwinTransformer(depths=(1,), num_heads=(1,), embed_dim=16),
             {"patch_size": 8},
             NotImplementedError,
-            "VisionTransformerRelPos, got SwinTransformer",
+            "VisionTransformerRelPos, or MoonViT of transformers, got SwinTransformer",
+        ),
+        (
+            make_moonvit,
+            {"patch_size": 8, "img_size": 64},
+            ValueError,
+            "img_size must be None for MoonViT, got 64",
         ),
         (lambda: None, {"patch_size": 8}, TypeError, r"vit must be a torch\.nn\.Module"),
     ],

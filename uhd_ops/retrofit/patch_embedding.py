@@ -14,6 +14,7 @@ from uhd_ops._checks import check_positive_int
 # Classes of timm whose set_input_size resamples the kernel and everything that depends on the grid.
 _CLASSES = ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos")
 _MODULES = ("vision_transformer", "eva", "beit", "vision_transformer_relpos")
+_MOONVIT = "transformers.models.kimi_k25.modeling_kimi_k25.Kimi_K25VisionModel"
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,19 @@ def refine_patch_embedding(
     smaller ones it is a least-squares fit, whose residual is reported: near zero for the smooth
     kernels of trained models, ``sqrt(1 - (new / old)²)`` for white noise. The bias stays. Position
     embeddings, rotary tables and relative-position tables follow the new grid as timm's
-    ``set_input_size`` resamples them; the linear algebra is timm's and runs in float32.
+    ``set_input_size`` resamples them; the linear algebra is timm's and runs in float32. MoonViT
+    resamples its positions for every image by itself, and its ``config.patch_size`` follows; the
+    linear algebra runs in float64 on the CPU.
 
     Call it before training, and before or after :func:`uhd_ops.insert_early_compressor`.
 
     Args:
         vit: timm's ``VisionTransformer``, ``Eva``, ``Beit`` or ``VisionTransformerRelPos``, or a
-            class built on one of them, with a plain ``PatchEmbed``.
+            class built on one of them, with a plain ``PatchEmbed``; or MoonViT, the
+            ``Kimi_K25VisionModel`` of transformers.
         patch_size: Side of a patch from now on, in px; square patches only.
         img_size: Size of an image from now on, in px, one side or (height, width); None keeps it.
-            It must be a multiple of ``patch_size``.
+            It must be a multiple of ``patch_size``, and None for MoonViT, which takes any size.
 
     Returns:
         ``vit`` itself; ``vit.patch_refinement`` is a :class:`PatchRefinement`. A parameter that
@@ -61,8 +65,8 @@ def refine_patch_embedding(
     Raises:
         NotImplementedError: The class of the model or of its patch embedding is not supported.
         TypeError: An argument has the wrong type.
-        ValueError: A size is not positive, or ``img_size`` is no multiple of ``patch_size``. In
-            every case of an error, the model is as it was.
+        ValueError: A size is not positive, or ``img_size`` is no multiple of ``patch_size`` or is
+            given for MoonViT. In every case of an error, the model is as it was.
 
     Source:
         LLaVA-UHD v3, refined patch embedding; the same formula as FlexiViT's PI-resize.
@@ -75,16 +79,25 @@ def refine_patch_embedding(
     """
     if not isinstance(vit, nn.Module):
         raise TypeError(f"vit must be a torch.nn.Module, got {type(vit).__name__}")
-    _check_model(vit)
+    moonvit = _MOONVIT in _names(vit)
+    _check_model(vit, moonvit)
     patch_size = check_positive_int(patch_size, "patch_size")
     embed = vit.patch_embed
+    old_size, old_weight = embed.proj.kernel_size[0], embed.proj.weight.detach().clone()
+    if moonvit:
+        if img_size is not None:
+            raise ValueError(f"img_size must be None for MoonViT, got {img_size}")
+        _resample(embed.proj, patch_size)
+        vit.config.patch_size = patch_size
+        residual = kernel_residual(old_weight, embed.proj.weight)
+        vit.patch_refinement = PatchRefinement(old_size, patch_size, residual)
+        return vit
     size = embed.img_size if img_size is None else _pair(img_size)
     if any(side % patch_size for side in size):
         raise ValueError(
             f"img_size must be a multiple of patch_size = {patch_size} px, got "
             f"{size[0]} x {size[1]} px (height x width); choose another with img_size=..."
         )
-    old_size, old_weight = embed.patch_size[0], embed.proj.weight.detach().clone()
     vit.set_input_size(img_size=size, patch_size=(patch_size, patch_size))
     for info in getattr(vit, "feature_info", []):
         info["reduction"] = info["reduction"] * patch_size // old_size
@@ -103,11 +116,7 @@ def kernel_residual(old: torch.Tensor, new: torch.Tensor) -> float:
     """
     if old.shape == new.shape or old.is_meta:
         return 0.0
-    side, new_side = old.shape[-1], new.shape[-1]
-    impulses = torch.eye(side**2, dtype=torch.float64).view(side**2, 1, side, side)
-    resized = functional.interpolate(
-        impulses, size=(new_side, new_side), mode="bicubic", antialias=True
-    ).flatten(1)  # row i: the resized impulse i, so this is B^T
+    resized = _resized_impulses(old.shape[-1], new.shape[-1])
     old, new = (weight.double().cpu().flatten(2) for weight in (old, new))
     norm = old.norm()
     return float((new @ resized.T - old).norm() / norm) if norm else 0.0
@@ -120,17 +129,45 @@ def _pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
     return tuple(check_positive_int(side, "img_size") for side in sides)
 
 
-def _check_model(vit: nn.Module) -> None:
-    names = {f"timm.models.{m}.{c}" for m, c in zip(_MODULES, _CLASSES, strict=True)}
-    if not any(f"{cls.__module__}.{cls.__qualname__}" in names for cls in type(vit).__mro__):
+def _resized_impulses(side: int, new_side: int) -> torch.Tensor:
+    """The transposed matrix of the resize: row i is what becomes of pixel i, ``(p², q²)``."""
+    impulses = torch.eye(side**2, dtype=torch.float64).view(side**2, 1, side, side)
+    size = new_side, new_side
+    return functional.interpolate(impulses, size=size, mode="bicubic", antialias=True).flatten(1)
+
+
+def _resample(conv: nn.Conv2d, side: int) -> None:
+    """Give a convolution another kernel; one of that size stays the parameter that it is."""
+    old = conv.weight
+    if old.shape[-1] == side:
+        return
+    if old.is_meta:
+        kernel = old.new_empty((*old.shape[:2], side, side))
+    else:
+        inverse = torch.linalg.pinv(_resized_impulses(old.shape[-1], side).T)
+        kernel = old.detach().double().cpu().flatten(2) @ inverse
+        kernel = kernel.unflatten(-1, (side, side)).to(old)
+    conv.weight = nn.Parameter(kernel, requires_grad=old.requires_grad)
+    conv.kernel_size = conv.stride = (side, side)
+
+
+def _names(vit: nn.Module) -> list[str]:
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(vit).__mro__]
+
+
+def _check_model(vit: nn.Module, moonvit: bool) -> None:
+    known = {f"timm.models.{m}.{c}" for m, c in zip(_MODULES, _CLASSES, strict=True)}
+    if not moonvit and known.isdisjoint(_names(vit)):
         raise NotImplementedError(
-            f"vit must be one of timm's {', '.join(_CLASSES)}, got {type(vit).__name__}"
+            f"vit must be one of timm's {', '.join(_CLASSES)}, or MoonViT of transformers, got "
+            f"{type(vit).__name__}"
         )
     embed = vit.patch_embed
     conv = getattr(embed, "proj", None)
-    plain = type(embed).__name__ == "PatchEmbed" and type(conv) is nn.Conv2d
+    name = "Kimi_K25VisionPatchEmbed" if moonvit else "PatchEmbed"
+    plain = type(embed).__name__ == name and type(conv) is nn.Conv2d
     if not plain or conv.kernel_size != conv.stride or conv.stride[0] != conv.stride[1]:
         raise NotImplementedError(
-            "vit.patch_embed must be timm's PatchEmbed with square patches, got "
+            f"vit.patch_embed must be a plain {name} with square patches, got "
             f"{type(embed).__name__}"
         )

@@ -8,6 +8,7 @@ from uhd_ops.integrations.transformers.checkpoints import (
     merger_state_dict,
     vit_merger_state_dict,
 )
+from uhd_ops.integrations.transformers.llava_uhd import moonvit_from_llava_uhd
 from uhd_ops.integrations.transformers.minicpmv import accelerate, restore
 from uhd_ops.integrations.transformers.pretrained import from_pretrained
 from uhd_ops.integrations.transformers.vlm import compress, decompress
@@ -20,6 +21,7 @@ __all__ = [
     "decompress",
     "from_pretrained",
     "merger_state_dict",
+    "moonvit_from_llava_uhd",
     "register_attention",
     "restore",
     "vit_merger_state_dict",
