@@ -12,7 +12,10 @@ import transformers
 from families.case import assert_close
 from hf_models import ROUNDINGS
 from PIL import Image
-from tiny_vlms import LAYER, VLMS, Vlm, gemma3, image_id, llava, pi0, siglip, t5gemma2, tokenizer
+from vlms import VLMS
+from vlms.around import pi0, t5gemma2
+from vlms.case import LAYER, Vlm, image_id, siglip, tokenizer
+from vlms.square import gemma3, llava
 
 import uhd_ops
 from uhd_ops.integrations.transformers import compress, decompress
