@@ -426,15 +426,22 @@ def _make(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
     put("num_tokens", grids._counts[1])
     put("max_seqlen", grids._longest[1])
     put("has_empty_views", any(0 in pair for pair in pairs))
-    # The extra last row keeps the length above one: torch.compile specialises on "exactly one view"
-    # otherwise.
-    with outlives_modes():
-        rows = torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu")
-    # What torch._dynamo.maybe_mark_dynamic sets, without importing it: a variable from the start.
-    rows._dynamo_weak_dynamic_indices = {0}
-    put("_rows", rows)
+    put("_rows", rows_of_views(pairs, (0, 0)))
     put("_tables", Tables())
     return grids
+
+
+def rows_of_views(rows: Iterable[tuple[int, int]], last: tuple[int, int]) -> torch.Tensor:
+    """Return a row for each view as a tensor ``(S + 1, 2)``, with a last one that holds no view.
+
+    It keeps the length above one: torch.compile specialises on "exactly one view" otherwise.
+    """
+    with _callers_own():
+        table = torch.tensor([*rows, last], dtype=torch.int64, device="cpu")
+    if not torch.compiler.is_compiling():
+        # As torch._dynamo.maybe_mark_dynamic does, which takes seconds to import.
+        table._dynamo_weak_dynamic_indices = {0}
+    return table
 
 
 def _merged_pairs(pairs: Sequence[Sequence[int]], factor: int) -> tuple[tuple[int, int], ...]:

@@ -8,7 +8,7 @@ from uhd_ops.nn.modules import LinearView, ScaleView, WeightView
 from uhd_ops.nn.pixel_unshuffle_connector import PixelUnshuffleConnector
 from uhd_ops.nn.query_resampler import QueryResampler
 from uhd_ops.nn.slice_encoder import SliceEncoder, SliceTokens
-from uhd_ops.nn.view_ratios import choose_ratios, merge_by_ratio, token_variance
+from uhd_ops.nn.view_ratios import ViewRatios, choose_ratios, merge_by_ratio, token_variance
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ScaleView",
     "SliceEncoder",
     "SliceTokens",
+    "ViewRatios",
     "WeightView",
     "WindowTokenCompressor",
     "choose_ratios",

@@ -19,7 +19,7 @@ from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, families
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.nn.traced_parts import register
-from uhd_ops.nn.view_ratios import Merge, times_of
+from uhd_ops.nn.view_ratios import Merge, ViewRatios
 from uhd_ops.windows import join_prefix, split_prefix
 
 POSITIONS = ("resample", "nearest")
@@ -66,7 +66,7 @@ class SliceEncoder(nn.Module):
     If a compressor was inserted into the model, the blocks behind it work on merged tokens. Forward
     hooks of linear layers and norms run, but those of the model, its blocks and their attention
     and MLP do not. At most three graphs of torch.compile serve all grids, and one of torch.export
-    all of two views or more; a graph with ``ratios`` serves those ratios and grids only. Positions,
+    all of two views or more; with ratios, where they are :class:`uhd_ops.nn.ViewRatios`. Positions,
     and attention that is no plain softmax over scores, are computed by the model itself when a
     graph runs, so the encoder must still be there: an exported program runs in the process that
     made it. In training, such attention is computed once more in the backward pass.
@@ -123,7 +123,7 @@ class SliceEncoder(nn.Module):
         grids: Grids | None = None,
         *,
         views_per_image: Sequence[int] | None = None,
-        ratios: Sequence[int] | None = None,
+        ratios: Sequence[int] | ViewRatios | None = None,
     ) -> SliceTokens:
         """Encode views.
 
@@ -136,7 +136,7 @@ class SliceEncoder(nn.Module):
                 belong to one image.
             ratios: How far the compressor reduces each view: 1 keeps it, ``window²`` merges it
                 once, ``window⁴`` twice; see :func:`uhd_ops.nn.merge_by_ratio`. None merges all
-                once.
+                once. As :class:`uhd_ops.nn.ViewRatios` they are data to a compiled encoder.
 
         Raises:
             NotImplementedError: In training, if the model has patch dropout.
@@ -151,7 +151,8 @@ class SliceEncoder(nn.Module):
             pixels, grids = views, patch.check(views, grids)
         counts = _views_per_image(views_per_image, grids.num_views)
         packed.refuse_dropout(vit)
-        self._check_ratios(vit, packed, ratios, grids.num_views)
+        if ratios is not None:
+            ratios = ViewRatios.of(ratios, grids, self._window(vit, packed))
         if grids.num_views:
             return SliceTokens(*self._encode(self.packed(grids), pixels, ratios), counts)
         # Data-parallel training waits for a gradient of every parameter, from a rank without views
@@ -167,14 +168,14 @@ class SliceEncoder(nn.Module):
         return packed(vit, grids, self._number)
 
     def _encode(
-        self, model: Any, pixels: torch.Tensor, ratios: Sequence[int] | None
+        self, model: Any, pixels: torch.Tensor, ratios: ViewRatios | None
     ) -> tuple[torch.Tensor, PackedGrids, torch.Tensor]:
         """Return tokens, their grids, and prefix tokens.
 
         Args:
             model: A ``uhd_ops.retrofit.packed.PackedModel``.
             pixels: Packed patches of at least one view.
-            ratios: As for :meth:`forward`.
+            ratios: Those of the views, if any.
         """
         prefix, patches = model.embed(pixels, self.positions)
         x, sides = join_prefix(prefix, patches, model.grids), 1
@@ -197,16 +198,13 @@ class SliceEncoder(nn.Module):
         return patches, grids, prefix
 
     @staticmethod
-    def _check_ratios(
-        vit: nn.Module, packed: type, ratios: Sequence[int] | None, views: int
-    ) -> None:
-        if ratios is None:
-            return
+    def _window(vit: nn.Module, packed: type) -> int:
+        """Side of the windows of the one compressor."""
         blocks = vit.get_submodule(packed.blocks_name)
         found = [block.compressor for block in blocks if hasattr(block, "compressor")]
         if len(found) != 1:
             raise ValueError(f"ratios need a vit with one compressor, got one with {len(found)}")
-        times_of(ratios, views, found[0].window)
+        return found[0].window
 
     def extra_repr(self) -> str:
         """Show the options."""

@@ -152,7 +152,14 @@ torch.library.define(
 
 @torch.library.impl("uhd_ops::_model_part", "default")
 def _forward(given, inputs, rows, sides, seed, num_rows, of_one, *call):
-    return _run(given, inputs, rows, sides, seed, *call)[0]
+    made, _ = _run(given, inputs, rows, sides, seed, *call)
+    # Of ratios that belong to other grids, say.
+    if any(len(x) != count for x, count in zip(made, num_rows, strict=False)):
+        raise RuntimeError(
+            f"{call[1]!r} of a compiled SliceEncoder must return {num_rows} rows for these grids, "
+            f"got {[len(x) for x in made]}"
+        )
+    return made
 
 
 @torch.library.register_fake("uhd_ops::_model_part")

@@ -12,11 +12,71 @@ from typing import Any
 import torch
 
 from uhd_ops._checks import check_positive_int, check_tensor
-from uhd_ops.grids import Grids, PackedGrids
+from uhd_ops.grids import Grids, PackedGrids, TracedGrids, rows_of_views
 from uhd_ops.nn.early_compressor import EarlyCompressor
 from uhd_ops.windows import locate
 
 RATIOS = (1, 4, 16)
+
+
+class ViewRatios:
+    """A ratio for each view, and the grids that they leave.
+
+    ``SliceEncoder`` makes one of a list. A list is part of a graph of torch.compile, with its
+    length and its values; one that was made outside is data, like :class:`uhd_ops.PackedGrids`, so
+    that three graphs serve all ratios of all grids.
+
+    Args:
+        ratios: One power of ``window²`` for each view.
+        grids: Grids of the views, in patches.
+        window: Side of the windows that the compressor merges.
+
+    Attributes:
+        views: The grids, as PackedGrids.
+        window: As given.
+        times: How often each view is merged.
+        sides: Side of the windows, in patches, that become one token of each view.
+        grids: What is left of the views.
+        rows: ``times`` and ``sides`` as a tensor ``(S + 1, 2)``, int64 on the CPU, with a last row
+            that does not matter.
+
+    Raises:
+        TypeError: ``grids`` has no accepted form, or ``ratios`` holds something that is no int.
+        ValueError: The numbers of views differ, or a ratio is no power of ``window²``.
+
+    Example:
+        >>> ViewRatios([1, 4, 16], [(4, 6)] * 3).grids
+        PackedGrids([(4, 6), (2, 3), (1, 2)])
+    """
+
+    def __init__(self, ratios: Sequence[int], grids: Grids, window: int = 2) -> None:
+        self.views, self.window = PackedGrids.of(grids), window
+        self.times = tuple(times_of(ratios, len(self.views), window))
+        self.sides = tuple(window**count for count in self.times)
+        pairs = zip(self.views, self.sides, strict=True)
+        self.grids = PackedGrids([(-(-h // side), -(-w // side)) for (h, w), side in pairs])
+        self.rows = rows_of_views(zip(self.times, self.sides, strict=True), (0, 1))
+        self._tokens = self.views.num_tokens + self.grids.num_tokens  # as PackedGrids counts them
+
+    def left(self, views: PackedGrids) -> PackedGrids:
+        """``grids``; in a graph, where the views are data, as data too."""
+        if not torch.compiler.is_compiling():
+            return self.grids
+        sides = self.rows[:, 1:]
+        counts, less = {1: self._tokens}, views.num_tokens
+        return TracedGrids((views.rows + sides - 1) // sides, counts=counts, less=less)
+
+    @classmethod
+    def of(cls, ratios: ViewRatios | Sequence[int], grids: PackedGrids, window: int) -> ViewRatios:
+        """Return ratios in either form for these grids, and for windows of this side."""
+        if not isinstance(ratios, ViewRatios):
+            return cls(ratios, grids, window)
+        if ratios.window != window:
+            raise ValueError(f"ratios must be for windows of side {window}, got {ratios.window}")
+        # In a graph the grids are data: there the operator compares what it gets.
+        if not torch.compiler.is_compiling() and ratios.views != grids:
+            raise ValueError(f"ratios must be for the grids {grids}, got those for {ratios.views}")
+        return ratios
 
 
 def merge_by_ratio(
@@ -85,39 +145,35 @@ class Merge:
     Args:
         model: A ``uhd_ops.retrofit.packed.PackedModel``.
         index: Index of the block.
-        sides: Side of the windows that became one token before, of all views or of each.
-        times: How often each view is merged; None for once.
+        side: Side of the windows that became one token before.
+        ratios: Those of the views; None to merge all of them once.
 
     Attributes:
-        sides: Those behind the compressor.
+        sides: Side of the windows behind the compressor, or the ratios.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        index: int,
-        sides: int | tuple[int, ...],
-        times: Sequence[int] | None,
-    ) -> None:
+    def __init__(self, model: Any, index: int, side: int, ratios: ViewRatios | None) -> None:
         self.compressor = model.blocks[index].compressor
-        self.times, window = times, self.compressor.window
-        self.grids = model.merged_grids(sides)
-        steps = [(sides, None)]  # of each step, the sides in front of it and the views it merges
-        if times is not None:
-            sides, steps = model.each(sides), []
-            for step in range(max(times)):
-                steps.append((sides, tuple(v for v, count in enumerate(times) if count > step)))
-                merges = zip(sides, times, strict=True)
-                sides = tuple(s * window if count > step else s for s, count in merges)
-        self.sides = sides * window if times is None else sides
+        self.ratios, window = ratios, self.compressor.window
+        self.grids = model.merged_grids(side)
+        self.sides = side * window if ratios is None else ratios
+        steps = [(side, None)]  # of each step, the sides in front of it and the views it merges
+        if ratios is not None:
+            steps = [
+                (
+                    tuple(window ** min(step, count) for count in ratios.times),
+                    tuple(view for view, count in enumerate(ratios.times) if count > step),
+                )
+                for step in range(max(ratios.times))
+            ]
         # Pooling knows no positions.
         early = isinstance(self.compressor, EarlyCompressor)
-        rotary = [model.rotary(index, s, 0, views) if early else None for s, views in steps]
+        rotary = [model.rotary(index, sides, 0, views) if early else None for sides, views in steps]
         self.positions = [() if table is None else (table,) for table in rotary]
 
     def __call__(self, patches: torch.Tensor) -> tuple[torch.Tensor, PackedGrids]:
         """Merge packed tokens; return them with their grids."""
-        if self.times is None:
+        if self.ratios is None:
             merged = self.compressor(patches, self.grids, *self.positions[0])
             return merged, self.grids.merged(self.compressor.window)
         positions, window = iter(self.positions), self.compressor.window
@@ -125,7 +181,7 @@ class Merge:
         def compress(x: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
             return self.compressor(x, grids, *next(positions))
 
-        ratios = [window ** (2 * count) for count in self.times]
+        ratios = [side**2 for side in self.ratios.sides]
         return merge_by_ratio(compress, patches, self.grids, ratios, window=window)
 
 

@@ -24,13 +24,13 @@ from uhd_ops.nn.early_compressor import OwnWindowAttention
 from uhd_ops.nn.modules import PartView
 from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
 from uhd_ops.nn.traced_parts import run_in_graph
-from uhd_ops.nn.view_ratios import Merge, times_of
+from uhd_ops.nn.view_ratios import Merge, ViewRatios
 from uhd_ops.ops.view_attention import by_group
 from uhd_ops.windows import Windows
 
 Grid = tuple[int, int]
 # Side of the windows that became one token, in patches: of all views, or of each where they differ.
-Sides = int | tuple[int, ...]
+Sides = int | tuple[int, ...] | ViewRatios
 Tables = tuple[torch.Tensor, torch.Tensor]  # sine and cosine, each (..., N, D)
 
 
@@ -290,8 +290,11 @@ class PackedModel:
         self, part: str, rows: Sequence[int], *, sides: Sides = 1, **options: Any
     ) -> list[torch.Tensor]:
         """Leave a part to the operator; see ``uhd_ops.nn.traced_parts.run_in_graph``."""
-        sides = [sides] if isinstance(sides, int) else list(sides)
-        return run_in_graph(self, part, rows, sides=torch.tensor(sides, device="cpu"), **options)
+        if isinstance(sides, ViewRatios):
+            sides = sides.rows[:, 1]
+        else:
+            sides = torch.tensor([sides], device="cpu")
+        return run_in_graph(self, part, rows, sides=sides, **options)
 
     def seed(self, draws: bool) -> torch.Tensor | None:
         """Draw what the random numbers of a part begin with; None where there are none."""
@@ -313,12 +316,12 @@ class PackedModel:
                 ``"module"`` for the attention of a block, ``"merge"`` for its compressor;
                 ``"patches"`` and ``"finish"`` for the methods of that name.
             inputs: What it works on; for ``"merge"`` maybe how often each view is merged, too.
-            sides: One for all views, or one for each.
+            sides: One for all views, or one for each and a last one that does not matter.
             call: For ``"merge"`` the index of the block; for ``"rotary"`` the number of prefix
                 tokens; for attention that, the index of the block, and that of the branch.
             numbers: Scale and dropout of ``"attend"``.
         """
-        sides = sides[0] if len(sides) == 1 else tuple(sides)
+        sides = sides[0] if len(sides) == 1 else tuple(sides[:-1])
         if part == "absolute":
             return self._absolute()
         if part == "rotary":
@@ -330,9 +333,12 @@ class PackedModel:
         if part == "finish":
             return list(self.finish(*inputs, sides))
         if part == "merge":
-            patches, *times = inputs
-            times = times[0].tolist() if times else None
-            return [Merge(self, *call, sides, times)(patches)[0]]
+            patches, *each = inputs
+            if each:
+                window = self.blocks[call[0]].compressor.window
+                ratios = [window ** (2 * count) for count in each[0][:-1].tolist()]
+                each = [ViewRatios(ratios, self.grids, window)]
+            return [Merge(self, *call, sides, *each or (None,))(patches)[0]]
         prefix, index, branch = call
         scope = self.views_scope(index, sides, prefix)
         if part == "module":
@@ -380,22 +386,19 @@ class PackedModel:
         """As :meth:`scope`, by loops over the views."""
         return ViewScope(self.merged_grids(sides), prefix, self.biases(index, sides))
 
-    def merge(self, index: int, sides: Sides, ratios: Sequence[int] | None) -> Merge | TracedMerge:
+    def merge(self, index: int, side: int, ratios: ViewRatios | None) -> Merge:
         """What merges tokens behind a block.
 
         Args:
             index: Index of the block, which has a compressor.
-            sides: As for :meth:`rotary`.
-            ratios: As for SliceEncoder.
+            side: Side of the windows that became one token before.
+            ratios: Those of the views; None to merge all of them once.
         """
-        compressor = self.blocks[index].compressor
-        times = None if ratios is None else times_of(ratios, len(ratios), compressor.window)
-        loops = times is not None or any(
-            isinstance(module, OwnWindowAttention) for module in compressor.modules()
-        )
+        modules = self.blocks[index].compressor.modules()
+        loops = ratios is not None or any(isinstance(m, OwnWindowAttention) for m in modules)
         if loops and self.is_traced("merge", index):
-            return TracedMerge(self, index, sides, times)
-        return Merge(self, index, sides, times)
+            return TracedMerge(self, index, side, ratios)
+        return Merge(self, index, side, ratios)
 
     def biases(self, index: int, sides: Sides) -> list[Any] | None:
         """What a block adds to the scores of each view, for ViewScope; None for nothing."""
@@ -432,10 +435,14 @@ class PackedModel:
 
     def each(self, sides: Sides) -> tuple[int, ...]:
         """The side for each view."""
+        if isinstance(sides, ViewRatios):
+            return sides.sides
         return (sides,) * self.grids.num_views if isinstance(sides, int) else sides
 
     def merged_grids(self, sides: Sides) -> PackedGrids:
         """Grids of the views after merges."""
+        if isinstance(sides, ViewRatios):
+            return sides.left(self.grids)
         if isinstance(sides, int):
             return self.grids.merged(sides)
         return PackedGrids(
@@ -524,28 +531,22 @@ class TracedMerge(Merge):
     """
 
     def __init__(
-        self, model: PackedModel, index: int, sides: Sides, times: Sequence[int] | None
+        self, model: PackedModel, index: int, side: int, ratios: ViewRatios | None
     ) -> None:
-        self.model, self.index, self.before, self.times = model, index, sides, times
-        self.compressor, self.grids = model.blocks[index].compressor, model.merged_grids(sides)
-        window = self.compressor.window
-        if times is None:
-            self.sides = sides * window
-        else:
-            each = zip(model.each(sides), times, strict=True)
-            self.sides = tuple(side * window**count for side, count in each)
+        self.model, self.index, self.side, self.ratios = model, index, side, ratios
+        self.compressor, self.grids = model.blocks[index].compressor, model.merged_grids(side)
+        self.sides = side * self.compressor.window if ratios is None else ratios
 
     def __call__(self, patches: torch.Tensor) -> tuple[torch.Tensor, PackedGrids]:
         """As in the base class."""
-        grids, inputs = self.model.merged_grids(self.sides), [patches]
-        if self.times is not None:
-            inputs.append(torch.tensor(self.times, device="cpu"))
+        grids = self.model.merged_grids(self.sides)
+        each = [] if self.ratios is None else [self.ratios.rows[:, 0]]
         (merged,) = self.model.traced(
             "merge",
             [grids.num_tokens],
-            sides=self.before,
-            inputs=inputs,
-            of_one=[1] * len(inputs),
+            sides=self.side,
+            inputs=[patches, *each],
+            of_one=[1, 2][: 1 + len(each)],
             call=[self.index],
             seed=self.model.seed(self.compressor.training),
         )
