@@ -8,6 +8,7 @@ import math
 import torch
 import transformers
 from families.case import Case, merge_batch, mlp_mean, randomise
+from transformers.models.aimv2 import modeling_aimv2
 from transformers.models.internvl import modeling_internvl
 
 SIZE = {
@@ -71,6 +72,9 @@ class HfCase:
             return (vit.post_layernorm(last),)
         if self.by_hand is internvl_by_hand:
             return (vit.layernorm(last),)
+        if self.by_hand is aimv2_by_hand:
+            normed = vit.rms_norm(last)
+            return normed, vit.head(normed)
         if "Janus" in self.model:
             normed = vit.post_layernorm(last)
             return normed, vit.post_layernorm(normed[:, 0])
@@ -126,11 +130,16 @@ def random_images(height=28, width=28, batch=2, dtype=torch.float64):
 
 
 def merge_clip(layer, tokens, grid, prefix, window, attention=True):
+    if hasattr(layer, "rms_norm1"):  # AIMv2
+        norms, inner, ffn = (layer.rms_norm1, layer.rms_norm2), layer.attention, layer.ffn
+    else:
+        norms, inner, ffn = (layer.layer_norm1, layer.layer_norm2), layer.self_attn, layer.mlp
+
     def attend(x, present):
-        return layer.self_attn(layer.layer_norm1(x[None]), None)[0][0]
+        return inner(norms[0](x[None]), None)[0][0]
 
     def mlp(z):
-        return mlp_mean(layer.layer_norm2, layer.mlp, z)
+        return mlp_mean(norms[1], ffn, z)
 
     return merge_batch(tokens, grid, prefix, window, attend if attention else None, mlp)
 
@@ -152,6 +161,12 @@ def idefics_by_hand(vit, images, layer=1, window=2, positions="center", attentio
     grid = images.shape[-2] // 4, images.shape[-1] // 4
     tokens = vit.embeddings(images, torch.ones(len(images), *grid, dtype=torch.bool))
     return layers_by_hand(vit, tokens, grid, layer, window, attention)
+
+
+def aimv2_by_hand(vit, images, layer=1, window=2, positions="center", attention=True):
+    """As above, for AIMv2."""
+    grid = images.shape[-2] // 4, images.shape[-1] // 4
+    return layers_by_hand(vit, vit.embeddings(images), grid, layer, window, attention)
 
 
 def layers_by_hand(vit, tokens, grid, layer, window, attention):
@@ -258,6 +273,7 @@ def rms_norm(self, hidden_states):
 
 
 modeling_internvl.InternVLVisionRMSNorm.forward = rms_norm
+modeling_aimv2.Aimv2RMSNorm.forward = rms_norm
 CLIP = {"intermediate_size": 48}
 DINOV2 = {"mlp_ratio": 2}
 STAGES = {"out_indices": [1, 2, 4]}
@@ -283,6 +299,9 @@ CASES = {
         clip_by_hand,
         "vision_model",
         resizes=RESIZED,
+    ),
+    "AIMv2": HfCase(
+        "Aimv2VisionModel", "Aimv2VisionConfig", {**CLIP, "is_native": True}, aimv2_by_hand
     ),
     "Janus": HfCase(
         "JanusVisionModel",

@@ -80,9 +80,9 @@ def test_reentrant_checkpointing(case):
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, grad in gradients[0].items():
-        if "patch_embedding" in name:
+        if "patch_embed" in name or "embeddings.rms_norm" in name:
             # Reentrant recomputing gives the first layer's input a gradient with the input's own
-            # strides, and torch's convolution adds in another order over those.
+            # strides, and torch's convolution and sums add in another order over those.
             assert_close(gradients[1][name], grad, ROUNDINGS)
         else:
             assert torch.equal(gradients[1][name], grad), name

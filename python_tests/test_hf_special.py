@@ -15,6 +15,7 @@ from uhd_ops import (
     insert_progressive_compression,
     remove_early_compressor,
 )
+from uhd_ops.nn import SliceEncoder
 from uhd_ops.nn.block_spec import read_block
 
 ROUNDINGS = 12 * 512  # products of at most 4 * 48 terms, a dozen in a row
@@ -272,6 +273,22 @@ def test_dropout_comes_from_the_layer():
     spec = read_block(CASES["Janus"].make(**rates).encoder.layers[1])
     assert (spec.attentions[0].attention_dropout, spec.attentions[0].proj_dropout) == (0.5, 0.25)
     assert (spec.mlps[0].hidden_dropout, spec.mlps[0].output_dropout) == (0.125, 0.125)
+
+
+@torch.no_grad()
+def test_aimv2_of_fixed_resolution():
+    case = CASES["AIMv2"]
+    model = case.exact(case.make(is_native=False))
+    images = random_images()
+    expected = case.outputs_of(model, case.by_hand(model, images)[-1])
+    insert_early_compressor(model, 1)
+    for actual, wanted in zip(model(images, return_dict=False), expected, strict=True):
+        assert_close(actual, wanted, ROUNDINGS)
+    assert_close(SliceEncoder(model)([*images]).per_view()[1], expected[0][1], ROUNDINGS)
+    with pytest.raises(ValueError, match=r"views must have the 7 x 7 patches .* view of 2 x 5"):
+        SliceEncoder(model)([images[0, :, :8, :20]])
+    nearest = SliceEncoder(model, positions="nearest")([*images]).per_view()
+    assert_close(nearest[1], expected[0][1], ROUNDINGS)
 
 
 def siglip(**options):

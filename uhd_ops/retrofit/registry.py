@@ -93,6 +93,12 @@ FAMILIES = (
         ("JanusVisionEncoderLayer",),
     ),
     Row(
+        "hf_aimv2",
+        "transformers.models.aimv2.modeling_aimv2",
+        ("Aimv2VisionModel",),
+        ("Aimv2EncoderLayer",),
+    ),
+    Row(
         "hf_siglip2",
         "transformers.models.siglip2.modeling_siglip2",
         ("Siglip2VisionModel",),
