@@ -31,7 +31,7 @@ TOP_LEVEL = {
 FLOORS = ("cli", "integrations", "retrofit", "nn", "ops", "_native")
 ASIDE = {
     "cli": {"", "slicing", "flops", "grids", "_build_info"},  # "": public names
-    "integrations": {"grids"},
+    "integrations": {"grids", "padded_grids"},
     "retrofit": {"slicing", "flops", "grids", "windows", "_cache"},
     "nn": {"slicing", "grids", "windows", "_cache"},
     "ops": {"grids", "padded_grids", "windows", "reference"},
