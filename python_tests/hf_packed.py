@@ -7,6 +7,7 @@ order, through the model's own untouched blocks, with the compressor as a loop o
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,10 +17,14 @@ from hf_models import centers
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.models.glm4v import modeling_glm4v
+from transformers.models.glm4v_moe import modeling_glm4v_moe
 from transformers.models.kimi_k25 import modeling_kimi_k25
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_vl import modeling_qwen3_vl
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
 ROUNDINGS = 12 * 512  # products of at most 4 * 48 terms, a dozen in a row
 PATCH = 4  # px
@@ -367,17 +372,18 @@ QWEN2 = GridModel(
 # ---- Qwen3-VL ----------------------------------------------------------------------------------
 
 
-def make_qwen3(num_layers=4):
-    config = modeling_qwen3_vl.Qwen3VLVisionConfig(
+def make_qwen3(num_layers=4, module=modeling_qwen3_vl, name="Qwen3VL", deepstack=True):
+    layers = {"deepstack_visual_indexes": [0, 1, 2][:num_layers]} if deepstack else {}
+    config = getattr(module, f"{name}VisionConfig")(
         depth=num_layers,
         hidden_size=32,
         intermediate_size=48,
         out_hidden_size=24,
         num_position_embeddings=25,
-        deepstack_visual_indexes=[0, 1, 2][:num_layers],
+        **layers,
         **VISION,
     )
-    return randomise(modeling_qwen3_vl.Qwen3VLVisionModel(config))
+    return randomise(getattr(module, f"{name}VisionModel")(config))
 
 
 def embed_qwen3(model, inputs):
@@ -406,13 +412,14 @@ def finish_qwen3(model, clips):
 
 
 QWEN3 = GridModel("blocks", "rotary_pos_emb", embed_qwen3, lambda window: (2,), finish_qwen3)
+QWEN35 = dataclasses.replace(QWEN3, finish=pooled)
 
 
 # ---- GLM-4V ------------------------------------------------------------------------------------
 
 
-def make_glm4v(num_layers=4):
-    config = modeling_glm4v.Glm4vVisionConfig(
+def make_glm4v(num_layers=4, module=modeling_glm4v, name="Glm4v"):
+    config = getattr(module, f"{name}VisionConfig")(
         depth=num_layers,
         hidden_size=32,
         intermediate_size=40,
@@ -420,7 +427,7 @@ def make_glm4v(num_layers=4):
         image_size=5 * PATCH,
         **VISION,
     )
-    return randomise(modeling_glm4v.Glm4vVisionModel(config))
+    return randomise(getattr(module, f"{name}VisionModel")(config))
 
 
 def embed_glm4v(model, inputs):
@@ -554,4 +561,24 @@ CASES = {
         inputs=grid_inputs("pixel_values", temporal=0),
         shapes=shapes_of_moonvit,
     ),
+}
+# The same towers by other names: what differs is in their blocks' and configs' classes.
+RELATIVES = {
+    "GLM-4V-MoE": grid_case(
+        functools.partial(make_glm4v, module=modeling_glm4v_moe, name="Glm4vMoe"),
+        GLM4V,
+        shapes=single_frames,
+    ),
+    "Qwen3-VL-MoE": grid_case(
+        functools.partial(make_qwen3, module=modeling_qwen3_vl_moe, name="Qwen3VLMoe"), QWEN3
+    ),
+    **{
+        kind: grid_case(
+            functools.partial(make_qwen3, module=module, name=name, deepstack=False), QWEN35
+        )
+        for kind, module, name in (
+            ("Qwen3.5", modeling_qwen3_5, "Qwen3_5"),
+            ("Qwen3.5-MoE", modeling_qwen3_5_moe, "Qwen3_5Moe"),
+        )
+    },
 }

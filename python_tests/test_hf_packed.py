@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from families.case import assert_close, snapshot
-from hf_packed import CASES, ROUNDINGS, exactly
+from hf_packed import CASES, RELATIVES, ROUNDINGS, exactly
 from test_flops_families import counted
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,6 +22,8 @@ from uhd_ops.nn import EarlyCompressor, SliceEncoder
 
 COMPRESSOR = ".compressor."
 LAYER = 1
+ALL = CASES | RELATIVES
+EVERY = pytest.mark.parametrize("case", ALL.values(), ids=ALL)
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
@@ -66,12 +68,14 @@ OPTIONS = [(name, options) for name in CASES for options in OPTIONS] + [
     for window in case.windows
     for positions in ("center", "reindex")
 ]
+OPTIONS += [(name, {}) for name in RELATIVES]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
 def test_definition(name, options):
-    case, model = CASES[name], CASES[name].make().double()
+    case = ALL[name]
+    model = case.make().double()
     shapes = case.shapes_for(options.get("window", 2))
     inputs = case.inputs(shapes)
     described = {key: value for key, value in options.items() if key not in ("form", "layer")}
@@ -121,6 +125,7 @@ def test_equal_tokens_become_what_the_block_makes_of_them(case):
 
 
 @torch.no_grad()
+@EVERY
 def test_removal_restores_everything(case):
     model = case.make()
     inputs = case.inputs(case.shapes, torch.float32)
@@ -151,6 +156,7 @@ def test_copies_are_their_own(case):
 
 
 @torch.no_grad()
+@EVERY
 def test_checkpoints(case, tmp_path):
     window = case.windows[0]
     options = {"form": "tied", "window": window, "attention": False, "positions": "reindex"}

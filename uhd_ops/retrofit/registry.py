@@ -147,12 +147,6 @@ FAMILIES = (
         ("PixtralAttentionLayer",),
     ),
     Row(
-        "hf_glm4v",
-        "transformers.models.glm4v.modeling_glm4v",
-        ("Glm4vVisionModel",),
-        ("Glm4vVisionBlock",),
-    ),
-    Row(
         "hf_qwen2_vl",
         "transformers.models.qwen2_vl.modeling_qwen2_vl",
         ("Qwen2VisionTransformerPretrainedModel",),
@@ -164,11 +158,21 @@ FAMILIES = (
         ("Qwen2_5_VisionTransformerPretrainedModel",),
         ("Qwen2_5_VLVisionBlock",),
     ),
-    Row(
-        "hf_qwen3_vl",
-        "transformers.models.qwen3_vl.modeling_qwen3_vl",
-        ("Qwen3VLVisionModel",),
-        ("Qwen3VLVisionBlock",),
+    *(
+        Row(
+            file,
+            f"transformers.models.{module}.modeling_{module}",
+            (f"{name}VisionModel",),
+            (f"{name}VisionBlock",),
+        )
+        for file, module, name in (
+            ("hf_glm4v", "glm4v", "Glm4v"),
+            ("hf_glm4v", "glm4v_moe", "Glm4vMoe"),
+            ("hf_qwen3_vl", "qwen3_vl", "Qwen3VL"),
+            ("hf_qwen3_vl", "qwen3_vl_moe", "Qwen3VLMoe"),
+            ("hf_qwen3_vl", "qwen3_5", "Qwen3_5"),
+            ("hf_qwen3_vl", "qwen3_5_moe", "Qwen3_5Moe"),
+        )
     ),
     Row(
         "hf_kimi_k25",

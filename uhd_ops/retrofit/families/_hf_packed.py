@@ -188,17 +188,20 @@ def read_block(block: nn.Module, attention: str, mlp: str, norm: str | None = No
     return BlockSpec(block.norm1.weight.shape[0], branches[:1], branches[1:], block=block)
 
 
-def require_blocks(vit: nn.Module, config: CompressorConfig, blocks_name: str, block: str) -> None:
+def require_blocks(
+    vit: nn.Module, config: CompressorConfig, blocks_name: str = "blocks", block: str | None = None
+) -> None:
     """Refuse a model whose ``forward`` or whose blocks are not those of its class.
 
     Args:
         vit: The model.
         config: Options of the insertion.
         blocks_name: Where its blocks are.
-        block: Name of their class.
+        block: Name of their class; None means that of the model, with Block in place of Model.
     """
     cls = next(c for c in type(vit).__mro__ if c.__module__.startswith("transformers.models."))
     require_methods(vit, cls, ("forward",))
+    block = f"{cls.__name__.removesuffix('Model')}Block" if block is None else block
     blocks = vit.get_submodule(blocks_name)
     for index in range(config.layers[0], len(blocks)):
         name = f"vit.{blocks_name}.{index}"
