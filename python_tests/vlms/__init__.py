@@ -31,6 +31,7 @@ VLMS = [
     Vlm("cohere2_vision", square.cohere2(siglip(24, 4), 24), (45, 20)),
     Vlm("aya_vision", square.aya(siglip(24, 4), 24), (27, 12), token="<PATCH>"),
     Vlm("internvl", square.internvl, (27, 12)),
+    Vlm("janus", square.janus, (25, 9)),
     Vlm("idefics2", square.idefics2, (3, 3)),
     Vlm("idefics3", square.idefics3("Idefics3"), (45, 20)),
     Vlm(

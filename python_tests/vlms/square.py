@@ -269,3 +269,22 @@ def internvl():
         image_seq_length=9,
     )
     return transformers.InternVLForConditionalGeneration(config), processor
+
+
+def janus():
+    """Images of 30 px, 5 x 5 patches; what it generates images with is as small as can be."""
+    vq = {"embed_dim": 4, "num_embeddings": 8, "latent_channels": 32, "base_channels": 32}
+    small = {"channel_multiplier": [1, 1], "num_res_blocks": 1, "image_token_embed_dim": 8}
+    vision = {**TOWER, "image_size": 30, "patch_size": 6, "num_image_tokens": 25, "mlp_ratio": 1.5}
+    config = transformers.JanusConfig(
+        text_config=llama(),
+        vision_config={**vision, "projection_dim": TEXT["hidden_size"], "depth": 2},
+        vq_config={**vq, **small, "projection_dim": TEXT["hidden_size"]},
+        image_token_id=image_id(),
+    )
+    processor = transformers.JanusProcessor(
+        transformers.JanusImageProcessor(size={"height": 30, "width": 30}),
+        tokenizer(),
+        num_image_tokens=25,
+    )
+    return transformers.JanusForConditionalGeneration(config), processor

@@ -454,6 +454,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "Idefics3Model": _IDEFICS3,
     "InternVLModel": _INTERNVL,
+    "JanusModel": Entry(_number("num_image_tokens"), towers=("vision_model",)),
     "Kimi_K25Model": Entry(_merge_sizes, parts={"": GetsRows}),
     "LlavaModel": Entry(_patch_size, parts={"": MayPackImages}),
     "LlavaNextModel": _LLAVA_NEXT,
