@@ -7,9 +7,11 @@ import pickle
 import pytest
 import torch
 from families.case import assert_close, snapshot
-from hf_packed import CASES, RELATIVES, ROUNDINGS, exactly
+from hf_packed import CASES, PATCH, RELATIVES, ROUNDINGS, exactly
 from test_flops_families import counted
+from transformers import vision_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.kimi_k25 import modeling_kimi_k25
 
 from uhd_ops import (
     flops,
@@ -264,6 +266,27 @@ def test_other_attention_functions(case, implementation, monkeypatch):
     model.config._attn_implementation = implementation
     for actual, wanted in zip(tensors(outputs(model, inputs)), expected, strict=True):
         assert_close(actual, wanted, ROUNDINGS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["MoonViT", "Qwen2.5-VL"])
+def test_what_is_computed_beforehand_is_that_of_the_patches(name):
+    """As transformers does it for graphs: by the caller, who knows of no compressor."""
+    case = CASES[name]
+    model = insert_early_compressor(case.make(), LAYER)
+    inputs = case.inputs(case.shapes, torch.float32)
+    expected, grids, options = tensors(outputs(model, inputs)), inputs["grid_thw"], {}
+    if name == "MoonViT":
+        options["cu_seqlens"] = vision_utils.get_vision_cu_seqlens(grids, merge_temporal=True)
+        options["position_ids"] = vision_utils.get_vision_position_ids(grids, 1)
+        index = modeling_kimi_k25.get_vision_temporal_merge_index(grids, 2, 2)
+        options["temporal_merge_index"] = index
+    else:
+        options["cu_seqlens"] = vision_utils.get_vision_cu_seqlens(grids)
+        options["position_ids"] = vision_utils.get_vision_position_ids(grids, 2)
+        windows = vision_utils.get_vision_window_index(grids, 2, model.window_size, PATCH)
+        options["window_index"], options["cu_window_seqlens"] = windows
+    assert_same(tensors(outputs(model, inputs, **options)), expected)
 
 
 def test_slice_encoder_is_refused(case):
