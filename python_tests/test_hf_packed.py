@@ -289,6 +289,16 @@ def test_what_is_computed_beforehand_is_that_of_the_patches(name):
     assert_same(tensors(outputs(model, inputs, **options)), expected)
 
 
+@torch.no_grad()
+def test_tuples(case):
+    model = insert_early_compressor(case.make(), LAYER)
+    inputs = case.inputs(case.shapes, torch.float32)
+    expected = outputs(model, inputs, output_hidden_states=True)
+    values = outputs(model, inputs, output_hidden_states=True, return_dict=False)
+    assert isinstance(values, tuple)
+    assert_same(tensors(dict(enumerate(values))), tensors(expected))
+
+
 def test_slice_encoder_is_refused(case):
     for model in (case.make(), insert_early_compressor(case.make(), LAYER)):
         with pytest.raises(NotImplementedError, match="takes images of several sizes itself"):
