@@ -3,6 +3,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import math
 
 import torch
@@ -75,7 +76,7 @@ class HfCase:
         if self.by_hand is aimv2_by_hand:
             normed = vit.rms_norm(last)
             return normed, vit.head(normed)
-        if "Janus" in self.model:
+        if "Janus" in self.model or "Blip" in self.model:
             normed = vit.post_layernorm(last)
             return normed, vit.post_layernorm(normed[:, 0])
         if "Siglip" in self.model:
@@ -97,7 +98,7 @@ class HfCase:
             angles = torch.zeros(x.shape[1], 16, dtype=x.dtype)
             positions["position_embeddings"] = angles.cos(), angles.sin()
         layer = self.vit(model).get_submodule(self.layers)[index]
-        return layer(x) if "InternVL" in self.model else layer(x, None, **positions)
+        return layer(x, None, **positions) if positions else call(layer, x)
 
     def as_case(self):
         """What the battery of families takes."""
@@ -129,6 +130,12 @@ def random_images(height=28, width=28, batch=2, dtype=torch.float64):
     return torch.randn(batch, 3, height, width, dtype=dtype)
 
 
+def call(module, x):
+    """Run a layer or an attention on tokens; most of them want to be told of a mask."""
+    masked = "attention_mask" in inspect.signature(module.forward).parameters
+    return module(x, None) if masked else module(x)
+
+
 def merge_clip(layer, tokens, grid, prefix, window, attention=True):
     if hasattr(layer, "rms_norm1"):  # AIMv2
         norms, inner, ffn = (layer.rms_norm1, layer.rms_norm2), layer.attention, layer.ffn
@@ -136,7 +143,7 @@ def merge_clip(layer, tokens, grid, prefix, window, attention=True):
         norms, inner, ffn = (layer.layer_norm1, layer.layer_norm2), layer.self_attn, layer.mlp
 
     def attend(x, present):
-        return inner(norms[0](x[None]), None)[0][0]
+        return call(inner, norms[0](x[None]))[0][0]
 
     def mlp(z):
         return mlp_mean(norms[1], ffn, z)
@@ -145,7 +152,7 @@ def merge_clip(layer, tokens, grid, prefix, window, attention=True):
 
 
 def clip_by_hand(vit, images, layer=1, window=2, positions="center", attention=True):
-    """Hidden states of an untouched CLIP, SigLIP or Janus with the compressor behind ``layer``.
+    """Hidden states of an untouched model like CLIP with the compressor behind ``layer``.
 
     Returns:
         What enters the first layer and what leaves each layer.
@@ -172,7 +179,7 @@ def aimv2_by_hand(vit, images, layer=1, window=2, positions="center", attention=
 def layers_by_hand(vit, tokens, grid, layer, window, attention):
     states = [tokens]
     for index, block in enumerate(vit.encoder.layers):
-        tokens = block(tokens, None)
+        tokens = call(block, tokens)
         if index == layer:
             prefix = tokens.shape[1] - grid[0] * grid[1]
             tokens = merge_clip(block, tokens, grid, prefix, window, attention)
@@ -303,6 +310,7 @@ CASES = {
     "AIMv2": HfCase(
         "Aimv2VisionModel", "Aimv2VisionConfig", {**CLIP, "is_native": True}, aimv2_by_hand
     ),
+    "BLIP-2": HfCase("Blip2VisionModel", "Blip2VisionConfig", CLIP, clip_by_hand, resizes=RESIZED),
     "Janus": HfCase(
         "JanusVisionModel",
         "JanusVisionConfig",

@@ -31,7 +31,7 @@ def test_pooled_outputs(case):
 def test_attentions_and_tuples(case):
     model = case.make(attn_implementation="eager")
     insert_early_compressor(model, 1)
-    prefix = int(case.model.startswith(("CLIP", "Dino", "DINO", "InternVL")))
+    prefix = int(case.model.startswith(("CLIP", "Dino", "DINO", "InternVL", "Blip")))
     prefix += getattr(case.vit(model).config, "num_register_tokens", 0)
     images = random_images(dtype=torch.float32)
     with torch.no_grad():

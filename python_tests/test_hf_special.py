@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is special to some vision models of transformers: padding, maps, random positions."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -273,6 +274,24 @@ def test_dropout_comes_from_the_layer():
     spec = read_block(CASES["Janus"].make(**rates).encoder.layers[1])
     assert (spec.attentions[0].attention_dropout, spec.attentions[0].proj_dropout) == (0.5, 0.25)
     assert (spec.mlps[0].hidden_dropout, spec.mlps[0].output_dropout) == (0.125, 0.125)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Blip", "InstructBlip", "InstructBlipVideo"])
+def test_those_like_blip_2(name):
+    case = dataclasses.replace(
+        CASES["BLIP-2"], model=f"{name}VisionModel", config=f"{name}VisionConfig"
+    )
+    model, images = case.exact(case.make(attention_dropout=0.25)), random_images()
+    assert read_block(model.encoder.layers[1]).attentions[0].attention_dropout == 0.25
+    plain = model(images).last_hidden_state
+    expected = case.outputs_of(model, case.by_hand(model, images)[-1])
+    insert_early_compressor(model, 1)
+    for actual, wanted in zip(model(images, return_dict=False), expected, strict=True):
+        assert_close(actual, wanted, ROUNDINGS)
+    (result,) = SliceEncoder(model)([images[1]]).per_view()
+    assert_close(result, expected[0][1, 1:], ROUNDINGS)
+    assert torch.equal(remove_early_compressor(model)(images).last_hidden_state, plain)
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def alone(model, view, copied=True):
 
 def _alone_in_transformers(vit, packed, view):
     options = {}
-    if type(vit).__name__.startswith(("Siglip", "CLIP", "Janus")):
+    if type(vit).__name__.startswith(("Siglip", "CLIP", "Janus", "Blip")):
         options["interpolate_pos_encoding"] = True
     if type(vit).__name__ == "Siglip2VisionModel":
         rows, cols = packed.patch_size(vit)

@@ -62,9 +62,10 @@ def insert_early_compressor(
             ``Beit``, ``VisionTransformerRelPos``, ``VisionTransformerSAM``, ``NaFlexVit``,
             ``Cait``, and the encoders of Qwen 3, DeepSeek and Gemma 4. Or one of transformers: the
             vision models of SigLIP, SigLIP 2, CLIP, DINOv2 and DINOv3, and the towers of Idefics 2
-            and 3, SmolVLM, InternVL, Janus, AIMv2, Pixtral, and Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
-            GLM-4V and MoonViT (Kimi K2.5), whose images then need sides that are multiples of
-            ``window`` times the side of their own merger. docs/models.md has the list of timm's.
+            and 3, SmolVLM, InternVL, BLIP, Janus, AIMv2, Pixtral, and Qwen2-VL, Qwen2.5-VL,
+            Qwen3-VL, GLM-4V and MoonViT (Kimi K2.5), whose images then need sides that are
+            multiples of ``window`` times the side of their own merger. docs/models.md has the list
+            of timm's.
         layer: 0-based index of the block after whose body the compressor runs; the last block is
             allowed.
         attention: ``"window"`` if tokens attend inside their window before they are merged,

@@ -92,6 +92,20 @@ FAMILIES = (
         ("JanusVisionModel",),
         ("JanusVisionEncoderLayer",),
     ),
+    *(
+        Row(
+            "hf_blip",
+            f"transformers.models.{module}.modeling_{module}",
+            (f"{name}VisionModel",),
+            (f"{name}EncoderLayer",),
+        )
+        for module, name in (
+            ("blip", "Blip"),
+            ("blip_2", "Blip2"),
+            ("instructblip", "InstructBlip"),
+            ("instructblipvideo", "InstructBlipVideo"),
+        )
+    ),
     Row(
         "hf_aimv2",
         "transformers.models.aimv2.modeling_aimv2",

@@ -71,9 +71,11 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
     modules.require_exactly(module, name, (cls,))
     modules.require_own_forward(module, name)
     projections = ["qkv"] if hasattr(module, "qkv") else [f"{part}_proj" for part in "qkv"]
-    names = ("o_proj", "out_proj", "proj", "projection_layer")
+    names = ("o_proj", "out_proj", "proj", "projection", "projection_layer")
     out = next(part for part in names if hasattr(module, part))
-    dropout = "dropout" if hasattr(module, "dropout") else "attention_dropout"
+    rate = module.dropout if hasattr(module, "dropout") else module.attention_dropout
+    if isinstance(rate, nn.Module):
+        rate = modules.dropout(rate, f"{name}.dropout")
     heads = "num_heads" if hasattr(module, "num_heads") else "num_attention_heads"
     for part in ("q_norm", "k_norm"):
         if hasattr(module, part) and part not in branch:
@@ -85,7 +87,7 @@ def attention(module: nn.Module, name: str, cls: type, **branch: object) -> Atte
         getattr(module, out),
         module.head_dim,
         scale=float(module.scale if hasattr(module, "scale") else module.scaling),
-        attention_dropout=float(getattr(module, dropout)),
+        attention_dropout=float(rate),
         proj_dropout=modules.dropout(proj_dropout, f"{name}.projection_dropout"),
         **branch,
     )
