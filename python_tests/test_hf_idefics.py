@@ -10,7 +10,11 @@ from families.case import assert_close
 from hf_models import CASES, CLIP, ROUNDINGS, SIZE, idefics_by_hand, random_images
 from test_hf_pretrained import assert_same, trained
 
-from uhd_ops import insert_early_compressor, remove_early_compressor
+from uhd_ops import (
+    insert_early_compressor,
+    insert_progressive_compression,
+    remove_early_compressor,
+)
 from uhd_ops.nn import SliceEncoder
 from uhd_ops.retrofit.padded_layout import FramedLayout
 
@@ -161,6 +165,18 @@ def test_slice_encoder_takes_images_of_any_aspect_ratio(all_sides, frame):
     output = model(images, mask).last_hidden_state
     for tokens, padded, sides in zip(packed, output, all_sides, strict=True):
         assert_close(tokens, own(padded, frame, sides, 2), ROUNDINGS)
+
+
+@torch.no_grad()
+def test_several_merges_of_padded_images():
+    model = insert_progressive_compression(make("SmolVLM"), (0, 2))
+    images, mask = padded_batch()
+    views = [x[:, : 4 * h, : 4 * w] for x, (h, w) in zip(images, SIDES, strict=True)]
+    output = model(images, mask).last_hidden_state
+    assert output.shape[1] == 2 * 3
+    for view, padded, sides in zip(views, output, SIDES, strict=True):
+        alone = model(view[None]).last_hidden_state[0]
+        assert_close(own(padded, FRAME, sides, 4), alone, ROUNDINGS)
 
 
 def test_layouts_differ_by_frame_and_by_grids():
