@@ -155,11 +155,18 @@ def test_ahead_of_time(name, autocast):
 @torch.no_grad()
 def test_random_numbers_of_a_graph():
     """Drawn positions and dropout inside a module: as the seed says, and other ones each time."""
-    for encoder in (short("Eva, rotary, Sapiens2", layer=0), short("Cait, odd")):
+    # One for the positions of all blocks; one each for the attention and the class attention.
+    for name, options, draws in (("Eva, rotary, Sapiens2", {"layer": 0}, 1), ("Cait, odd", {}, 2)):
+        encoder, seeds = short(name, **options), []
         for module in encoder.modules():
-            if isinstance(module, torch.nn.Dropout):
+            if isinstance(module, torch.nn.Dropout) and name == "Cait, odd":
                 module.p = 0.3
-        compiled = torch.compile(encoder.train(), fullgraph=True, backend="eager")
+
+        def backend(graph, _, seeds=seeds):
+            seeds += [node for node in graph.graph.nodes if node.target is torch.randint]
+            return graph.forward
+
+        compiled = torch.compile(encoder.train(), fullgraph=True, backend=backend)
         grids, tokens = PackedGrids(GRIDS), []
         patches = packed_patches(encoder, grids)
         for seed in (0, 0, 1):
@@ -167,6 +174,24 @@ def test_random_numbers_of_a_graph():
             tokens.append(compiled(patches, grids).tokens)
         assert_close(tokens[0], tokens[1], BOUND[torch.float32])
         assert not torch.allclose(tokens[1], tokens[2])
+        assert len(seeds) == draws
+
+
+class Half(torch.nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def test_what_tables_are_computed_from_gets_its_gradient():
+    """The operator knows parameters only, so such a table is made by the graph itself."""
+    encoder = short("VisionTransformer, odd")
+    torch.nn.utils.parametrize.register_parametrization(encoder.vit, "pos_embed", Half())
+    compiled, grids = torch.compile(encoder, backend="eager"), PackedGrids(GRIDS)
+    patches = packed_patches(encoder, grids)
+    grads, _ = gradients_of(encoder, compiled, patches, grids)
+    wanted, _ = gradients_of(encoder, encoder, patches, grids)
+    assert wanted["vit.parametrizations.pos_embed.original"].any()
+    assert_same_gradients(grads, wanted)
 
 
 class Tokens(torch.nn.Module):
