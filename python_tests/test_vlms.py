@@ -12,7 +12,7 @@ import transformers
 from families.case import assert_close
 from hf_models import ROUNDINGS
 from PIL import Image
-from vlms import VLMS
+from vlms import QWEN3_5, VLMS
 from vlms.around import pi0, t5gemma2
 from vlms.case import LAYER, Vlm, image_id, siglip, tokenizer
 from vlms.square import gemma3, llava
@@ -251,6 +251,18 @@ def test_models_around_one(make, counts):
     assert (inputs()["input_ids"] == image_id()).sum() == counts[1]
     model.eval()(**inputs()).loss.backward()
     assert len(towers(model)) == 1
+
+
+def test_qwen3_5(tmp_path):
+    model, processor = made(QWEN3_5)
+    assert QWEN3_5.num_image_tokens(QWEN3_5.inputs(processor)) == QWEN3_5.tokens[0]
+    compress(model, processor, LAYER)
+    inputs = QWEN3_5.inputs(processor)
+    assert QWEN3_5.num_image_tokens(inputs) == QWEN3_5.tokens[1]
+    train(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert_close(logits(again, inputs), logits(model.eval(), inputs), ROUNDINGS)
 
 
 def test_tower_alone_is_enough_to_come_back_whole(tmp_path):

@@ -14,6 +14,7 @@ from vlms.case import Vlm, clip, siglip
 # 40 x 64 px for 5 * 8 tokens that are merged once, of 48 x 64 px 3 * 4 that are merged twice. The
 # Qwens round it to 40 x 72 px, 5 * 9 tokens of 2 * 2 patches, or to 32 x 64 px, 2 * 4 of 4 * 4; the
 # GLMs to 32 x 56 px, 4 * 7 tokens, or likewise.
+DEEPSTACK = {**packed.QWEN3_VISION, "deepstack_visual_indexes": [2, 3]}
 VLMS = [
     Vlm("llava", square.llava("Llava", siglip(30, 6), 30), (25, 9)),
     Vlm("llava", square.llava("Llava", clip(24, 6), 24, "default"), (16, 4)),
@@ -64,21 +65,21 @@ VLMS = [
         ),
         (45, 8),
     ),
+    Vlm("qwen3_vl", packed.qwen("Qwen3VL", DEEPSTACK, video="Qwen3VL"), (45, 8)),
     Vlm(
-        "qwen3_vl",
-        packed.qwen(
-            "Qwen3VL",
-            {
-                **packed.QWEN_VISION,
-                **{"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
-                **{"deepstack_visual_indexes": [2, 3], "num_position_embeddings": 64},
-            },
-            video="Qwen3VL",
-        ),
+        "qwen3_vl_moe",
+        packed.qwen("Qwen3VLMoe", DEEPSTACK, "Qwen3VL", "Qwen3VL", **packed.EXPERTS),
         (45, 8),
     ),
+    Vlm("glm4v_moe", packed.glm("Glm4vMoe", "Glm4v", **packed.GLM_EXPERTS), (28, 8)),
     Vlm("glm4v", packed.glm("Glm4v"), (28, 8)),
     Vlm("glm46v", packed.glm("Glm46V"), (28, 8)),
     Vlm("kimi_k25", packed.kimi, (45, 15)),
     Vlm("deepseek_vl", square.deepseek(siglip(30, 6), 30), (25, 9)),
 ]
+# AutoProcessor gives this one a tokenizer of its own, whatever was saved.
+QWEN3_5 = Vlm(
+    "qwen3_5",
+    packed.qwen("Qwen3_5", packed.QWEN3_VISION, "Qwen3VL", "Qwen3VL", **packed.LINEAR),
+    (45, 8),
+)

@@ -29,19 +29,44 @@ def pixtral(kind, **options):
     return make
 
 
-def qwen(kind, vision, video="Qwen2VL"):
-    """Qwen2-VL and later: 2 x 2 patches become a token behind the tower."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+# Attention without a softmax in front of one with it.
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+}
+GLM_EXPERTS = {
+    "model_type": "glm4v_moe_text",
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "head_dim": 32,  # half of it rotates
+}
+
+
+def qwen(kind, vision, like="", video="Qwen2VL", **text):
+    """Qwen2-VL and later: 2 x 2 patches become a token behind the tower.
+
+    Args:
+        kind: Of the model.
+        vision: Options of its tower.
+        like: Kind of its processor, if another one.
+        video: Kind of its video processor.
+        **text: Options of its language model.
+    """
 
     def make():
         ids = {name: image_id(token) for name, token in IDS.items()}
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-        text_config = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope}
+        text_config = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope, **text}
         config = getattr(transformers, f"{kind}Config")(
             vision_config=vision, text_config=text_config, **ids
         )
         size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
         patches = {"patch_size": 4, "size": size}
-        processor = getattr(transformers, f"{kind}Processor")(
+        processor = getattr(transformers, f"{like or kind}Processor")(
             transformers.Qwen2VLImageProcessor(**patches),
             tokenizer(),
             getattr(transformers, f"{video}VideoProcessor")(**patches, do_sample_frames=False),
@@ -51,8 +76,8 @@ def qwen(kind, vision, video="Qwen2VL"):
     return make
 
 
-def glm(kind):
-    """GLM-4.1V and 4.6V, likewise."""
+def glm(kind, like="", **options):
+    """GLM-4.1V and later, likewise."""
 
     def make():
         ids = {
@@ -71,13 +96,13 @@ def glm(kind):
             "image_size": 16,
         }
         config = getattr(transformers, f"{kind}Config")(
-            vision_config=vision, text_config={**text, "model_type": "glm4v_text"}, **ids
+            vision_config=vision, text_config={**text, "model_type": "glm4v_text", **options}, **ids
         )
         size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-        processor = getattr(transformers, f"{kind}Processor")(
-            getattr(transformers, f"{kind}ImageProcessor")(patch_size=4, size=size),
+        processor = getattr(transformers, f"{like or kind}Processor")(
+            getattr(transformers, f"{like or kind}ImageProcessor")(patch_size=4, size=size),
             tokenizer(),
-            getattr(transformers, f"{kind}VideoProcessor")(patch_size=4, size=size),
+            getattr(transformers, f"{like or kind}VideoProcessor")(patch_size=4, size=size),
         )
         return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
 
@@ -117,5 +142,10 @@ IDS = {
     "video_token_id": "<video>",
     "vision_start_token_id": "<img>",
     "vision_end_token_id": "</img>",
+}
+QWEN3_VISION = {
+    **{"depth": 4, "patch_size": 4, "spatial_merge_size": 2, "num_heads": 2},
+    **{"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
+    "num_position_embeddings": 64,
 }
 QWEN_VISION = {"depth": 4, "patch_size": 4, "spatial_merge_size": 2, "num_heads": 2}

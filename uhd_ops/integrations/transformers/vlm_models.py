@@ -447,6 +447,7 @@ ENTRIES: dict[str, Entry] = {
     "Gemma3Model": _GEMMA3,
     "Glm46VModel": _QWEN,
     "Glm4vModel": _QWEN,
+    "Glm4vMoeModel": _QWEN,
     "Idefics2Model": Entry(
         lambda config, compression: {"image_seq_len": config.perceiver_config.resampler_n_latents},
         towers=("vision_model",),
@@ -468,6 +469,9 @@ ENTRIES: dict[str, Entry] = {
     "Qwen2VLModel": _QWEN,
     "Qwen2_5_VLModel": _QWEN,
     "Qwen3VLModel": _QWEN,
+    "Qwen3VLMoeModel": _QWEN,
+    "Qwen3_5Model": _QWEN,
+    "Qwen3_5MoeModel": _QWEN,
     "SmolVLMModel": _IDEFICS3,
     "T5Gemma2Encoder": _GEMMA3,
     "VideoLlavaModel": Entry(_patch_size, towers=("image_tower", "video_tower")),
