@@ -31,7 +31,7 @@ test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test
 	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
 		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
-test-all: test  ## Then timm's own tests, vLLM and SGLang, as on other machines, on emulated CUDA kernels, on the oldest torch, sanitized
+test-all: test  ## Then timm's own tests, vLLM and SGLang, as on other machines, on emulated CUDA kernels, with the oldest packages, sanitized
 	bash .ci/timm_suite.sh $(PYTHON)
 	bash .ci/serving_suite.sh $(PYTHON)
 	bash .ci/machines.sh $(PYTHON)

@@ -320,6 +320,6 @@ def test_reader_that_goes_away():
 
 
 def test_import_is_light():
-    heavy = "{'timm', 'PIL', 'rich', 'matplotlib', 'safetensors'}"
+    heavy = "{'timm', 'transformers', 'torchvision', 'PIL', 'rich', 'matplotlib', 'safetensors'}"
     result = run_python(f"import sys, uhd_ops.cli; print({heavy} & set(sys.modules))")
     assert result.stdout == "set()\n", result.stderr

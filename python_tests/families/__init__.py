@@ -5,10 +5,13 @@ Every file here has ``CASES``, a dictionary of :class:`families.case.Case`.
 """
 
 import importlib
+import os
 import pkgutil
 
 MODULES = sorted(found.name for found in pkgutil.iter_modules(__path__))
 MODULES.remove("case")
+# Old versions of timm lack what the other files import: .ci/compat.sh names those that they have.
+MODULES = os.environ.get("UHD_OPS_TEST_FAMILIES", "").split() or MODULES
 
 
 def all_cases():

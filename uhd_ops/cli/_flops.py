@@ -171,9 +171,11 @@ def _make(name: str, **options: Any) -> nn.Module:
 
     from uhd_ops.cli._models import why_not
 
+    # timm 1.0.20 reads the rates of drop path from a tensor, which must have data for that.
+    device = "meta" if hasattr(timm.layers, "calculate_drop_path_rates") else "cpu"
     try:
-        with torch.device("meta"):
-            return timm.create_model(name, num_classes=0, **options)
+        with torch.device(device):
+            return timm.create_model(name, num_classes=0, **options).to("meta")
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(why_not(name, error, pretrained=False)) from error
 

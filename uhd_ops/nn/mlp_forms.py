@@ -314,7 +314,7 @@ class WindowMlp(nn.Module):
         """Whether the operator computes this MLP from the weights of its layers, now."""
         return (
             self.gate is None
-            and not self.limits
+            and len(self.limits) == 0
             and not (self.training and self.hidden_dropout)
             and type(self.patch_norm) is nn.Identity
             and type(self.inner_norm) is nn.Identity

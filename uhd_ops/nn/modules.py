@@ -9,7 +9,10 @@ docs/adr/0003-retrofit-mechanism.md.
 from __future__ import annotations
 
 import functools
+import itertools
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -381,6 +384,22 @@ class LayerScale(nn.Module):
 
 
 # ---- what the parts of a block are ---------------------------------------------------------------
+
+
+def present(library: ModuleType, *names: str) -> tuple[type, ...]:
+    """Return the classes of these names that this version of a library has."""
+    return tuple(getattr(library, name) for name in names if hasattr(library, name))
+
+
+def require_version(library: str, oldest: str, what: str) -> None:
+    """Refuse what is of an imported library that is older than this."""
+    if torch.compiler.is_compiling():  # it was refused before, and strings take no trace
+        return
+    version = sys.modules[library].__version__
+    # The numbers in front: "1.0.32.dev0" is 1.0.32.
+    numbers = list(map(int, itertools.takewhile(str.isdigit, version.split("."))))
+    if numbers < list(map(int, oldest.split("."))):
+        raise NotImplementedError(f"{what} needs {library} >= {oldest}, got {library} {version}")
 
 
 def require_exactly(module: nn.Module, name: str, classes: tuple[type, ...]) -> None:

@@ -33,6 +33,8 @@ from uhd_ops.retrofit.padded_layout import PaddedLayout, eager_if_padded, refuse
 class TokenLayout(NamedTuple):
     """A sequence ``(B, P + h*w, C)``: ``prefix`` tokens, then the patches of one grid.
 
+    ``layout[:2]`` is the grid: torch.compile of torch 2.10 traces no property of a NamedTuple.
+
     Attributes:
         height: Rows h of the grid.
         width: Columns w of the grid.
@@ -44,11 +46,6 @@ class TokenLayout(NamedTuple):
     width: int
     prefix: int
     frequencies: Frequencies | None = None
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """``(h, w)``."""
-        return self.height, self.width
 
     def merged(self, window: int) -> TokenLayout:
         """The layout behind the compressor."""
@@ -77,14 +74,14 @@ class TokenLayout(NamedTuple):
         self, x: torch.Tensor, compressor: nn.Module, positions: Rotary | None = None
     ) -> torch.Tensor:
         """Run the compressor on the patches; prefix tokens pass unchanged."""
-        merged = compressor(x[:, self.prefix :], self.grid, positions)
+        merged = compressor(x[:, self.prefix :], self[:2], positions)
         return torch.cat([x[:, : self.prefix], merged], dim=1) if self.prefix else merged
 
     def merge_table(
         self, sin: torch.Tensor, cos: torch.Tensor, window: int, positions: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give each merged token its sine and cosine; see ``nn.positions.merge_table``."""
-        return merge_table(sin, cos, self.grid, window, positions, self.frequencies)
+        return merge_table(sin, cos, self[:2], window, positions, self.frequencies)
 
 
 class RunningForward:
@@ -482,7 +479,7 @@ class CompressedModel(Compressed):
 
     def _to_grid(self, layout: TokenLayout, y: torch.Tensor) -> torch.Tensor:
         """``(B, L, C)`` to ``(B, h, w, C)``; likewise."""
-        grids = [layout.merged(window).grid for window in self._windows()]
+        grids = [layout.merged(window)[:2] for window in self._windows()]
         fitting = (grid for grid in grids if grid[0] * grid[1] == y.shape[1])
         return y.unflatten(1, next(fitting, grids[-1]))
 

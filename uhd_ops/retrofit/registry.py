@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.early_compressor import CompressorConfig
-from uhd_ops.nn.modules import body_class
+from uhd_ops.nn.modules import body_class, require_version
 from uhd_ops.retrofit import families
 from uhd_ops.retrofit.adapter import Family
 from uhd_ops.retrofit.packed import PackedModel
@@ -195,6 +195,22 @@ FAMILIES = (
         ("Kimi_K25VisionEncoderLayer",),
     ),
 )
+# The oldest version of its library with which the tests of what a module defines pass.
+_SINCE = {
+    "timm.models.beit": "1.0.20",
+    "timm.models.deepseek_vit": "1.0.30",
+    "timm.models.gemma4_vit": "1.0.27",
+    "timm.models.naflexvit": "1.0.28",
+    "timm.models.vision_transformer": "1.0.20",
+    "timm.models.vision_transformer_relpos": "1.0.23",
+    "timm.models.vision_transformer_sam": "1.0.23",
+    "transformers.models.clip.modeling_clip": "5.6",
+    "transformers.models.dinov2.modeling_dinov2": "5.18",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers": "5.18",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit": "5.9",
+    "transformers.models.siglip.modeling_siglip": "5.6",
+}
+_TRIED = {"timm": "1.0.31", "transformers": "5.23"}  # for all others: in requirements-dev.txt
 OWN: dict[type, Family] = {}  # by register_family
 # Dotted name of a class -> the file that knows it, and what it is called there.
 _MODELS = {
@@ -226,7 +242,7 @@ def family_of(vit: nn.Module) -> Family:
     if isinstance(found, Family):
         return found
     if found is not None:
-        return getattr(_import(found[0]), found[1])
+        return getattr(_import(*found[:2]), found[2])
     inner = [name for name, module in vit.named_modules() if _look_up(module)]
     why = _reason(vit)
     if why:
@@ -294,7 +310,7 @@ def read_block(block: nn.Module, **context: object) -> BlockSpec:
         raise NotImplementedError(
             f"block must be one of {known}, got {cls.__name__} ({cls.__module__})"
         )
-    return _import(_BLOCKS[name]).read(block, **context)
+    return _import(name, _BLOCKS[name]).read(block, **context)
 
 
 def read_in(family: Family, vit: nn.Module, block: nn.Module) -> BlockSpec:
@@ -302,19 +318,22 @@ def read_in(family: Family, vit: nn.Module, block: nn.Module) -> BlockSpec:
     return read_block(block) if family.read is None else family.read(vit, block)
 
 
-def _import(file: str) -> object:
+def _import(known: str, file: str) -> Any:
+    """Import the file that knows a class, by its dotted name, where its library is new enough."""
+    defined, library = known.rpartition(".")[0], known.partition(".")[0]
+    require_version(library, _SINCE.get(defined, _TRIED[library]), known)
     name = f"{families.__name__}.{file}"
     # torch.compile traces a look-up of what is there, but no import.
     return sys.modules.get(name) or importlib.import_module(name)
 
 
-def _look_up(module: nn.Module) -> Family | tuple[str, str] | None:
+def _look_up(module: nn.Module) -> Family | tuple[str, str, str] | None:
     for cls in type(module).__mro__:
         if cls in OWN:
             return OWN[cls]
         name = _dotted(cls)
         if name in _MODELS:
-            return _MODELS[name]
+            return name, *_MODELS[name]
     return None
 
 

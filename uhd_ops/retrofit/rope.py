@@ -13,20 +13,23 @@ import copy
 from typing import Any
 
 import torch
-from timm.layers import (
-    RotaryEmbeddingCat,
-    RotaryEmbeddingDinoV3,
-    RotaryEmbeddingMixed,
-    RotaryEmbeddingMRope,
-)
+from timm import layers
+from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from torch import nn
 
+from uhd_ops.nn import modules
 from uhd_ops.nn.positions import Frequencies, Rotary
 from uhd_ops.retrofit.adapter import CoarseBlock, CompressedBlock, TokenLayout
 from uhd_ops.retrofit.packed import Grid, PackedModel, Tables
 
-# Those that return the tensor described above.
-ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
+# Those that return the tensor described above; the last came with Qwen3's encoder.
+ROPES = modules.present(
+    layers,
+    "RotaryEmbeddingCat",
+    "RotaryEmbeddingDinoV3",
+    "RotaryEmbeddingMixed",
+    "RotaryEmbeddingMRope",
+)
 
 
 def window_rotary(rope: torch.Tensor) -> Rotary:
@@ -65,6 +68,8 @@ def frequencies_of(rope: nn.Module | None) -> Frequencies | None:
 
 def require_rope(vit: nn.Module) -> None:
     """Refuse rotary embeddings of an unknown kind."""
+    if vit.rope is not None:
+        modules.require_version("timm", "1.0.30", "vit, with rotary embeddings,")
     if vit.rope is not None and type(vit.rope) not in ROPES:
         known = ", ".join(cls.__name__ for cls in ROPES)
         raise NotImplementedError(

@@ -14,7 +14,7 @@ from uhd_ops.integrations.transformers.vlm_models import (
     entry_of,
 )
 from uhd_ops.nn.early_compressor import CompressorConfig
-from uhd_ops.nn.modules import Mixed, body_class, is_mixed, mixed
+from uhd_ops.nn.modules import Mixed, body_class, is_mixed, mixed, require_version
 from uhd_ops.retrofit.families import _hf_checkpoints
 from uhd_ops.retrofit.insertion import insert_early_compressor, remove_early_compressor
 from uhd_ops.retrofit.registry import takes_compressor
@@ -64,6 +64,7 @@ def compress(model: Model, processor: Any = None, layer: int = 6, **options: Any
         >>> model.model.vision_tower.compression.layers
         (0,)
     """
+    require_version("transformers", "5.23", "compress")  # older ones were not tried
     inner, entry = _understood(model)
     towers = [getattr(inner, name) for name in entry.towers]
     # A wrong name among the options is refused by the insertion.
@@ -104,6 +105,7 @@ def decompress(model: Model, processor: Any = None) -> Model:
             that :func:`compress` gave to one of its parts.
         ValueError: The model holds no compressor, or ``processor`` is that of another model.
     """
+    require_version("transformers", "5.23", "compress")  # older ones were not tried
     inner, entry = _understood(model)
     towers = [getattr(inner, name) for name in entry.towers]
     for name, tower in zip(entry.towers, towers, strict=True):

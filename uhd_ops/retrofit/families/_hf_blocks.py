@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import sys
 
-import transformers
 from torch import nn
 from transformers import activations
 
 from uhd_ops.nn import modules
 from uhd_ops.nn.block_spec import AttentionSpec, MlpSpec
 from uhd_ops.nn.modules import ScaleView
-
-if int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(
-        f"vision models of transformers need version 5 or newer, got {transformers.__version__}: "
-        "pip install uhd_ops[transformers]"
-    )
 
 _ACTIVATIONS = {
     activations.GELUActivation: "gelu",

@@ -112,7 +112,7 @@ class CoarseBeitAttention(CoarsePart):
         index = merge_bias(self.relative_position_index, layout, self.window, self.positions)
         merged = StandIn(
             self,
-            window_size=layout.merged(self.window).grid,
+            window_size=layout.merged(self.window)[:2],
             relative_position_index=index,
         )
         return self.body_class._get_rel_pos_bias(merged)

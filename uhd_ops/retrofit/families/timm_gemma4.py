@@ -225,7 +225,7 @@ class CompressedGemma4VitEncoder(CompressedPaddedModel):
         kernel, behind = self.pooling_kernel_size, self._behind(layout)
         if self.global_pool != "soft":
             return
-        for height, width in behind.grids if isinstance(behind, PaddedLayout) else [behind.grid]:
+        for height, width in behind.grids if isinstance(behind, PaddedLayout) else [behind[:2]]:
             if height % kernel or width % kernel:
                 raise ValueError(
                     f"the merged grid must have sides divisible by {kernel} for the soft pooler, "
@@ -241,7 +241,7 @@ class CompressedGemma4VitEncoder(CompressedPaddedModel):
             padding = None if layout.full else ~layout.valid
         else:
             positions, _ = self.patch_embed._default_patch_coord(
-                tokens.shape[0], *layout.grid, tokens.device
+                tokens.shape[0], *layout[:2], tokens.device
             )
         pooled, _ = self.pooler(tokens, positions.flip(-1), padding)
         return pooled if self.std_bias is None else (pooled - self.std_bias) * self.std_scale

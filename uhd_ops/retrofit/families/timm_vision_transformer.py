@@ -30,9 +30,9 @@ from uhd_ops.retrofit.packed import Grid, PackedModel, tensors_at
 
 # ---- the parts of blocks -------------------------------------------------------------------------
 
-# Older versions of timm have no differential attention.
-DiffAttention = getattr(layers, "DiffAttention", None)
-_ATTENTIONS = (layers.Attention, DiffAttention) if DiffAttention else (layers.Attention,)
+# Differential attention came later than the rest.
+_ATTENTIONS = modules.present(layers, "Attention", "DiffAttention")
+_SCALING_BLOCKS = modules.present(timm, "ParallelScalingBlock", "DiffParallelScalingBlock")
 _MLPS = (layers.Mlp, layers.GluMlp, layers.SwiGLU, vitamin.GeGluMlp)
 
 
@@ -120,7 +120,7 @@ def attention(
     modules.require_exactly(module, name, classes)
     modules.require_own_forward(module, name)
     check_scale(module, name)
-    if type(module) is DiffAttention:
+    if type(module) in _ATTENTIONS[1:]:
         _check_diff_attention(module, name)
         norm(module.norm, f"{name}.norm")
         modules.dropout(module.proj_drop, f"{name}.proj_drop")
@@ -167,6 +167,7 @@ def mlp(module: nn.Module, name: str, **branch: object) -> MlpSpec:
     modules.require_own_forward(module, name)
     inside = "inner_norm"
     if type(module) is vitamin.GeGluMlp:
+        modules.require_version("timm", "1.0.31", f"{name}, a GeGluMlp,")
         gate, fc1, fc2, inside = module.w0, module.w1, module.w2, "patch_norm"
     elif type(module) is layers.SwiGLU:
         gate, fc1, fc2 = module.fc1_g, module.fc1_x, module.fc2
@@ -215,7 +216,7 @@ def read(block: nn.Module) -> BlockSpec:
     cls = body_class(block)
     if cls is timm.ParallelThingsBlock:
         return _read_things(block)
-    if cls in (timm.ParallelScalingBlock, timm.DiffParallelScalingBlock):
+    if cls in _SCALING_BLOCKS:
         return _read_scaling(block)
     post_norm = cls is timm.ResPostBlock
     side = functools.partial(around, block, scale="ls", post_norm=post_norm)
@@ -270,6 +271,7 @@ def _read_scaling(block: nn.Module) -> BlockSpec:
     Either branch has the norm and the LayerScale. Drop path, which takes both branches of a view
     together in the block, takes each on its own in the compressor.
     """
+    modules.require_version("timm", "1.0.25", f"block, a {body_class(block).__name__},")
     modules.require_plain(block, "block", ("mlp_bias", *_LAMBDAS))
     fc1, qkv = _split_in(block)
     proj, fc2 = _split_out(block)
@@ -353,7 +355,7 @@ class DiffAttentionView(PartView):
         """Return a ``DiffAttention`` of the block's own parts, as they are now."""
         (block,) = self.owner
         dim = block.in_proj.in_features
-        attention = DiffAttention(
+        attention = layers.DiffAttention(
             dim, block.num_heads, dual_lambda=block.dual_lambda, device="meta"
         )
         attention.training = block.training
@@ -389,6 +391,8 @@ def check(vit: timm.VisionTransformer, config: CompressorConfig) -> None:
     """Refuse a model that is not understood."""
     require_methods(vit, timm.VisionTransformer, _METHODS)
     require_patch_embedding(vit)
+    if vit.pos_embed is None and vit.num_prefix_tokens:  # older ones forgot the tokens
+        modules.require_version("timm", "1.0.26", "vit, with a class token but no positions,")
 
 
 def require_patch_embedding(vit: nn.Module) -> None:
