@@ -40,9 +40,10 @@ test-all: test  ## Then timm's own tests, vLLM and SGLang, as on other machines,
 	bash .ci/sanitize.sh $(PYTHON)
 	bash .ci/emulate.sh $(PYTHON) --sanitize
 
-lint: $(INSTALLED)  ## Check style of Python and C++
+lint: $(INSTALLED)  ## Check style of Python and C++, and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 	git ls-files -co --exclude-standard "csrc/*.h" "csrc/*.cpp" "csrc/*.cu" "csrc/*.cuh" | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: $(INSTALLED)  ## Format Python and C++

@@ -18,7 +18,7 @@ if ! cmp -s .ci/oldest.txt "$venv/oldest.txt"; then
     rm -rf "$venv"
     python3 -m venv "$venv"
     # timm last and alone: nothing may choose another torch for it.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $(grep == .ci/oldest.txt | grep -v timm) \
+    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check $(grep == .ci/oldest.txt | grep -v timm) \
         $(grep -E '^(pytest|pytest-timeout|pytest-xdist|hypothesis)==' requirements-dev.txt)
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$(grep timm .ci/oldest.txt)"
     cp .ci/oldest.txt "$venv"

@@ -36,7 +36,8 @@ print(f"gradient of qkv: {tuple(qkv.grad.shape)}, norm {qkv.grad.norm().item():.
 # Compile it: one graph, no break.
 @torch.compile(fullgraph=True, backend="aot_eager")  # leave out the backend to generate code
 def attend(qkv, grids):
-    return uhd_ops.window_attention(*qkv.unbind(1), grids)
+    q, k, v = qkv.unbind(1)
+    return uhd_ops.window_attention(q, k, v, grids)
 
 
 compiled = attend(qkv.detach(), uhd_ops.PackedGrids(grids))

@@ -12,7 +12,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -22,7 +22,12 @@ from uhd_ops import _native
 from uhd_ops._cache import Tables, kept, note, outlives_modes
 from uhd_ops._checks import check_int, is_int
 
-Grids: TypeAlias = "PackedGrids | Sequence[Sequence[int]] | Sequence[int] | torch.Tensor"
+if TYPE_CHECKING:
+    import numpy as np
+
+Grids: TypeAlias = (
+    "PackedGrids | Sequence[Sequence[int]] | Sequence[int] | torch.Tensor | np.ndarray"
+)
 
 _EXPECTED = (
     "grids must be a PackedGrids, a sequence of (h, w) pairs, one (h, w) pair, "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,7 +21,7 @@ from uhd_ops._checks import LARGEST_INT, check_positive_int, check_tensor
 from uhd_ops.grids import Grids, PackedGrids, TracedGrids, is_single_pair
 from uhd_ops.padded_grids import PaddedGrids
 
-TokenOrder: TypeAlias = str | Sequence[int]
+TokenOrder: TypeAlias = Literal["raster", "block", "window"] | Sequence[int]
 
 _NAMED = {"raster": (), "block": (2,)}
 

@@ -188,7 +188,7 @@ def _rows(module: nn.Module) -> tuple[dict[str, str], dict[nn.Module, str | None
     path, blocks = _find_blocks(module)
     if not len(blocks):
         return {"forward": "forward"}, dict.fromkeys(module.modules(), "forward"), None
-    rows, row_of = ["patch_embed"], dict.fromkeys(module.modules())
+    row, rows, row_of = None, ["patch_embed"], dict.fromkeys(module.modules())
     for name, block in blocks.named_children():
         row = f"{path}.{name}" if path else name
         rows.append(row)

@@ -3,6 +3,10 @@
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uhd_ops.integrations import transformers
 
 __all__ = ["transformers"]
 

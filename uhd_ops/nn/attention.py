@@ -10,7 +10,7 @@ the branches of views.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from uhd_ops.ops.window_attention import window_attention
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import Windows, locate
 
-QUERIES = ("cross_top_left", "cross_mean")
+Query = Literal["cross_top_left", "cross_mean"]
+QUERIES: tuple[Query, ...] = get_args(Query)
 
 
 def run_attention(

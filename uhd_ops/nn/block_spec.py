@@ -35,7 +35,7 @@ from torch.nn import functional
 from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.nn.attention import Scope, end_branch, run_attention, run_own_attention
 from uhd_ops.nn.positions import Rotary
-from uhd_ops.ops.pixel_unshuffle_mlp import ACTIVATIONS, check_activation
+from uhd_ops.ops.pixel_unshuffle_mlp import ACTIVATIONS, Activation, check_activation
 
 if TYPE_CHECKING:
     from uhd_ops.nn.modules import Limits  # which stands on this file
@@ -256,7 +256,7 @@ class BlockSpec:
         bias: bool,
         qk_norm: bool,
         layer_scale: float | None,
-        activation: str,
+        activation: Activation,
         eps: float,
         attention_dropout: float,
         dropout: float,

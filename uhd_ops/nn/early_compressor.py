@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -18,21 +19,25 @@ from uhd_ops._checks import check_int, check_positive_int, is_int
 from uhd_ops.grids import Grids
 from uhd_ops.nn.attention import (
     QUERIES,
+    Query,
     QueryScope,
     WindowScope,
     run_attention,
     run_own_attention,
 )
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, OwnAttentionSpec, read_block
-from uhd_ops.nn.mlp_forms import FORMS, NoMlp, PlainMlp, WindowMlp
+from uhd_ops.nn.mlp_forms import FORMS, Form, NoMlp, PlainMlp, WindowMlp
 from uhd_ops.nn.modules import check_reusable, clone_module
-from uhd_ops.nn.positions import POSITIONS, Rotary
-from uhd_ops.nn.window_token_compressor import POOLS
+from uhd_ops.nn.positions import POSITIONS, Positions, Rotary
+from uhd_ops.nn.window_token_compressor import POOLS, Pool
+from uhd_ops.ops.pixel_unshuffle_mlp import Activation
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import check_tokens, parsed
 
-ATTENTIONS = ("window", "none", *QUERIES)
-MLPS = ("reuse", "plain", "none")
+AttentionKind: TypeAlias = Literal["window", "none"] | Query
+ATTENTIONS: tuple[AttentionKind, ...] = ("window", "none", *QUERIES)
+MlpKind = Literal["reuse", "plain", "none"]
+MLPS: tuple[MlpKind, ...] = get_args(MlpKind)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -68,13 +73,27 @@ class CompressorConfig:
     """
 
     layers: tuple[int, ...] = (6,)
-    attention: str = "window"
-    mlp: str = "reuse"
-    form: str = "dense"
+    attention: AttentionKind = "window"
+    mlp: MlpKind = "reuse"
+    form: Form = "dense"
     window: int = 2
-    positions: str = "center"
-    pool: str | None = None
+    positions: Positions = "center"
+    pool: Pool | None = None
     hidden_dim: int | None = None
+
+    if TYPE_CHECKING:  # what the fields are made from
+
+        def __init__(
+            self,
+            layers: int | Sequence[int] = (6,),
+            attention: bool | AttentionKind = "window",
+            mlp: MlpKind = "reuse",
+            form: Form = "dense",
+            window: int = 2,
+            positions: Positions = "center",
+            pool: Pool | None = None,
+            hidden_dim: int | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         put, early = object.__setattr__, self.pool is None
@@ -147,7 +166,7 @@ def _check_layers(layers: int | Sequence[int], name: str) -> tuple[int, ...]:
     return checked
 
 
-def attention_name(attention: bool | str) -> str:
+def attention_name(attention: bool | AttentionKind) -> AttentionKind:
     """Return the name of a kind of attention; True and False are short for two of them."""
     if isinstance(attention, bool):
         return "window" if attention else "none"
@@ -354,13 +373,13 @@ class EarlyCompressor(nn.Module):
         hidden_dim: int | None = None,
         head_dim: int | None = None,
         window: int = 2,
-        form: str = "dense",
-        attention: bool | str = "window",
-        mlp: str = "reuse",
+        form: Form = "dense",
+        attention: bool | AttentionKind = "window",
+        mlp: MlpKind = "reuse",
         bias: bool = True,
         qk_norm: bool = False,
         layer_scale: float | None = None,
-        activation: str = "gelu_tanh",
+        activation: Activation = "gelu_tanh",
         eps: float = 1e-6,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -394,9 +413,9 @@ class EarlyCompressor(nn.Module):
         block: nn.Module,
         *,
         window: int = 2,
-        form: str = "dense",
-        attention: bool | str = "window",
-        mlp: str = "reuse",
+        form: Form = "dense",
+        attention: bool | AttentionKind = "window",
+        mlp: MlpKind = "reuse",
     ) -> EarlyCompressor:
         """Make the compressor that reuses the weights of a transformer block.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ from uhd_ops.ops.pixel_unshuffle_mlp import ACTIVATIONS, mlp_form, pixel_unshuff
 from uhd_ops.ops.tile_weight import tile_average, tile_block_diagonal, tile_vector
 from uhd_ops.ops.window_mean import window_mean
 
-FORMS = ("dense", "block", "tied")
+Form = Literal["dense", "block", "tied"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class MlpWeights(NamedTuple):
@@ -69,7 +70,7 @@ def form_of(weights: MlpWeights, *, factor: int = 2, channels: int | None = None
 
 
 def convert_mlp(
-    weights: MlpWeights, form: str, *, factor: int = 2, channels: int | None = None
+    weights: MlpWeights, form: Form, *, factor: int = 2, channels: int | None = None
 ) -> MlpWeights:
     """Return the same network in another form; differentiable by ``torch.autograd``.
 

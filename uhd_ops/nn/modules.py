@@ -13,7 +13,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from torch.nn import functional
 from uhd_ops._checks import is_dense, is_plain
 from uhd_ops.nn.block_spec import AttentionSpec, BlockSpec, MlpSpec, OwnAttentionSpec
 from uhd_ops.ops.tile_weight import tile_vector
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # ---- classes that change in place ----------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import nn
 from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.mlp_forms import merge_windows
-from uhd_ops.ops.pixel_unshuffle_mlp import check_activation
+from uhd_ops.ops.pixel_unshuffle_mlp import Activation, check_activation
 from uhd_ops.windows import check_tokens, parsed
 
 
@@ -66,7 +66,7 @@ class PixelUnshuffleConnector(nn.Module):
         *,
         merger_times: int = 1,
         window: int = 2,
-        activation: str = "gelu",
+        activation: Activation = "gelu",
         eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

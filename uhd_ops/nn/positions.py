@@ -8,11 +8,12 @@ those are the host's. The merged tokens get rows of their own, derived from thos
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-POSITIONS = ("center", "reindex")
+Positions = Literal["center", "reindex"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 
 class Rotary(NamedTuple):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ from uhd_ops.nn.traced_parts import register
 from uhd_ops.nn.view_ratios import Merge, ViewRatios
 from uhd_ops.windows import join_prefix, split_prefix
 
-POSITIONS = ("resample", "nearest")
+Positions = Literal["resample", "nearest"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ class SliceEncoder(nn.Module):
         (PackedGrids([(2, 3), (2, 1)]), torch.Size([8, 32]), torch.Size([2, 1, 32]))
     """
 
-    def __init__(self, vit: nn.Module, positions: str = "resample") -> None:
+    def __init__(self, vit: nn.Module, positions: Positions = "resample") -> None:
         super().__init__()
         if positions not in POSITIONS:
             raise ValueError(f'positions must be "resample" or "nearest", got "{positions}"')
@@ -161,6 +162,19 @@ class SliceEncoder(nn.Module):
         one = self.packed(PackedGrids([(1, 1)]))
         tokens, _, prefix = self._encode(one, blank, None)
         return SliceTokens(tokens[:0], grids, prefix[:0], counts)
+
+    if TYPE_CHECKING:  # nn.Module says that a call returns anything
+
+        def __call__(
+            self,
+            views: torch.Tensor | Sequence[torch.Tensor],
+            grids: Grids | None = None,
+            *,
+            views_per_image: Sequence[int] | None = None,
+            ratios: Sequence[int] | None = None,
+        ) -> SliceTokens:
+            """:meth:`forward`, and the hooks."""
+            ...
 
     def packed(self, grids: PackedGrids) -> Any:
         """Return the model on views with these grids, a ``uhd_ops.retrofit.packed.PackedModel``."""

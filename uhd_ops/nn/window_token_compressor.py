@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -15,7 +17,8 @@ from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.ops.window_pool import window_pool
 from uhd_ops.windows import Windows, check_tokens, parsed
 
-POOLS = ("adaptive", "mean", "unshuffle")
+Pool = Literal["adaptive", "mean", "unshuffle"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 class WindowTokenCompressor(nn.Module):
@@ -65,7 +68,7 @@ class WindowTokenCompressor(nn.Module):
         self,
         dim: int,
         *,
-        pool: str = "adaptive",
+        pool: Pool = "adaptive",
         hidden_dim: int | None = None,
         window: int = 2,
         device: torch.device | str | None = None,

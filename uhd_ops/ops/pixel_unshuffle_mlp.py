@@ -8,6 +8,7 @@ Two native operators do what torch's products do not: ``_unshuffle_norm`` in fro
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -16,7 +17,8 @@ from uhd_ops import _checks, _native, reference, windows
 from uhd_ops.grids import Grids
 from uhd_ops.windows import TokenOrder, Windows
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu", "relu"]
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda u: functional.gelu(u, approximate="tanh"),
     "gelu": functional.gelu,
     "quick_gelu": lambda u: u * torch.sigmoid(1.702 * u),
@@ -26,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """What the kernels compute, for layers that do not run them, by the name in the public API."""
 
 
-def check_activation(activation: str) -> None:
+def check_activation(activation: object) -> None:
     """Refuse what is no name of an activation."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
@@ -45,7 +47,7 @@ def pixel_unshuffle_mlp(
     norm_bias: torch.Tensor | None = None,
     eps: float = 1e-6,
     factor: int = 2,
-    activation: str = "gelu_tanh",
+    activation: Activation = "gelu_tanh",
     residual: bool = True,
     order_in: TokenOrder = "raster",
 ) -> torch.Tensor:

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
 import torch
 
 from uhd_ops.reference._windows import as_pairs
+
+TokenOrder: TypeAlias = Literal["raster", "block", "window"] | Sequence[int]
 
 
 def tokens_in_order(grids, order, window=None, device=None) -> torch.Tensor:

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
 import torch
 
+# As the public functions take them; a PackedGrids yields pairs.
+Grids: TypeAlias = Iterable[Sequence[int]] | Sequence[int] | torch.Tensor
 
-def as_pairs(grids) -> list[tuple[int, int]]:
+
+def as_pairs(grids: Grids) -> list[tuple[int, int]]:
     """``grids`` in any accepted form as a list of ``(h, w)`` pairs."""
     if isinstance(grids, torch.Tensor):
         grids = grids.tolist()

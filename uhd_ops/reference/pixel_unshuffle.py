@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._token_order import to_raster
-from uhd_ops.reference._windows import packed, unpacked, window_tokens
+from uhd_ops.reference._token_order import TokenOrder, to_raster
+from uhd_ops.reference._windows import Grids, packed, unpacked, window_tokens
 
 
-def pixel_unshuffle(x, grids, factor=2, *, order_in="raster"):
+def pixel_unshuffle(
+    x: torch.Tensor, grids: Grids, factor: int = 2, *, order_in: TokenOrder = "raster"
+) -> torch.Tensor:
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.pixel_unshuffle`."""
     dtype = x.dtype
     x, pairs, batch = packed(x, grids, 1)

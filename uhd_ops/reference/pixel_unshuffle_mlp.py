@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.nn import functional
 
-from uhd_ops.reference._token_order import to_raster
-from uhd_ops.reference._windows import packed, unpacked, window_tokens
+from uhd_ops.reference._token_order import TokenOrder, to_raster
+from uhd_ops.reference._windows import Grids, packed, unpacked, window_tokens
 
 ACTIVATIONS = {
     "gelu_tanh": lambda u: functional.gelu(u, approximate="tanh"),
@@ -19,21 +21,21 @@ ACTIVATIONS = {
 
 
 def pixel_unshuffle_mlp(
-    x,
-    grids,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
+    x: torch.Tensor,
+    grids: Grids,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
     *,
-    norm_weight=None,
-    norm_bias=None,
-    eps=1e-6,
-    factor=2,
-    activation="gelu_tanh",
-    residual=True,
-    order_in="raster",
-):
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    factor: int = 2,
+    activation: Literal["gelu_tanh", "gelu", "quick_gelu", "silu", "relu"] = "gelu_tanh",
+    residual: bool = True,
+    order_in: TokenOrder = "raster",
+) -> torch.Tensor:
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.pixel_unshuffle_mlp`."""
     x, pairs, batch = packed(x, grids, 1)
     x = to_raster(x, pairs, order_in, factor)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._windows import packed, unpacked
+from uhd_ops.reference._windows import Grids, packed, unpacked
 
 
-def view_attention(q, k, v, grids):
+def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Grids) -> torch.Tensor:
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.view_attention`."""
     q, pairs, batch = packed(q, grids, 2)
     k, v = packed(k, grids, 2)[0], packed(v, grids, 2)[0]

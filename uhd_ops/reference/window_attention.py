@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._token_order import from_raster, to_raster
+from uhd_ops.reference._token_order import TokenOrder, from_raster, to_raster
 from uhd_ops.reference._windows import (
+    Grids,
     clamped_window,
     packed,
     unpacked,
@@ -14,7 +15,17 @@ from uhd_ops.reference._windows import (
 )
 
 
-def window_attention(q, k, v, grids, window=2, *, scale=None, order="raster", order_in="raster"):
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grids: Grids,
+    window: int = 2,
+    *,
+    scale: float | None = None,
+    order: TokenOrder = "raster",
+    order_in: TokenOrder = "raster",
+) -> torch.Tensor:
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.window_attention`."""
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     q, pairs, batch = packed(q, grids, 2)

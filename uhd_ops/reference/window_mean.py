@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops.reference._token_order import to_raster
+from uhd_ops.reference._token_order import TokenOrder, to_raster
 from uhd_ops.reference._windows import (
+    Grids,
     clamped_window,
     packed,
     unpacked,
@@ -14,7 +15,9 @@ from uhd_ops.reference._windows import (
 )
 
 
-def window_mean(x, grids, window=2, *, order_in="raster"):
+def window_mean(
+    x: torch.Tensor, grids: Grids, window: int = 2, *, order_in: TokenOrder = "raster"
+) -> torch.Tensor:
     """Plain PyTorch, any float dtype; arguments as :func:`uhd_ops.window_mean`."""
     x, pairs, batch = packed(x, grids, 1)
     x = to_raster(x, pairs, order_in, window)

@@ -18,23 +18,30 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from uhd_ops.nn.block_spec import BlockSpec
-from uhd_ops.nn.early_compressor import CompressorConfig, EarlyCompressor
-from uhd_ops.nn.modules import Mixed, blocks_at, check_reusable, is_mixed, mixed
-from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
+from uhd_ops.nn.early_compressor import (
+    AttentionKind,
+    CompressorConfig,
+    EarlyCompressor,
+    MlpKind,
+)
+from uhd_ops.nn.mlp_forms import Form
+from uhd_ops.nn.modules import Mixed, Model, blocks_at, check_reusable, is_mixed, mixed
+from uhd_ops.nn.positions import Positions
+from uhd_ops.nn.window_token_compressor import Pool, WindowTokenCompressor
 from uhd_ops.retrofit.adapter import CoarsePart, CompressedBlock, CompressedWrapper, Family
 from uhd_ops.retrofit.registry import family_of, read_in
 
 
 def insert_early_compressor(
-    vit: nn.Module,
+    vit: Model,
     layer: int = 6,
     *,
-    attention: bool | str = "window",
-    mlp: str = "reuse",
-    form: str = "dense",
+    attention: bool | AttentionKind = "window",
+    mlp: MlpKind = "reuse",
+    form: Form = "dense",
     window: int = 2,
-    positions: str = "center",
-) -> nn.Module:
+    positions: Positions = "center",
+) -> Model:
     """Merge each window of patch tokens into one token after block ``layer``, in place.
 
     The blocks behind ``layer`` then work on ``ceil(h / window) * ceil(w / window)`` tokens instead
@@ -107,7 +114,7 @@ def insert_early_compressor(
     return insert(vit, layers=layer, **options, positions=positions)
 
 
-def remove_early_compressor(vit: nn.Module) -> nn.Module:
+def remove_early_compressor(vit: Model) -> Model:
     """Take the compressor out again, in place; its weights are lost.
 
     Args:
@@ -138,14 +145,14 @@ def remove_early_compressor(vit: nn.Module) -> nn.Module:
 
 
 def insert_progressive_compression(
-    vit: nn.Module,
+    vit: Model,
     layers: Sequence[int] = (3, 17),
     *,
-    pool: str = "adaptive",
+    pool: Pool = "adaptive",
     hidden_dim: int | None = None,
     window: int = 2,
-    positions: str = "center",
-) -> nn.Module:
+    positions: Positions = "center",
+) -> Model:
     """Merge each window of patch tokens into one token after several blocks, in place.
 
     After each of the ``layers`` a :class:`uhd_ops.nn.WindowTokenCompressor` divides the tokens by
@@ -194,7 +201,7 @@ def insert_progressive_compression(
     return insert(vit, layers=layers, **options, positions=positions)
 
 
-def remove_progressive_compression(vit: nn.Module) -> nn.Module:
+def remove_progressive_compression(vit: Model) -> Model:
     """Take all merges out again, in place; their weights are lost.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, ClassVar, Literal, SupportsIndex
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from uhd_ops._checks import check_int, check_positive_int
 from uhd_ops.nn.block_spec import BlockSpec
 from uhd_ops.nn.early_compressor import CompressorConfig
-from uhd_ops.nn.modules import blocks_at, is_mixed, mixed, require_own_forward
+from uhd_ops.nn.modules import Model, blocks_at, is_mixed, mixed, require_own_forward
 from uhd_ops.nn.positions import Rotary
 from uhd_ops.retrofit.adapter import (
     CompressedBlock,
@@ -27,18 +27,18 @@ from uhd_ops.retrofit.registry import OWN, is_built_in
 
 
 def register_family(
-    cls: type[nn.Module],
+    cls: type[Model],
     *,
     blocks: str,
     read_block: Callable[[nn.Module], BlockSpec],
     grid: Callable[..., tuple[int, int]],
     prefix_tokens: int = 0,
-    layout: str = "NLC",
+    layout: Literal["NLC", "LNC"] = "NLC",
     methods: Sequence[str] = ("forward",),
     patch_shape: Callable[[nn.Module], Sequence[int]] | None = None,
     embed: Callable[..., tuple[torch.Tensor | None, torch.Tensor]] | None = None,
     finish: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
-) -> type[nn.Module]:
+) -> type[Model]:
     """Make a vision transformer of your own one that takes a compressor.
 
     Afterwards :func:`uhd_ops.insert_early_compressor`, ``insert_progressive_compression``, their

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from uhd_ops._checks import check_positive_int
+from uhd_ops.nn.modules import Model
 
 # Classes of timm whose set_input_size resamples the kernel and everything that depends on the grid.
 _CLASSES = ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos")
@@ -34,8 +35,8 @@ class PatchRefinement:
 
 
 def refine_patch_embedding(
-    vit: nn.Module, patch_size: int, *, img_size: int | tuple[int, int] | None = None
-) -> nn.Module:
+    vit: Model, patch_size: int, *, img_size: int | tuple[int, int] | None = None
+) -> Model:
     """Change the side of a patch, in place, so that the model sees a finer or coarser grid.
 
     The kernel becomes the one whose products with a resized patch are closest to those of the old

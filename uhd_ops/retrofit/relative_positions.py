@@ -152,7 +152,7 @@ def _neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor,
     Returns:
         Their indices, and how far they are away, each ``(2, 2 * new - 1)``.
     """
-    low, high = 1.01, 1.5
+    low, high, ratio = 1.01, 1.5, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
         too_far = (1 - ratio ** (old - 1)) / (1 - ratio) > new - 1

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import nn
 
 from uhd_ops._checks import check_int
+from uhd_ops.nn.modules import Model
 from uhd_ops.retrofit.adapter import CompressedBlock
 from uhd_ops.retrofit.registry import family_of, read_in
 
 
-def freeze_for_stage(vit: nn.Module, stage: int) -> nn.Module:
+def freeze_for_stage(vit: Model, stage: Literal[1, 2]) -> Model:
     """Choose what trains by ``requires_grad``, in place: what was inserted, or everything.
 
     Stage 1 trains the compressors and nothing else of ``vit``, so that what is new adapts to the
@@ -62,7 +64,7 @@ def freeze_for_stage(vit: nn.Module, stage: int) -> nn.Module:
     return vit
 
 
-def load_plain_checkpoint(vit: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
+def load_plain_checkpoint(vit: Model, state_dict: Mapping[str, torch.Tensor]) -> Model:
     """Load a checkpoint of the model without a compressor, and make the compressor reuse it.
 
     ``load_state_dict(..., strict=False)`` would load the same weights, but leave the compressor

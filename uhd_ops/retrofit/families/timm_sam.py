@@ -253,7 +253,8 @@ class PackedSam(parts.PackedTimm):
         """Attend in views ``(n, m, C)`` of one grid, whose windows became one token."""
         height, width = (-(-side // window) for side in grid)
         stride = stride_of(window, self.merged_positions)
-        x, side = x.unflatten(1, (height, width)), -(-block.window_size // stride)
+        padded = height, width
+        x, side = x.unflatten(1, padded), -(-block.window_size // stride)
         if side:
             x, padded = sam.window_partition(x, side)
         if window > 1:
