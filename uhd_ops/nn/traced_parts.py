@@ -159,7 +159,9 @@ def _forward(given, inputs, rows, sides, seed, num_rows, of_one, *call):
             f"{call[1]!r} of a compiled SliceEncoder must return {num_rows} rows for these grids, "
             f"got {[len(x) for x in made]}"
         )
-    return made
+    # An operator returns no views of what it was given: prefix tokens that are expanded, say.
+    seen = {x.untyped_storage().data_ptr() for x in (*given, *inputs)}
+    return [x.clone() if x.untyped_storage().data_ptr() in seen else x for x in made]
 
 
 @torch.library.register_fake("uhd_ops::_model_part")
