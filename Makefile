@@ -9,7 +9,7 @@ export UHD_OPS_REQUIRE_NATIVE ?= 1
 # The virtual environment's cmake and ninja, also where it was not activated.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help build demo test test-op test-all bench lint format clean
+.PHONY: help build demo test test-op test-all bench style lint format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,15 +23,16 @@ build: $(INSTALLED)  ## Build the native libraries in place
 demo: build  ## Encode a photograph with and without the compressor
 	bash examples/demo.sh $(PYTHON)
 
-test: lint build  ## Check style and run the tests on this build
-	$(PYTHON) -m pytest -n 2
+test: style build  ## Check style and run the tests on this build, but for slow ones
+	$(PYTHON) -m pytest -n 2 -m "not slow"
 
 test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test-op OP=window_mean
 	@test -n "$(OP)" || { echo "usage: make test-op OP=window_mean" >&2; exit 2; }
 	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
 		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
-test-all: test  ## Then timm's own tests, vLLM and SGLang, as on other machines, on emulated CUDA kernels, with the oldest packages, sanitized
+test-all: test lint  ## Then types, slow tests, timm's own, vLLM and SGLang, other machines, emulated CUDA kernels, the oldest packages, sanitizers
+	$(PYTHON) -m pytest -n 2 -m slow
 	bash .ci/timm_suite.sh $(PYTHON)
 	bash .ci/serving_suite.sh $(PYTHON)
 	bash .ci/machines.sh $(PYTHON)
@@ -40,11 +41,13 @@ test-all: test  ## Then timm's own tests, vLLM and SGLang, as on other machines,
 	bash .ci/sanitize.sh $(PYTHON)
 	bash .ci/emulate.sh $(PYTHON) --sanitize
 
-lint: $(INSTALLED)  ## Check style of Python and C++, and types
+style: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 	git ls-files -co --exclude-standard "csrc/*.h" "csrc/*.cpp" "csrc/*.cu" "csrc/*.cuh" | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+lint: style  ## Check style of Python and C++, and types
+	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 
 format: $(INSTALLED)  ## Format Python and C++
 	$(PYTHON) -m ruff check --fix .

@@ -58,6 +58,7 @@ def test_make_targets_exist():
         assert f"\n{target}:" in makefile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["models", "vlms", "works_with"])
 def test_page_is_up_to_date(page):
     command = [sys.executable, ROOT / "docs" / f"{page}.py", "--check"]

@@ -71,6 +71,7 @@ ENCODERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENCODERS)
 def test_three_graphs_serve_all_grids(name):
     vit, options = ENCODERS[name]
