@@ -61,7 +61,7 @@ def insert(model):
     """Give a model a compressor in its middle, where it takes one and has none."""
     global inserted
     try:
-        transformer = family_of(model, "timm").transformer(model)
+        transformer = family_of(model).transformer(model)
     except NotImplementedError:
         return model
     if not hasattr(transformer, "compression"):
