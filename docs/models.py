@@ -10,20 +10,18 @@ compressor is inserted in its middle, and a slice encoder is made of the two.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
+from _page import write_or_check
 from timm.layers import weight_init
 
 from uhd_ops import insert_early_compressor
 from uhd_ops.nn import SliceEncoder
 
-TABLE = Path(__file__).with_name("models.md")
 # The files of timm with models of one resolution throughout. All other classes are refused.
 MODULES = (
     *("vision_transformer", "vision_transformer_hybrid", "vitamin", "deit", "eva", "beit"),
@@ -113,22 +111,12 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail where the page is out of date")
-    arguments = parser.parse_args()
+def page() -> str:
+    """Return the page over all entry points."""
     # On the meta device there is nothing to draw, which took most of the time.
     weight_init._trunc_normal_ = lambda tensor, *args: tensor
-    page = table([try_model(name) for name in names()])
-    if arguments.check:
-        if page != TABLE.read_text():
-            print("docs/models.md is out of date: run python docs/models.py", file=sys.stderr)
-            return 1
-        return 0
-    TABLE.write_text(page)
-    return 0
+    return table([try_model(name) for name in names()])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(__file__, __doc__, page))

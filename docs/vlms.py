@@ -10,20 +10,18 @@ device, without weights, and compressed.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
+from _page import write_or_check
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from uhd_ops.integrations.transformers import compress
 from uhd_ops.integrations.transformers.vlm_models import entry_of, grid_side
 from uhd_ops.retrofit.registry import takes_compressor
 
-TABLE = Path(__file__).with_name("vlms.md")
 LAYER = 5  # VipLLaVA reads the states behind block 5 of its tower
 GEMMA3 = {"model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14}
 # Where the default config makes no model, or one whose parts do not fit, as it is released.
@@ -162,21 +160,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Write the page, or compare it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail where the page is out of date")
-    arguments = parser.parse_args()
+def page() -> str:
+    """Return the page over all types."""
     types = sorted(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items())
-    page = table([try_type(kind, model) for kind, model in types])
-    if arguments.check:
-        if page != TABLE.read_text():
-            print("docs/vlms.md is out of date: run python docs/vlms.py", file=sys.stderr)
-            return 1
-        return 0
-    TABLE.write_text(page)
-    return 0
+    return table([try_type(kind, model) for kind, model in types])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(__file__, __doc__, page))

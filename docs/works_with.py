@@ -7,14 +7,14 @@ python docs/works_with.py --check    # fail where it is out of date
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 import sys
 from pathlib import Path
 
+from _page import write_or_check
+
 HERE = Path(__file__).resolve().parent
-PAGE = HERE / "works_with.md"
 TESTS = HERE.parent / "python_tests" / "test_works_with.py"
 PINS = HERE.parent / "requirements-dev.txt"
 
@@ -41,17 +41,5 @@ def page() -> str:
     return HEAD + "".join(rows)
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    if not parser.parse_args().check:
-        PAGE.write_text(page())
-    elif PAGE.read_text() != page():
-        print("docs/works_with.md is out of date: run python docs/works_with.py", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(write_or_check(__file__, __doc__, page))

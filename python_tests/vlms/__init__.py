@@ -59,7 +59,7 @@ VLMS = [
             "Qwen2_5_VL",
             {
                 **packed.QWEN_VISION,
-                **{"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
+                **packed.SIZES,
                 **{"fullatt_block_indexes": [3], "window_size": 32},
             },
         ),

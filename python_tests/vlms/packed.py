@@ -29,6 +29,10 @@ def pixtral(kind, **options):
     return make
 
 
+SIZE = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+QWEN_VISION = {"depth": 4, "patch_size": 4, "spatial_merge_size": 2, "num_heads": 2}
+QWEN3_VISION = {**QWEN_VISION, **SIZES, "num_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
@@ -46,6 +50,12 @@ GLM_EXPERTS = {
 }
 
 
+def text_with_sections(**options):
+    """A language model whose rotary embeddings have sections for frames, rows and columns."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    return {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope, **options}
+
+
 def qwen(kind, vision, like="", video="Qwen2VL", **text):
     """Qwen2-VL and later: 2 x 2 patches become a token behind the tower.
 
@@ -59,13 +69,10 @@ def qwen(kind, vision, like="", video="Qwen2VL", **text):
 
     def make():
         ids = {name: image_id(token) for name, token in IDS.items()}
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-        text_config = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope, **text}
         config = getattr(transformers, f"{kind}Config")(
-            vision_config=vision, text_config=text_config, **ids
+            vision_config=vision, text_config=text_with_sections(**text), **ids
         )
-        size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-        patches = {"patch_size": 4, "size": size}
+        patches = {"patch_size": 4, "size": SIZE}
         processor = getattr(transformers, f"{like or kind}Processor")(
             transformers.Qwen2VLImageProcessor(**patches),
             tokenizer(),
@@ -88,21 +95,15 @@ def glm(kind, like="", **options):
             "video_start_token_id": image_id("<boi>"),
             "video_end_token_id": image_id("<eoi>"),
         }
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-        text = {**TEXT, "vocab_size": len(tokenizer()), "rope_parameters": rope}
-        vision = {
-            **QWEN_VISION,
-            **{"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
-            "image_size": 16,
-        }
         config = getattr(transformers, f"{kind}Config")(
-            vision_config=vision, text_config={**text, "model_type": "glm4v_text", **options}, **ids
+            vision_config={**QWEN_VISION, **SIZES, "image_size": 16},
+            text_config=text_with_sections(**{"model_type": "glm4v_text", **options}),
+            **ids,
         )
-        size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
         processor = getattr(transformers, f"{like or kind}Processor")(
-            getattr(transformers, f"{like or kind}ImageProcessor")(patch_size=4, size=size),
+            getattr(transformers, f"{like or kind}ImageProcessor")(patch_size=4, size=SIZE),
             tokenizer(),
-            getattr(transformers, f"{like or kind}VideoProcessor")(patch_size=4, size=size),
+            getattr(transformers, f"{like or kind}VideoProcessor")(patch_size=4, size=SIZE),
         )
         return getattr(transformers, f"{kind}ForConditionalGeneration")(config), processor
 
@@ -143,9 +144,3 @@ IDS = {
     "vision_start_token_id": "<img>",
     "vision_end_token_id": "</img>",
 }
-QWEN3_VISION = {
-    **{"depth": 4, "patch_size": 4, "spatial_merge_size": 2, "num_heads": 2},
-    **{"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32},
-    "num_position_embeddings": 64,
-}
-QWEN_VISION = {"depth": 4, "patch_size": 4, "spatial_merge_size": 2, "num_heads": 2}

@@ -43,6 +43,10 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
 
 def stride_of(window: int, positions: str) -> int:
     """Fine tokens between the positions of two merged neighbours."""

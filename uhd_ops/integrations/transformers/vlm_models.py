@@ -146,12 +146,16 @@ class TiledImagesAndVideos(_LooksUpPatchSize):
 # ---- connectors that merge tokens themselves -----------------------------------------------------
 
 
+def _padded(maps: torch.Tensor, factor: int) -> torch.Tensor:
+    """Pad square maps ``(B, s, s, C)`` by zeros until ``factor`` divides their sides."""
+    missing = -maps.shape[1] % factor
+    return functional.pad(maps, (0, 0, 0, missing, 0, missing))
+
+
 def _padded_square(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """Pad a square of tokens ``(B, s * s, C)`` by zeros until ``factor`` divides its side."""
+    """As ``_padded``, for tokens ``(B, s * s, C)``."""
     side = math.isqrt(x.shape[1])
-    missing = -side % factor
-    square = x.unflatten(1, (side, side))
-    return functional.pad(square, (0, 0, 0, missing, 0, missing)).flatten(1, 2)
+    return _padded(x.unflatten(1, (side, side)), factor).flatten(1, 2)
 
 
 class ShufflesByArgument(Mixed):
@@ -176,8 +180,7 @@ class ShufflesMaps(Mixed):
 
     def pixel_shuffle(self, vision_features: torch.Tensor, scale_factor: float = 0.5) -> Any:
         """Merge tokens ``(B, s, s, C)``, also where ``s * scale_factor`` is no whole number."""
-        missing = -vision_features.shape[1] % round(1 / scale_factor)
-        padded = functional.pad(vision_features, (0, 0, 0, missing, 0, missing))
+        padded = _padded(vision_features, round(1 / scale_factor))
         return self.body_class.pixel_shuffle(self, padded, scale_factor)
 
 
@@ -199,7 +202,7 @@ class _TowerForSizes(StandIn):
     """A tower that gets the sizes of the images, whatever its caller passes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **{**kwargs, "image_sizes": self.image_sizes})
+        return super().__call__(*args, **{**kwargs, "image_sizes": self.image_sizes})
 
 
 class PacksImages(Mixed):
@@ -293,7 +296,7 @@ class _TowerForBlocks(StandIn):
         grids = [(height, width) for frames, height, width in shapes for _ in range(frames)]
         sides = (self.module.spatial_merge_size,), (self.spatial_merge_size,)
         pixel_values = reorder_tokens(pixel_values, grids, sides[0], order_in=sides[1])
-        return self.module(pixel_values, grid_thw=grid_thw, **kwargs)
+        return super().__call__(pixel_values, grid_thw=grid_thw, **kwargs)
 
 
 class GetsBlocks(Mixed):
@@ -336,13 +339,6 @@ class GetsBlocks(Mixed):
         return self.body_class.get_rope_index(self._for_blocks(), *args, **kwargs)
 
 
-class _Tower(StandIn):
-    """A tower with other values for some attributes, to be called."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-
 class GetsRows(Mixed):
     """Kimi K2.5, whose processor rounds sizes by ``merge_size``, but orders patches row by row."""
 
@@ -354,7 +350,7 @@ class GetsRows(Mixed):
     ) -> Any:
         """Split the tokens by the images, of which fewer are left."""
         size = _merge_size(self.config, compression_of(self.vision_tower))
-        tower = _Tower(self.vision_tower, merge_kernel_size=(size, size))
+        tower = StandIn(self.vision_tower, merge_kernel_size=(size, size))
         model = StandIn(self, vision_tower=tower)
         return self.body_class.get_image_features(model, pixel_values, image_grid_thw, **kwargs)
 
