@@ -3,8 +3,8 @@
 
 This file decides whether CMake runs, hands it the environment's wishes, and puts the libraries into
 the package. The switches: UHD_OPS_NO_NATIVE, UHD_OPS_REQUIRE_NATIVE, UHD_OPS_CUDA (auto, 0, 1),
-UHD_OPS_CUDA_ARCHS, UHD_OPS_TORCH_INCLUDE, UHD_OPS_BUILD_DIR, UHD_OPS_SANITIZE, CXX, CUDACXX,
-MAX_JOBS.
+UHD_OPS_CUDA_ARCHS, UHD_OPS_TORCH_INCLUDE, UHD_OPS_BUILD_DIR, UHD_OPS_SANITIZE, UHD_OPS_WERROR,
+CXX, CUDACXX, MAX_JOBS.
 
 A package without kernels has the version "<version>+reference": a local version, which the public
 index refuses, and which pip refuses where an index promised the plain one. Source archives have
@@ -191,13 +191,13 @@ class CMakeBuild(build_ext):
         yield f"-DUHD_TORCH_INCLUDE={include}"
         yield f"-DUHD_CUDA={'ON' if nvcc else 'OFF'}"
         yield f"-DUHD_SANITIZE={'ON' if switch('UHD_OPS_SANITIZE') else 'OFF'}"
+        yield f"-DUHD_WERROR={'ON' if switch('UHD_OPS_WERROR') else 'OFF'}"
         yield f"-DUHD_VERSION={VERSION}"
         yield f"-DPython_EXECUTABLE={sys.executable}"
         yield f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
         if nvcc:
             yield f"-DCMAKE_CUDA_COMPILER={nvcc}"
-        if os.environ.get("UHD_OPS_CUDA_ARCHS"):
-            yield f"-DUHD_CUDA_ARCHS={os.environ['UHD_OPS_CUDA_ARCHS']}"
+        yield f"-DUHD_CUDA_ARCHS={os.environ.get('UHD_OPS_CUDA_ARCHS', '')}"
 
     def get_outputs(self):
         return []

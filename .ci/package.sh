@@ -10,7 +10,7 @@ package=$build/package/uhd_ops
 rm -rf "$package"
 mkdir -p "$package"
 include=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")/include
-cmake -S . -B "$build" -G Ninja -DUHD_CUDA=OFF "${@:3}" -DUHD_TORCH_INCLUDE="$include" \
+cmake -S . -B "$build" -G Ninja -DUHD_CUDA=OFF -DUHD_WERROR="${UHD_OPS_WERROR:-OFF}" "${@:3}" -DUHD_TORCH_INCLUDE="$include" \
     -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
     -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > "$build/configure.log"
 cmake --build "$build"

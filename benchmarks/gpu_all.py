@@ -67,6 +67,7 @@ def steps(out: Path, capability: int) -> dict[str, tuple[float, list[list]]]:
     arch = f"{capability}{'a' if capability >= 90 else ''}-real"
     configure = ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DPython_EXECUTABLE={python}"]
     configure += ["-DUHD_CUDA=ON", "-DUHD_DRIVER=ON", f"-DUHD_CUDA_ARCHS={arch}"]
+    configure.append("-DUHD_LINEINFO=ON")  # what the profiler and the sanitizers point at
     if pybind11 := importlib.util.find_spec("pybind11"):
         folder = Path(pybind11.origin).parent / "share" / "cmake" / "pybind11"
         configure.append(f"-Dpybind11_DIR={folder}")

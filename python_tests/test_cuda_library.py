@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 import torch
-from battery.cuda_binary import LIBRARY, contents, kernels
+from battery.cuda_binary import LIBRARY, asked_for, contents, kernels
 from battery.cuda_budgets import BUDGETS
 from specs import SPECS
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import uhd_ops
 from uhd_ops import _native
 
-ARCHS = ("sm_80", "sm_90a")
+# Those that every build for tests must hold, and whatever else is in this one.
+ARCHS = sorted({"sm_80", "sm_90a"} | {arch for arch in asked_for() if arch.startswith("sm_")})
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 REQUIRED = NVCC is not None or os.environ.get("CI", "") not in ("", "0", "false")
 WHY = "no nvcc here, so there is no CUDA library (with CI=true this would be an error)"
@@ -31,7 +32,19 @@ pytestmark = pytest.mark.skipif(not REQUIRED and not LIBRARY.exists(), reason=WH
 
 def test_library_was_built():
     assert LIBRARY.exists(), "nvcc is here or CI is set, but libuhd_cuda.so was not built"
-    assert {*ARCHS, "compute_90"} <= contents()
+    assert {*ARCHS} <= contents() == asked_for()
+    assert any(arch.startswith("compute_") for arch in contents()), "no PTX for what comes"
+
+
+def budgets_of(name, registers):
+    """Return the rows for a kernel, of which there must be one, and what is wrong."""
+    rows = [row for row in BUDGETS if re.fullmatch(row.name, name)]
+    bad = [
+        f"{name}: {registers} registers of {r.registers}" for r in rows if registers > r.registers
+    ]
+    if len(rows) != 1:
+        bad.append(f"{name} matches {len(rows)} rows of BUDGETS; one is wanted")
+    return rows, bad
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -46,13 +59,10 @@ def test_kernels(arch):
         # dynamic. sm_90 reserves the first KB of every block's for the system.
         if kernel.static_shared not in (0, 1024):
             bad.append(f"{kernel.name} has {kernel.static_shared} bytes of static shared memory")
-        rows = [row for row in BUDGETS if re.fullmatch(row.name, kernel.name)]
-        if len(rows) != 1:
-            bad.append(f"{kernel.name} matches {len(rows)} rows of BUDGETS; one is wanted")
+        rows, complaints = budgets_of(kernel.name, kernel.registers)
+        bad += complaints
         for row in rows:
             used.add(row)
-            if kernel.registers > row.registers:
-                bad.append(f"{kernel.name}: {kernel.registers} registers of {row.registers}")
             for opcode in row.opcodes:
                 if not any(re.match(opcode, code) for code in kernel.opcodes):
                     bad.append(f"{kernel.name} has no {opcode} instruction")

@@ -16,12 +16,9 @@ struct Traits {
   // least, which bounds the registers. Six blocks are 24 warps with 48 KB under way, twice what the
   // memory of an H200 needs. In float64 arithmetic takes longer than memory, and its erfc needs the
   // registers.
-  template <class T>
-  static constexpr int kRowsInFlight = sizeof(T) == 8 ? 1 : 4;
-  template <class T>
-  static constexpr int kForwardBlocks = sizeof(T) == 8 ? 4 : 8;
-  template <class T>
-  static constexpr int kBackwardBlocks = sizeof(T) == 8 ? 4 : 6;
+  static constexpr int kRowsInFlight(size_t element) { return element == 8 ? 1 : 4; }
+  static constexpr int kForwardBlocks(size_t element) { return element == 8 ? 4 : 8; }
+  static constexpr int kBackwardBlocks(size_t element) { return element == 8 ? 4 : 6; }
   // Rows of products per warp in the forward pass: enough to repay the load of the bias, few enough
   // for 5000 warps of an image of 70 x 70 tokens.
   static constexpr int kProducts = 16;
@@ -83,7 +80,7 @@ UHD_HOST_DEVICE int64_t rows_per_warp(const LinearActivation& args) {
 }
 
 template <class Activate, class T, int kWidth>
-__global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kForwardBlocks<T>)
+__global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kForwardBlocks(sizeof(T)))
     activation_forward(const LinearActivation args) {
   using Chunk = Elements<T, kWidth>;
   using S = AccumulateT<T>;
@@ -96,7 +93,7 @@ __global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kForwardBlocks<
   T* h = static_cast<T*>(args.h) + first * args.width + at.column;
   const Chunk shift = load_bias<T, kWidth>(args, at.column);
   const S scale = S(1) / S(group);
-  constexpr int kAtOnce = Traits::kRowsInFlight<T>;
+  constexpr int kAtOnce = Traits::kRowsInFlight(sizeof(T));
   Chunk sum = Chunk::zero();
   int in_group = 0;
   for (int64_t left = rows * group; left > 0; left -= kAtOnce) {
@@ -136,7 +133,7 @@ UHD_DEVICE Elements<T, kWidth> backward_products(const LinearActivation& args,
   using S = AccumulateT<T>;
   const int group = int(args.group);
   const S scale = S(1) / S(group);
-  constexpr int kAtOnce = Traits::kRowsInFlight<T>;
+  constexpr int kAtOnce = Traits::kRowsInFlight(sizeof(T));
   Chunk sum = Chunk::zero();
   for (int64_t left = count; left > 0; left -= kAtOnce) {
     Packed<T, kWidth> loaded[kAtOnce] = {}, shares[kAtOnce] = {};
@@ -199,7 +196,7 @@ UHD_DEVICE void write_partial(const LinearActivation& args, const Place& at,
 
 // One block for each of args.blocks() and each block of columns; its warps share the products.
 template <class Activate, class T, int kWidth>
-__global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kBackwardBlocks<T>)
+__global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kBackwardBlocks(sizeof(T)))
     activation_backward(const LinearActivation args) {
   using Chunk = Elements<T, kWidth>;
   const Place at = place<kWidth>(args);

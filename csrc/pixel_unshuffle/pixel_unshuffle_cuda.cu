@@ -16,6 +16,8 @@ struct Traits {
   static constexpr int kWarps = 8;
   // 64 bytes in flight per lane: with 32 warps on an SM, 64 KB, more than memory needs to stream.
   static constexpr int kSlots = 4;
+  // 64 registers a thread. Without a bound, nvcc 13.0 spills at 48 for compute capability 12.0.
+  static constexpr int kBackwardBlocks = 4;
 };
 
 // The slots that a warp works on, in raster order from `slot` on: at most kSlots of a window.
@@ -126,7 +128,7 @@ UHD_DEVICE void sum_slots(const PixelUnshuffle& args, const DeviceWindow& window
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(Traits::kWarps* kWarp)
+__global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kBackwardBlocks)
     unshuffle_backward(const PixelUnshuffle args) {
   using Word = std::conditional_t<kWidth == 1, T, Word16>;
   const int64_t f = args.views.window;

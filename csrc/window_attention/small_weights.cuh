@@ -12,7 +12,7 @@ template <class T>
 struct Weights {
   uint32_t high[4], low[4];
 
-  UHD_DEVICE Weights() = default;
+  Weights() = default;
   // Rows r of the square are multiplied by factor[r].
   UHD_DEVICE Weights(const Square& square, const float (&factor)[2]) {
 #pragma unroll

@@ -20,8 +20,7 @@ struct Traits {
   static constexpr int64_t kWarpsToFill = 132 * 16;
   // Blocks of the backward pass that a multiprocessor must hold: four leave 128 registers, which
   // the larger heads cannot do with, three leave 168.
-  template <int kDim>
-  static constexpr int kBackwardBlocks = kDim <= 80 ? 4 : 3;
+  static constexpr int kBackwardBlocks(int head_dim) { return head_dim <= 80 ? 4 : 3; }
   // So that strides in bytes fit in 32 bits.
   static constexpr int64_t kLargestStride = (int64_t{1} << 30) - 1;
   static constexpr float kLog2e = 1.4426950408889634f;
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(Traits::kWarps* kWarp)
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kBackwardBlocks<kDim>)
+__global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kBackwardBlocks(kDim))
     small_backward(const WindowAttention args, int heads_each) {
   using Fragments = RowFragments<T, kDim>;
   const int64_t row = args.heads * kDim;

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -45,20 +46,30 @@ def tool(name: str) -> str:
     return found
 
 
-def run(*command: str, stdin: str | None = None) -> str:
+def run(*command: str, cwd: Path | None = None) -> str:
     """Return what a program prints. The disassembler is found beside cuobjdump."""
-    folder = str(Path(tool("nvdisasm")).parent)
+    folders = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ.get("PATH", "")])
     done = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, check=True, env={"PATH": folder}
+        command, capture_output=True, text=True, check=True, cwd=cwd, env={"PATH": folders}
     )
     return done.stdout
 
 
 def contents() -> set[str]:
-    """Return the architectures in the library: ``sm_80`` machine code, ``compute_90`` PTX."""
+    """Return the architectures in the library: ``sm_80`` machine code, ``compute_100`` PTX."""
     listed = run(tool("cuobjdump"), "-lelf", "-lptx", str(LIBRARY))
     machine = {f"sm_{arch}" for arch in re.findall(r"\.sm_(\w+)\.cubin", listed)}
     return machine | {f"compute_{arch}" for arch in re.findall(r"\.sm_(\w+)\.ptx", listed)}
+
+
+def asked_for() -> set[str]:
+    """Return the architectures that the build was told of, in the same words."""
+    found = set()
+    for word in uhd_ops.build_info().cuda_archs:
+        arch, _, kind = word.partition("-")
+        found |= {f"sm_{arch}"} if kind != "virtual" else set()
+        found |= {f"compute_{arch}"} if kind != "real" else set()
+    return found
 
 
 @functools.cache
