@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ BUILDS = {
     "asan": ["-O1", "-fsanitize=address", "-fno-omit-frame-pointer"],
     "ucontext": ["-O0", "-DUHD_EMULATOR_UCONTEXT"],
 }
-ORDERS = ("ascending", "descending", "1", "2", "3")
+FAIR = ("ascending", "descending", "1", "2", "3")
+GREEDY = ("greedy", "greedy-descending", "greedy-1", "greedy-2")
+ORDERS = FAIR + GREEDY
 COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), None)
 
 # Like test_vec.py: where the kernels are built there is a compiler, and this never skips.
@@ -75,9 +78,27 @@ def test_block_reduction(emulator_check, order, build):
     assert with_barrier
 
 
-def test_missing_barrier_is_caught(emulator_check):
-    outcomes = [numbers(emulator_check("reduce", order=order), int)[1] for order in ORDERS]
+@pytest.mark.parametrize("orders", [FAIR, GREEDY], ids=["fair", "greedy"])
+def test_missing_barrier_is_caught(emulator_check, orders):
+    outcomes = [numbers(emulator_check("reduce", order=order), int)[1] for order in orders]
     assert not all(outcomes)
+
+
+def test_missing_barrier_before_the_next_use_is_caught_where_a_warp_runs_ahead(emulator_check):
+    outcomes = {order: numbers(emulator_check("reuse", order=order), int) for order in ORDERS}
+    assert outcomes == {order: [1, int(order in FAIR)] for order in ORDERS}
+
+
+def test_a_greedy_warp_goes_on_until_it_must_wait(emulator_check):
+    turns = {order: numbers(emulator_check("turns", order=order), int) for order in ORDERS}
+    assert turns["ascending"] == [0, 10, 20, 1, 11, 21, 2, 12, 22]
+    assert turns["descending"] == [20, 10, 0, 21, 11, 1, 22, 12, 2]
+    assert turns["greedy"] == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+    assert turns["greedy-descending"] == [20, 21, 22, 10, 11, 12, 0, 1, 2]
+    assert turns["greedy-1"] in (
+        [10 * warp + step for warp in warps for step in range(3)]
+        for warps in permutations(range(3))
+    )
 
 
 def test_host_threads_share_a_grid(emulator_check):
@@ -93,6 +114,7 @@ def test_launches_from_two_host_threads(emulator_check):
 def test_orders(emulator_check):
     ascending = [100 * block + thread for block in range(5) for thread in range(8)]
     assert numbers(emulator_check("orders"), int) == ascending
+    assert numbers(emulator_check("orders", order="greedy"), int) == ascending
     assert numbers(emulator_check("orders", order="descending"), int) == ascending[::-1]
     shuffled = numbers(emulator_check("orders", order="1"), int)
     assert sorted(shuffled) == ascending
@@ -110,7 +132,20 @@ def test_random_orders_start_anywhere(emulator_check):
 
 
 @pytest.mark.parametrize("name", ["UHD_EMULATOR_ORDER", "UHD_EMULATOR_THREADS"])
-@pytest.mark.parametrize("value", ["backwards", "-1", "1.5", " 2", "99999999999999999999x"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "backwards",
+        "-1",
+        "1.5",
+        " 2",
+        "99999999999999999999x",
+        "greed",
+        "greedy-",
+        "greedy-x",
+        "greedy1",
+    ],
+)
 def test_bad_options_are_refused(emulator_check, name, value):
     option = {"order": value} if name.endswith("ORDER") else {"host_threads": value}
     result = emulator_check("reduce", check=False, **option)
@@ -212,7 +247,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("order", ["ascending", "descending", "1"])
+@pytest.mark.parametrize("order", ["ascending", "descending", "1", "greedy"])
 def test_misuse_is_refused_and_the_next_launch_works(emulator_check, order, build):
     lines = emulator_check("faults", order=order, build=build).stdout.decode().splitlines()
     faults = {name: (message, after) for name, message, after in (x.split("\t") for x in lines)}

@@ -207,10 +207,10 @@ def test_one_hot_values_come_back_where_they_belong(side):
     assert_close(SPEC, call, out, exact)
 
 
-@pytest.mark.parametrize("order", ["descending", "3"])
+@pytest.mark.parametrize("order", ["descending", "3", "greedy", "greedy-descending"])
 @pytest.mark.parametrize("side", [2, 6])
 def test_the_order_of_threads_changes_nothing(side, order, monkeypatch):
-    # Only the emulator reads the variable; a missing barrier shows there.
+    # Only the emulator reads the variable.
     call = make([(9, 7), (4, 4)], torch.bfloat16, 72, side)
     wanted = gradients(uhd_ops.window_attention, call)
     monkeypatch.setitem(os.environ, "UHD_EMULATOR_ORDER", order)

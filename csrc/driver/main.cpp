@@ -9,8 +9,10 @@
 // by a sum of `terms` in the wide type with at most 64 operations around it. Each rounds a number
 // that is no larger than about the largest result of its tensor, so an element may be off by
 //   (4 u(element type) + (terms + 64) u(wide type)) * largest result.
-// Every case runs twice, and must give the same bits.
+// Every case runs several times, and must give the same bits: emulated, in every order of threads
+// that .ci/emulate.sh is for.
 #include <cstdio>
+#include <cstdlib>
 
 #include "driver/side.h"
 
@@ -23,7 +25,17 @@ constexpr const char* kUsage =
     "usage: uhd_cuda_driver [--bare] [NAME]\n"
     "  --bare  do not fill new memory with NaN: compute-sanitizer's initcheck then sees reads of "
     "it\n"
-    "  NAME    only cases whose name contains it\n";
+    "  NAME    only cases whose name or type contains it\n";
+
+// What a case runs in, one after the other.
+#ifdef UHD_EMULATED
+constexpr const char* kRuns[] = {"ascending", "descending",        "1",
+                                 "greedy",    "greedy-descending", "greedy-1"};
+void prepare(const char* order) { setenv("UHD_EMULATOR_ORDER", order, 1); }
+#else
+constexpr const char* kRuns[] = {"first", "second"};  // the device has orders of its own
+void prepare(const char*) {}
+#endif
 
 // Half the distance from 1 to the next number.
 double unit_roundoff(DType dtype) {
@@ -43,8 +55,10 @@ std::vector<double> values_of(const Side::Output& output) {
 
 // What is wrong with the results of the device, or nothing; `worst` is their error in bounds.
 std::string check(const Case& one, double& worst) {
-  Side host, first(one.dtype), second(one.dtype);
-  for (Side* side : {&host, &first, &second}) one.run(*side);
+  Side host, first(one.dtype);
+  one.run(host);
+  prepare(kRuns[0]);
+  one.run(first);
   const double relative = 4 * unit_roundoff(one.dtype) +
                           static_cast<double>(one.terms + 64) * unit_roundoff(wide(one.dtype));
   for (size_t k = 0; k < host.outputs().size(); ++k) {
@@ -60,8 +74,17 @@ std::string check(const Case& one, double& worst) {
       }
       if (error > 0) worst = std::max(worst, error / bound);
     }
-    if (output.buffer.download() != second.outputs()[k].buffer.download()) {
-      return output.name + " has other bits in another run";
+  }
+  for (const char* run : kRuns) {
+    if (run == kRuns[0]) continue;
+    Side again(one.dtype);
+    prepare(run);
+    one.run(again);
+    for (size_t k = 0; k < first.outputs().size(); ++k) {
+      const Side::Output &output = again.outputs()[k], &before = first.outputs()[k];
+      if (output.buffer.download() != before.buffer.download()) {
+        return output.name + " has other bits in the run \"" + run + "\"";
+      }
     }
   }
   return "";
@@ -85,17 +108,17 @@ int main(int count, char** words) {
   int done = 0, failed = 0;
   double worst = 0;
   for (const Case& one : all_cases()) {
-    if (one.name.find(filter) == std::string::npos) continue;
+    const std::string name = one.name + ", " + kDTypes[static_cast<int>(one.dtype)];
+    if (name.find(filter) == std::string::npos) continue;
     ++done;
-    const char* dtype = kDTypes[static_cast<int>(one.dtype)];
     try {
       const std::string wrong = check(one, worst);
       if (wrong.empty()) continue;
       ++failed;
-      std::printf("FAILED %s, %s: %s\n", one.name.c_str(), dtype, wrong.c_str());
+      std::printf("FAILED %s: %s\n", name.c_str(), wrong.c_str());
     } catch (const std::exception& error) {
       // After an illegal access a GPU refuses everything, so there is nothing to go on with.
-      std::printf("STOPPED at %s, %s: %s\n", one.name.c_str(), dtype, error.what());
+      std::printf("STOPPED at %s: %s\n", name.c_str(), error.what());
       return 1;
     }
   }

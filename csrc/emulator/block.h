@@ -99,6 +99,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<Thread*> order;  // in which threads get their turn
   size_t turn;                 // position in order
+  bool greedy;                 // a warp keeps its turn for as long as one of its lanes can run
   char* shared;
   size_t shared_bytes;
   int at_barrier, exited;
@@ -127,8 +128,20 @@ inline Thread& here() {
 }
 
 // Makes the next runnable thread the current one and returns where it continues; the host's context
-// when there is none.
+// when there is none. In a fair order no warp is ever more than one collective ahead of another, so
+// a value that is overwritten too early has long been read; a greedy one overwrites it.
 inline Context& next_turn(Block& block) {
+  if (block.greedy && current != nullptr) {
+    const Warp& warp = *current->warp;
+    for (int step = 1; step < kWarpSize; ++step) {
+      const int lane = (current->lane + step) % kWarpSize;
+      if (warp.exited >> lane & 1) continue;  // or there is no such lane
+      if (warp.threads[lane].state == State::kRunnable) {
+        current = &warp.threads[lane];
+        return current->context;
+      }
+    }
+  }
   const size_t count = block.order.size();
   for (size_t step = 0; step < count; ++step) {
     if (++block.turn >= count) block.turn = 0;

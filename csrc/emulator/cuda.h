@@ -12,7 +12,10 @@
 // std::logic_error that says what happened and where. Run it in several orders:
 //
 //   UHD_EMULATOR_ORDER    ascending (default), descending, or a number: the seed of a random order
-//                         of blocks and of the threads within each block
+//                         of blocks and of the threads within each block. These are fair: each
+//                         thread gets its turn. greedy, greedy-descending and greedy-<seed> let the
+//                         warp that runs go on for as long as it can, past collectives that others
+//                         have not reached, until it waits in __syncthreads.
 //   UHD_EMULATOR_THREADS  host threads that share the blocks of a grid (default 1)
 //
 // What it cannot prove: that no barrier is missing (fibers switch at barriers and collectives only,

@@ -29,15 +29,18 @@ enum class Order { kAscending, kDescending, kRandom };
 struct Options {
   Order order = Order::kAscending;
   uint64_t seed = 0;
+  bool greedy = false;
   int host_threads = 1;
 };
 
-// The number that the text stands for; `expected` words it for the one who set the variable.
-inline uint64_t parse_option(const char* name, const char* text, uint64_t least, uint64_t most,
-                             const char* expected) {
+// The number that the text stands for after its first `skip` characters; `expected` words it for
+// the one who set the variable.
+inline uint64_t parse_option(const char* name, const char* text, size_t skip, uint64_t least,
+                             uint64_t most, const char* expected) {
   char* end = nullptr;
-  const uint64_t number = std::strtoull(text, &end, 10);
-  if (text[0] < '0' || text[0] > '9' || *end != '\0' || number < least || number > most) {
+  const char* digits = text + skip;
+  const uint64_t number = std::strtoull(digits, &end, 10);
+  if (digits[0] < '0' || digits[0] > '9' || *end != '\0' || number < least || number > most) {
     throw std::logic_error(std::string(name) + " must be " + expected + ", got \"" + text + "\"");
   }
   return number;
@@ -46,17 +49,23 @@ inline uint64_t parse_option(const char* name, const char* text, uint64_t least,
 inline Options options_from_environment() {
   Options options;
   const char* order = std::getenv("UHD_EMULATOR_ORDER");
-  if (order != nullptr && !std::strcmp(order, "descending")) {
-    options.order = Order::kDescending;
-  } else if (order != nullptr && *order && std::strcmp(order, "ascending")) {
-    options.order = Order::kRandom;
-    options.seed = parse_option("UHD_EMULATOR_ORDER", order, 0, INT64_MAX,
-                                "ascending, descending or the seed of a random order");
+  if (order != nullptr && *order && std::strcmp(order, "ascending")) {
+    const bool alone = !std::strcmp(order, "greedy");
+    options.greedy = alone || !std::strncmp(order, "greedy-", 7);
+    const size_t skip = options.greedy ? 7 : 0;
+    if (!alone && !std::strcmp(order + skip, "descending")) {
+      options.order = Order::kDescending;
+    } else if (!alone) {
+      options.order = Order::kRandom;
+      options.seed = parse_option("UHD_EMULATOR_ORDER", order, skip, 0, INT64_MAX,
+                                  "ascending, descending, the seed of a random order, greedy, or "
+                                  "greedy-descending or greedy-<seed>");
+    }
   }
   const char* threads = std::getenv("UHD_EMULATOR_THREADS");
   if (threads != nullptr && *threads) {
     options.host_threads = static_cast<int>(
-        parse_option("UHD_EMULATOR_THREADS", threads, 1, 64, "from 1 to 64 host threads"));
+        parse_option("UHD_EMULATOR_THREADS", threads, 0, 1, 64, "from 1 to 64 host threads"));
   }
   return options;
 }
@@ -140,6 +149,7 @@ class Worker {
     block_.threads.resize(count);
     block_.warps.resize((count + kWarpSize - 1) / kWarpSize);
     block_.order.resize(count);
+    block_.greedy = launch.options.greedy;
     for (int i = 0; i < count; ++i) {
       const unsigned u = static_cast<unsigned>(i);
       Thread& thread = block_.threads[i];

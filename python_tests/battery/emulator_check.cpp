@@ -2,7 +2,9 @@
 // Exercises csrc/emulator/cuda.h; test_emulator.py compiles and runs it, with emulator_layouts.cpp.
 //
 //   emulator_check reduce             two block reductions, right and without a barrier
+//   emulator_check reuse              shared memory that is used again, right and without a barrier
 //   emulator_check orders             in which order blocks and threads run
+//   emulator_check turns              in which order warps run that pass three collectives each
 //   emulator_check collectives        shuffles and votes against the formulas of the PTX ISA
 //   emulator_check copies             cp.async before and after it was waited for
 //   emulator_check poison             what shared memory holds when a block starts
@@ -57,6 +59,43 @@ bool reduces(void (*kernel)(const float*, float*, int)) {
 
 int check_reduce() {
   std::printf("%d %d\n", reduces(sum_blocks<true>), reduces(sum_blocks<false>));
+  return 0;
+}
+
+// In three rounds each warp tells the others a number, in one and the same place. Counts the
+// numbers that were not seen: after collectives of its own, a warp may write before others read.
+template <bool kWithBarrier>
+__global__ void tell_others(int* missed) {
+  int* told = static_cast<int*>(uhd::emulator::dynamic_shared());
+  const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
+  for (int round = 0; round < 3; ++round) {
+    if (threadIdx.x % 32 == 0) told[warp] = round;
+    __syncthreads();
+    for (int other = 0; other < warps; ++other) *missed += told[other] != round;
+    for (int i = 0; i < 2; ++i) __syncwarp();
+    if (kWithBarrier) __syncthreads();
+  }
+}
+
+int check_reuse() {
+  int missed[2] = {};
+  launch(tell_others<true>, 1, 128, 4 * sizeof(int), missed);
+  launch(tell_others<false>, 1, 128, 4 * sizeof(int), missed + 1);
+  std::printf("%d %d\n", missed[0] == 0, missed[1] == 0);
+  return 0;
+}
+
+int print_turns() {
+  std::vector<int> visited;
+  launch(
+      +[](std::vector<int>* list) {
+        for (int round = 0; round < 3; ++round) {
+          if (threadIdx.x % 32 == 16) list->push_back(10 * (threadIdx.x / 32) + round);
+          __syncwarp();
+        }
+      },
+      1, 96, 0, &visited);
+  for (int entry : visited) std::printf("%d ", entry);
   return 0;
 }
 
@@ -283,7 +322,9 @@ int main(int argc, char** argv) {
   const std::string command = argc > 1 ? argv[1] : "";
   try {
     if (command == "reduce") return check_reduce();
+    if (command == "reuse") return check_reuse();
     if (command == "orders") return print_orders();
+    if (command == "turns") return print_turns();
     if (command == "collectives") return print_collectives();
     if (command == "copies") return print_copies();
     if (command == "poison") return print_poison();
