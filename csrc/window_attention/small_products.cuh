@@ -163,7 +163,8 @@ UHD_DEVICE void load_columns(const Mix<T>& mix, int begin, bool some, uint32_t s
   Chunk<kEach> chunk[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    chunk[i].load(mix.x.at(mix.x_tokens[i], begin + kEach * lane_group()));
+    const int group = kEach == 8 ? lane_group() / 2 + lane_group() % 2 * 4 : lane_group();
+    chunk[i].load(mix.x.at(mix.x_tokens[i], begin + kEach * group));
   }
   if (some) {
 #pragma unroll
@@ -237,8 +238,14 @@ UHD_DEVICE void mix_columns(const Weights<T>& weights, const SmallTile& tile, co
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (slots >> row_slot(r) & 1) {
-        store_halves<2 * kEach>(mix.out.at(mix.out_tokens[r], begin + 2 * kEach * lane_place()),
-                                word[r]);
+        if constexpr (kEach == 8) {  // whole 32-byte sectors in each store
+          T* to = mix.out.at(mix.out_tokens[r], begin + 8 * lane_place());
+          store_halves<8>(to, word[r]);
+          store_halves<8>(to + 32, word[r] + 4);
+        } else {
+          store_halves<2 * kEach>(mix.out.at(mix.out_tokens[r], begin + 2 * kEach * lane_place()),
+                                  word[r]);
+        }
       }
     }
     if (whole) return;
