@@ -104,7 +104,7 @@ def test_expanded_inputs(name, device):
     assert_same(name, "strides", call, grads, wanted_grads, "gradient")
 
 
-NOT_TWICE = ("pixel_unshuffle_mlp", "window_attention", "window_pool")
+NOT_TWICE = ("pixel_unshuffle_mlp", "window_attention", "window_attention_qkvpacked", "window_pool")
 
 
 @kernels_only

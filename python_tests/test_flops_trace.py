@@ -38,8 +38,9 @@ def macs(function, *args, **kwargs):
 @needs_formulas
 @pytest.mark.parametrize("window", [1, 2, 3, 50])
 @pytest.mark.parametrize("backward", [False, True])
-def test_formula_of_window_attention(window, backward):
-    q, k, v = torch.randn(3, TOKENS, 2, 8, requires_grad=True).unbind()
+@pytest.mark.parametrize("packed", [False, True])
+def test_formula_of_window_attention(window, backward, packed):
+    qkv = torch.randn(TOKENS, 3, 2, 8, requires_grad=True)
     pairs = 0
     for height, width in GRIDS:
         for top in range(0, height, window):
@@ -47,7 +48,10 @@ def test_formula_of_window_attention(window, backward):
                 pairs += (min(window, height - top) * min(window, width - left)) ** 2
 
     def run():
-        out = uhd_ops.window_attention(q, k, v, GRIDS, window)
+        if packed:
+            out = uhd_ops.window_attention_qkvpacked(qkv, GRIDS, window)
+        else:
+            out = uhd_ops.window_attention(*qkv.unbind(1), GRIDS, window)
         if backward:
             out.sum().backward()
 
@@ -98,7 +102,7 @@ def test_registering_is_lazy_and_repeatable():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    expected = 3 if _native.status["cpu"] == "loaded" else 0
+    expected = 5 if _native.status["cpu"] == "loaded" else 0
     assert result.stdout == f"{expected}\n", result.stderr
 
 

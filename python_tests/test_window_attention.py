@@ -9,7 +9,13 @@ from battery.marks import native_only
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from uhd_ops import PackedGrids, PaddedGrids, reference, window_attention
+from uhd_ops import (
+    PackedGrids,
+    PaddedGrids,
+    reference,
+    window_attention,
+    window_attention_qkvpacked,
+)
 from uhd_ops.ops import view_attention
 from uhd_ops.ops import window_attention as module
 from uhd_ops.reference import _windows
@@ -132,6 +138,60 @@ def test_slices_of_a_packed_projection_are_not_copied():
     assert [size for size in allocations.sizes if size >= one] == [one], (
         "the result and nothing else"
     )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_heads", [3, 1])
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_a_packed_tensor_gives_the_bits_of_its_slices(isa, kv_heads, window):
+    qkv = torch.randn(TOKENS, 3 + 2 * kv_heads, 8, requires_grad=True)
+    grad_out = torch.randn(TOKENS, 3, 8)
+    with using_isa(isa):
+        separate = window_attention(*qkv.split([3, kv_heads, kv_heads], 1), GRIDS, window)
+        (wanted,) = torch.autograd.grad(separate, qkv, grad_out)
+        out = window_attention_qkvpacked(qkv, GRIDS, window, num_heads=3)
+        (grad,) = torch.autograd.grad(out, qkv, grad_out)
+        assert_same_bits(out.detach(), separate.detach())
+        assert_same_bits(grad, wanted, "gradient")
+        if kv_heads == 3:
+            out = window_attention_qkvpacked(qkv.unflatten(1, (3, 3)), GRIDS, window)
+            assert_same_bits(out.detach(), separate.detach())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [2, 3, 5, 17])
+def test_shared_heads_are_repeated_heads(isa, dtype, window):
+    # Bit for bit, but for the sums over the heads that share one.
+    q, k, v = (torch.randn(TOKENS, heads, 72).to(dtype) for heads in (6, 2, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    grad_out = torch.randn(TOKENS, 6, 72).to(dtype)
+    with using_isa(isa):
+        out = window_attention(*leaves, GRIDS, window)
+        grads = torch.autograd.grad(out, leaves, grad_out)
+        repeated = [q, *(x.detach().repeat_interleave(3, 1).requires_grad_() for x in (k, v))]
+        wanted = window_attention(*repeated, GRIDS, window)
+        wanted_grads = torch.autograd.grad(wanted, repeated, grad_out)
+    assert_same_bits(out.detach(), wanted.detach())
+    if isa != "emulated":  # there, as on a GPU, another kernel adds up over heads
+        assert_same_bits(grads[0], wanted_grads[0])
+    for grad, each in zip(grads[1:], wanted_grads[1:], strict=True):
+        each = each.double().unflatten(1, (2, 3))
+        # Each of the three was rounded, and the sum is rounded once.
+        allowed = torch.finfo(dtype).eps * 2 * each.abs().sum(2) + 1e-5
+        assert ((grad.double() - each.sum(2)).abs() <= allowed).all()
+
+
+@native_only("autograd joins the gradients of the definition")
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_a_packed_gradient_is_written_where_it_stays(kv_heads):
+    qkv = torch.randn(1024, 4 + 2 * kv_heads, 64, requires_grad=True)
+    out = window_attention_qkvpacked(qkv, (32, 32), num_heads=4)
+    grad_out = torch.randn_like(out)
+    with Allocations() as allocations:
+        torch.autograd.grad(out, qkv, grad_out)
+    whole = qkv.numel() * 4
+    assert [size for size in allocations.sizes if size >= whole // 4] == [whole]
 
 
 def test_autocast_takes_what_it_casts_to_one_dtype():

@@ -30,12 +30,13 @@ def grids_of_up_to(tokens):
     return pairs.filter(lambda grids: 0 < sum(h * w for h, w in grids) <= tokens)
 
 
-def make(grids, dtype, head_dim, side, order="raster", heads=2, seed=0):
+def make(grids, dtype, head_dim, side, order="raster", heads=2, seed=0, kv_heads=None):
     generator = torch.Generator().manual_seed(seed)
     return SPEC.make(
         list(grids),
         dtype,
         heads=heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
         window=side,
         order=order,
@@ -64,10 +65,12 @@ def check(call, what=""):
     grids=grids_of_up_to(300),
     head_dim=st.sampled_from(FAST_HEADS),
     order=st.sampled_from(["raster", "window"]),
+    kv_heads=st.sampled_from([None, 1]),
 )
-@example(grids=[(16, 17), (1, 1)], head_dim=72, order="window")
-def test_drawn_grids(dtype, side, grids, head_dim, order):
-    check(make(grids, dtype, head_dim, side, order), f"{grids}, side {side}, head {head_dim}")
+@example(grids=[(16, 17), (1, 1)], head_dim=72, order="window", kv_heads=1)
+def test_drawn_grids(dtype, side, grids, head_dim, order, kv_heads):
+    call = make(grids, dtype, head_dim, side, order, kv_heads=kv_heads)
+    check(call, f"{grids}, side {side}, head {head_dim}, heads of keys {kv_heads}")
 
 
 # Around the width of a vector of each instruction set, where the masked rest begins, too.

@@ -11,7 +11,7 @@ from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from uhd_ops.ops.reorder_tokens import reorder_tokens
 from uhd_ops.ops.tile_weight import tile_average, tile_block_diagonal, tile_vector
 from uhd_ops.ops.view_attention import view_attention
-from uhd_ops.ops.window_attention import window_attention
+from uhd_ops.ops.window_attention import window_attention, window_attention_qkvpacked
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.ops.window_pool import window_pool
 from uhd_ops.padded_grids import PaddedGrids
@@ -71,6 +71,7 @@ __all__ = [
     "tile_vector",
     "view_attention",
     "window_attention",
+    "window_attention_qkvpacked",
     "window_mean",
     "window_pool",
 ]

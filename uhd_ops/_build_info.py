@@ -23,6 +23,7 @@ _OPERATORS = (
     "tile_vector",
     "view_attention",
     "window_attention",
+    "window_attention_qkvpacked",
     "window_mean",
     "window_pool",
 )

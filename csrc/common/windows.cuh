@@ -56,6 +56,19 @@ UHD_DEVICE DeviceWindow window_at(const ViewTable& table, int window) {
   return window_in_view(view, f, window - int(view.window_begin));
 }
 
+// Writes zeros to `row_elements` elements of each of the rows [begin, end), which are `stride`
+// apart. The blocks of a one-dimensional launch share the work; without padding it costs one
+// comparison.
+template <class T>
+UHD_DEVICE void zero_rows(T* out, int64_t stride, int64_t row_elements, int64_t begin,
+                          int64_t end) {
+#pragma unroll 1  // rare, so short
+  for (int64_t row = begin + blockIdx.x; row < end; row += gridDim.x) {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < row_elements; i += blockDim.x) out[row * stride + i] = T{};
+  }
+}
+
 // Writes zeros to the rows [begin, end) of a contiguous tensor. All threads of all blocks of a
 // one-dimensional launch share the work; where there is no padding it costs one comparison.
 template <class T>

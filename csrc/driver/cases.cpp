@@ -105,20 +105,25 @@ void run_norm(Side& side, const Views& views, int64_t channels, bool all) {
   if (all && !side.on_device()) scalar::unshuffle_norm_sum_partials(args, 0, merged);
 }
 
-void run_attention(Side& side, const Views& views, int64_t heads, int64_t head_dim, bool order) {
-  const int64_t width = heads * head_dim, count = views.token_rows * width;
+// In window-major order, and with the gradients in one tensor, if `packed`; else neither.
+void run_attention(Side& side, const Views& views, int64_t heads, int64_t kv_heads,
+                   int64_t head_dim, bool packed) {
+  const int64_t width = heads * head_dim, kv_width = kv_heads * head_dim, rows = views.token_rows;
+  const int64_t all = width + 2 * kv_width;
   WindowAttention args{};
   args.views = views.table(side);
   args.dtype = side.dtype();
   args.heads = heads;
+  args.kv_heads = kv_heads;
+  args.group = heads / kv_heads;
   args.head_dim = head_dim;
   args.scale = 1 / std::sqrt(static_cast<double>(head_dim));
-  args.window_order = order;
-  args.q = views.per_token(side, 3 * width);  // q, k and v side by side in its rows
+  args.window_order = packed;
+  args.q = views.per_token(side, all);  // q, k and v side by side in its rows
   args.k = side.at(args.q, width);
-  args.v = side.at(args.k, width);
-  args.q_strides = args.k_strides = args.v_strides = {3 * width, head_dim};
-  args.out = side.output("out", count);
+  args.v = side.at(args.k, kv_width);
+  args.q_strides = args.k_strides = args.v_strides = {all, head_dim};
+  args.out = side.output("out", rows * width);
   std::vector<double> scratch(
       static_cast<size_t>(window_attention_scratch(views.side * views.side, head_dim)));
   const auto with_scratch = [&](auto* kernel) {
@@ -130,9 +135,18 @@ void run_attention(Side& side, const Views& views, int64_t heads, int64_t head_d
            views.windows());
   args.grad_out = views.per_token(side, width);
   args.grad_out_strides = {width, head_dim};
-  args.grad_q = side.output("grad_q", count);
-  args.grad_k = side.output("grad_k", count);
-  args.grad_v = side.output("grad_v", count);
+  if (packed) {
+    args.grad_q = side.output("grad_qkv", rows * all);
+    args.grad_k = const_cast<void*>(side.at(args.grad_q, width));
+    args.grad_v = const_cast<void*>(side.at(args.grad_k, kv_width));
+    args.grad_q_stride = args.grad_kv_stride = all;
+  } else {
+    args.grad_q = side.output("grad_q", rows * width);
+    args.grad_k = side.output("grad_k", rows * kv_width);
+    args.grad_v = side.output("grad_v", rows * kv_width);
+    args.grad_q_stride = width;
+    args.grad_kv_stride = kv_width;
+  }
   if (side.on_device()) args.scratch = side.scratch(cuda::window_attention_backward_scratch(args));
   side.run(args, cuda::window_attention_backward, with_scratch(scalar::window_attention_backward),
            views.windows());
@@ -183,17 +197,18 @@ constexpr DType kFloat = DType::kFloat32, kDouble = DType::kFloat64;
 constexpr DType kBrain = DType::kBFloat16, kHalf = DType::kFloat16;
 
 void add_attention(Cases& cases, DType dtype, Numbers sides, Numbers head_dims, int64_t heads = 2,
-                   int64_t empty_windows = 0) {
+                   int64_t empty_windows = 0, int64_t group = 1) {
   for (const int64_t head_dim : head_dims) {
     for (const int64_t side : sides) {
       Views views = ragged(side);
       views.window_rows += empty_windows;
-      const bool order = cases.size() % 2;
+      const bool packed = cases.size() % 2;
       // Scores are below 16, so an error of a score is 16 times as much of its probability.
       cases.push_back({"window_attention, side " + std::to_string(side) + ", head size " +
                            std::to_string(head_dim),
-                       dtype, 16 * head_dim + side * side,
-                       [=](Side& at) { run_attention(at, views, heads, head_dim, order); }});
+                       dtype, 16 * head_dim + group * side * side, [=](Side& at) {
+                         run_attention(at, views, heads, heads / group, head_dim, packed);
+                       }});
     }
   }
 }
@@ -281,6 +296,9 @@ std::vector<Case> all_cases() {
   add_attention(cases, kHalf, {3}, {20, 48, 136});
   add_attention(cases, kFloat, {8, 16}, {72});
   add_attention(cases, kBrain, {17}, {72});
+  // Heads that share keys and values: forward on every kernel, backward on CUDA cores alone.
+  add_attention(cases, kBrain, {2, 8}, {72}, 6, 0, 3);
+  add_attention(cases, kFloat, {2}, {7, 72}, 6, 0, 3);
   return cases;
 }
 

@@ -219,12 +219,12 @@ class Walk {
 };
 
 // Calls body(place, head) for the token and head of this team, or padding(row, head) where the row
-// lies beyond the views. Block after block takes the same tokens of the next head, so neighbours
-// read neighbouring memory.
+// lies beyond the views. Block after block takes the same tokens of the next of `num_heads` heads,
+// so neighbours read neighbouring memory.
 template <class Shape, class Body, class Padding>
-UHD_DEVICE void for_team(const WindowAttention& args, int64_t first_block, Body&& body,
-                         Padding&& padding) {
-  const uint64_t block = uint64_t(first_block) + blockIdx.x, heads = uint64_t(args.heads);
+UHD_DEVICE void for_team(const WindowAttention& args, int64_t num_heads, int64_t first_block,
+                         Body&& body, Padding&& padding) {
+  const uint64_t block = uint64_t(first_block) + blockIdx.x, heads = uint64_t(num_heads);
   const int64_t head = int64_t(block % heads);
   const int64_t row =
       int64_t(block / heads) * (Traits::kThreads / Shape::kLanes) + threadIdx.x / Shape::kLanes;
@@ -235,24 +235,31 @@ UHD_DEVICE void for_team(const WindowAttention& args, int64_t first_block, Body&
   }
 }
 
-// Writes zeros to a row of a contiguous tensor.
+// The row of a token and head in a tensor whose heads lie side by side.
 template <class Shape>
-UHD_DEVICE void zero_row(const WindowAttention& args, void* data, int64_t row, int64_t head) {
-  using T = typename Shape::T;
-  T* out = static_cast<T*>(data) + (row * args.heads + head) * args.head_dim;
+UHD_DEVICE typename Shape::T* result_row(const WindowAttention& args, void* data, int64_t stride,
+                                         int64_t row, int64_t head) {
+  return static_cast<typename Shape::T*>(data) + row * stride + head * args.head_dim;
+}
+
+// Writes zeros to it.
+template <class Shape>
+UHD_DEVICE void zero_row(const WindowAttention& args, void* data, int64_t stride, int64_t row,
+                         int64_t head) {
+  typename Shape::T* out = result_row<Shape>(args, data, stride, row, head);
   for (int64_t begin = 0; begin < args.head_dim; begin += Shape::kSpan) {
     Piece<Shape>::zero().store(out + begin, args.head_dim - begin);
   }
 }
 
-// Launches kernel(args, first_block), one team for every token and head: once, unless there are
-// more blocks than a grid can hold.
+// Launches kernel(args, first_block), one team for every token and each of so many heads: once,
+// unless there are more blocks than a grid can hold.
 template <class Shape>
 const char* launch_teams(void (*kernel)(WindowAttention, int64_t), const WindowAttention& args,
-                         void* stream) {
+                         int64_t heads, void* stream) {
   constexpr int64_t kTeams = Traits::kThreads / Shape::kLanes, kMost = INT32_MAX;
   if (args.head_dim == 0) return nullptr;
-  const int64_t blocks = ceil_div(args.views.token_rows, kTeams) * args.heads;
+  const int64_t blocks = ceil_div(args.views.token_rows, kTeams) * heads;
   for (int64_t first = 0; first < blocks; first += kMost) {
     const dim3 grid(unsigned(blocks - first < kMost ? blocks - first : kMost));
     const char* error = launch(kernel, grid, dim3(Traits::kThreads), 0, stream, args, first);

@@ -46,16 +46,16 @@ UHD_DEVICE HeadRows<const T> input_rows(const void* data, TokenStrides strides, 
   return {static_cast<const T*>(data) + head * strides.head, strides.token, tokens};
 }
 
+// The heads of a token lie side by side, and tokens so many elements apart.
 template <class T, int kDim>
-UHD_DEVICE HeadRows<T> output_rows(void* data, const WindowAttention& args, TokenMap tokens,
-                                   int head) {
-  return {static_cast<T*>(data) + head * kDim, args.heads * kDim, tokens};
+UHD_DEVICE HeadRows<T> output_rows(void* data, int64_t token_stride, TokenMap tokens, int head) {
+  return {static_cast<T*>(data) + head * kDim, token_stride, tokens};
 }
 
 // What a block works on.
 struct WindowAndHead {
   DeviceWindow window;
-  int head, tokens;
+  int head, kv_head, tokens;
   int padded_tokens;  // in whole strips
 };
 
@@ -65,6 +65,7 @@ UHD_DEVICE bool find_window(const WindowAttention& args, WindowAndHead& work) {
   if (index >= int(args.views.num_windows())) return false;
   work.window = window_at(args.views, index);
   work.head = int(blockIdx.x) - index * heads;
+  work.kv_head = work.head / int(args.group);
   work.tokens = work.window.size();
   work.padded_tokens = (work.tokens + kStrip - 1) / kStrip * kStrip;
   return true;

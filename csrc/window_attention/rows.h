@@ -37,34 +37,28 @@ struct Head {
   Rows<const T> q, k, v;
   Head(const WindowAttention& args, const Window& w, int64_t head)
       : q(static_cast<const T*>(args.q), args.q_strides, w, head),
-        k(static_cast<const T*>(args.k), args.k_strides, w, head),
-        v(static_cast<const T*>(args.v), args.v_strides, w, head) {}
+        k(static_cast<const T*>(args.k), args.k_strides, w, head / args.group),
+        v(static_cast<const T*>(args.v), args.v_strides, w, head / args.group) {}
 };
 
-TokenStrides contiguous_strides(const WindowAttention& args) {
-  return {args.heads * args.head_dim, args.head_dim};
-}
-
-template <class T>
-Rows<T> contiguous_rows(void* data, const WindowAttention& args, const Window& w, int64_t head) {
-  return {static_cast<T*>(data), contiguous_strides(args), w, head};
-}
-
-// The four rows of a full 2 x 2 window. Finding them costs divisions, so it is done once per
-// window.
+// The four rows of a full 2 x 2 window, head after head, each head `group` times. Finding them
+// costs divisions, so it is done once per window.
 template <class T>
 class Quad {
  public:
-  Quad(T* data, TokenStrides strides, const Window& window) : head_stride_(strides.head) {
+  Quad(T* data, TokenStrides strides, const Window& window, int64_t group = 1)
+      : head_stride_(strides.head), group_(group), left_(group) {
     Rows<T>(data, strides, window, 0).tile(0, rows_);
   }
   T* const* rows() const { return rows_; }
   void next_head() {
+    if (--left_ > 0) return;
+    left_ = group_;
     for (T*& row : rows_) row += head_stride_;
   }
 
  private:
-  int64_t head_stride_;
+  int64_t head_stride_, group_, left_;
   T* rows_[kTile];
 };
 

@@ -12,6 +12,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(uhd_ops, m) {
       "_window_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor views, "
       "SymInt window, SymInt num_windows, float scale, bool window_order) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "window_attention_qkvpacked(Tensor qkv, SymInt num_heads, Tensor views, SymInt window, "
+      "SymInt num_windows, float scale, bool window_order) -> Tensor");
+  m.def(
+      "_window_attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, SymInt num_heads, "
+      "Tensor views, SymInt window, SymInt num_windows, float scale, bool window_order) -> Tensor");
 }
 #endif
 
@@ -39,32 +45,76 @@ Tensor readable(const Tensor& any) {
   return x;
 }
 
-void check(const Tensor& x, const Tensor& q, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) &&
-                      x.size(2) == q.size(2) && x.scalar_type() == q.scalar_type(),
-                  "window_attention: ", name, " must be (N, H, D) like q");
+// The elements of a tensor from one of its heads on.
+void* from_head(void* data, const Tensor& x, int64_t head, int64_t head_stride) {
+  return static_cast<char*>(data) + head * head_stride * static_cast<int64_t>(x.element_size());
+}
+const void* from_head(const Tensor& x, int64_t head) {
+  return from_head(const_cast<void*>(x.const_data_ptr()), x, head, strides_of(x).head);
 }
 
-WindowAttention arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& views,
-                          int64_t window, int64_t num_windows, double scale, bool window_order) {
+// What q, k and v have in common; `like` is one of them, or holds all three.
+WindowAttention sizes(const Tensor& like, int64_t heads, int64_t kv_heads, const Tensor& views,
+                      int64_t window, int64_t num_windows, double scale, bool window_order) {
+  STD_TORCH_CHECK(like.dim() == 3, "window_attention: tensors must be (N, H, D)");
+  STD_TORCH_CHECK(heads >= 0 && kv_heads >= 0 &&
+                      (heads == kv_heads || (heads > 0 && kv_heads > 0 && heads % kv_heads == 0)),
+                  "window_attention: ", heads, " heads of q cannot share ", kv_heads,
+                  " heads of k and v");
   WindowAttention args{};
-  check(q, q, "q");
-  check(k, q, "k");
-  check(v, q, "v");
-  args.views = view_table(views, window, q.size(0), num_windows);
-  args.dtype = dtype_of(q, "q");
-  args.heads = q.size(1);
-  args.head_dim = q.size(2);
+  args.views = view_table(views, window, like.size(0), num_windows);
+  args.dtype = dtype_of(like, "q");
+  args.heads = heads;
+  args.kv_heads = kv_heads;
+  args.group = kv_heads == 0 ? 1 : heads / kv_heads;
+  args.head_dim = like.size(2);
   args.scale = scale;
-  args.q = q.const_data_ptr();
-  args.k = k.const_data_ptr();
-  args.v = v.const_data_ptr();
-  args.q_strides = strides_of(q);
-  args.k_strides = strides_of(k);
-  args.v_strides = strides_of(v);
   args.window_order = window_order;
   return args;
 }
+
+void check(const Tensor& x, const Tensor& like, int64_t heads, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == like.size(0) && x.size(1) == heads &&
+                      x.size(2) == like.size(2) && x.scalar_type() == like.scalar_type(),
+                  "window_attention: ", name, " does not fit q");
+}
+
+// The arguments of a call, and the tensors that they point into.
+struct Separate {
+  Tensor q, k, v;
+  WindowAttention args;
+
+  template <class... Rest>
+  Separate(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, Rest... rest)
+      : q(readable(q_any)), k(readable(k_any)), v(readable(v_any)) {
+    STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "window_attention: q and k must be (N, H, D)");
+    args = sizes(q, q.size(1), k.size(1), rest...);
+    check(k, q, args.kv_heads, "k");
+    check(v, q, args.kv_heads, "v");
+    args.q = q.const_data_ptr();
+    args.k = k.const_data_ptr();
+    args.v = v.const_data_ptr();
+    args.q_strides = strides_of(q);
+    args.k_strides = strides_of(k);
+    args.v_strides = strides_of(v);
+  }
+};
+
+struct Packed {
+  Tensor qkv;  // (N, H + 2 H_kv, D)
+  WindowAttention args;
+
+  template <class... Rest>
+  Packed(const Tensor& qkv_any, int64_t heads, Rest... rest) : qkv(readable(qkv_any)) {
+    STD_TORCH_CHECK(qkv.dim() == 3 && (qkv.size(1) - heads) % 2 == 0,
+                    "window_attention: qkv must be (N, H + 2 H_kv, D)");
+    args = sizes(qkv, heads, (qkv.size(1) - heads) / 2, rest...);
+    args.q = qkv.const_data_ptr();
+    args.k = from_head(qkv, heads);
+    args.v = from_head(qkv, heads + args.kv_heads);
+    args.q_strides = args.k_strides = args.v_strides = strides_of(qkv);
+  }
+};
 
 #ifndef UHD_CUDA_KERNELS
 
@@ -99,18 +149,13 @@ void run(const WindowAttention& args, const Tensor& like, Kernel&& kernel) {
 
 #endif
 
-Tensor forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& views,
-               int64_t window, int64_t num_windows, double scale, bool window_order) {
-  const Tensor q = readable(q_any);
-  const Tensor k = readable(k_any);
-  const Tensor v = readable(v_any);
-  WindowAttention args = arguments(q, k, v, views, window, num_windows, scale, window_order);
-  Tensor out = new_empty(q, {q.size(0), q.size(1), q.size(2)});
+Tensor forward(WindowAttention& args, const Tensor& like) {
+  Tensor out = new_empty(like, {like.size(0), args.heads, args.head_dim});
   args.out = out.mutable_data_ptr();
 #ifdef UHD_CUDA_KERNELS
-  launch_on(q, cuda::window_attention_forward, args);
+  launch_on(like, cuda::window_attention_forward, args);
 #else
-  run(args, q, [&](int64_t begin, int64_t end, void* scratch) {
+  run(args, like, [&](int64_t begin, int64_t end, void* scratch) {
     UHD_CALL_ISA(window_attention_forward, args, begin, end, scratch);
   });
   zero_rows(out, args.views.num_tokens());
@@ -118,45 +163,89 @@ Tensor forward(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, co
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out_any, const Tensor& q_any,
-                                            const Tensor& k_any, const Tensor& v_any,
-                                            const Tensor& views, int64_t window,
-                                            int64_t num_windows, double scale, bool window_order) {
-  const Tensor q = readable(q_any);
-  const Tensor k = readable(k_any);
-  const Tensor v = readable(v_any);
+// Writes the gradients, which the arguments point to.
+void backward(WindowAttention& args, const Tensor& like, const Tensor& grad_out_any) {
   const Tensor grad_out = readable(grad_out_any);
-  WindowAttention args = arguments(q, k, v, views, window, num_windows, scale, window_order);
-  check(grad_out, q, "grad_out");
+  check(grad_out, like, args.heads, "grad_out");
   args.grad_out = grad_out.const_data_ptr();
   args.grad_out_strides = strides_of(grad_out);
-  Tensor grad_q = new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor grad_k = new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor grad_v = new_empty(q, {q.size(0), q.size(1), q.size(2)});
+#ifdef UHD_CUDA_KERNELS
+  const OnDevice guard(like);  // scratch and launch must choose their kernels by the same limits
+  // Statistics of each row of the softmax, for the kernels that need two passes.
+  const ScalarType wide =
+      like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor scratch = new_empty(like, {cuda::window_attention_backward_scratch(args)}, wide);
+  args.scratch = scratch.mutable_data_ptr();
+  launch_on(like, cuda::window_attention_backward, args);
+#else
+  run(args, like, [&](int64_t begin, int64_t end, void* scratch) {
+    UHD_CALL_ISA(window_attention_backward, args, begin, end, scratch);
+  });
+#endif
+}
+
+// The kernels for CUDA write the zeros of padding themselves.
+void zero_padding([[maybe_unused]] Tensor& grad, [[maybe_unused]] const WindowAttention& args) {
+#ifndef UHD_CUDA_KERNELS
+  zero_rows(grad, args.views.num_tokens());
+#endif
+}
+
+Tensor separate_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& views,
+                        int64_t window, int64_t num_windows, double scale, bool window_order) {
+  Separate call(q, k, v, views, window, num_windows, scale, window_order);
+  return forward(call.args, call.q);
+}
+
+std::tuple<Tensor, Tensor, Tensor> separate_backward(const Tensor& grad_out, const Tensor& q,
+                                                     const Tensor& k, const Tensor& v,
+                                                     const Tensor& views, int64_t window,
+                                                     int64_t num_windows, double scale,
+                                                     bool window_order) {
+  Separate call(q, k, v, views, window, num_windows, scale, window_order);
+  WindowAttention& args = call.args;
+  const int64_t tokens = call.q.size(0);
+  Tensor grad_q = new_empty(call.q, {tokens, args.heads, args.head_dim});
+  Tensor grad_k = new_empty(call.q, {tokens, args.kv_heads, args.head_dim});
+  Tensor grad_v = new_empty(call.q, {tokens, args.kv_heads, args.head_dim});
   args.grad_q = grad_q.mutable_data_ptr();
   args.grad_k = grad_k.mutable_data_ptr();
   args.grad_v = grad_v.mutable_data_ptr();
-#ifdef UHD_CUDA_KERNELS
-  const OnDevice guard(q);  // scratch and launch must choose their kernels by the same limits
-  // Statistics of each row of the softmax, for the kernels that need two passes.
-  const ScalarType wide =
-      q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor scratch = new_empty(q, {cuda::window_attention_backward_scratch(args)}, wide);
-  args.scratch = scratch.mutable_data_ptr();
-  launch_on(q, cuda::window_attention_backward, args);
-#else
-  run(args, q, [&](int64_t begin, int64_t end, void* scratch) {
-    UHD_CALL_ISA(window_attention_backward, args, begin, end, scratch);
-  });
-  for (Tensor* grad : {&grad_q, &grad_k, &grad_v}) zero_rows(*grad, args.views.num_tokens());
-#endif
+  args.grad_q_stride = args.heads * args.head_dim;
+  args.grad_kv_stride = args.kv_heads * args.head_dim;
+  backward(args, call.q, grad_out);
+  for (Tensor* grad : {&grad_q, &grad_k, &grad_v}) zero_padding(*grad, args);
   return {grad_q, grad_k, grad_v};
+}
+
+Tensor packed_forward(const Tensor& qkv, int64_t num_heads, const Tensor& views, int64_t window,
+                      int64_t num_windows, double scale, bool window_order) {
+  Packed call(qkv, num_heads, views, window, num_windows, scale, window_order);
+  return forward(call.args, call.qkv);
+}
+
+Tensor packed_backward(const Tensor& grad_out, const Tensor& qkv, int64_t num_heads,
+                       const Tensor& views, int64_t window, int64_t num_windows, double scale,
+                       bool window_order) {
+  Packed call(qkv, num_heads, views, window, num_windows, scale, window_order);
+  WindowAttention& args = call.args;
+  const int64_t all_heads = call.qkv.size(1), dim = args.head_dim;
+  Tensor grad = new_empty(call.qkv, {call.qkv.size(0), all_heads, dim});
+  args.grad_q = grad.mutable_data_ptr();
+  args.grad_k = from_head(args.grad_q, grad, args.heads, dim);
+  args.grad_v = from_head(args.grad_k, grad, args.kv_heads, dim);
+  args.grad_q_stride = args.grad_kv_stride = all_heads * dim;
+  backward(args, call.qkv, grad_out);
+  zero_padding(grad, args);
+  return grad;
 }
 
 }  // namespace
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
-  m.impl("window_attention", TORCH_BOX(&uhd::forward));
-  m.impl("_window_attention_backward", TORCH_BOX(&uhd::backward));
+  m.impl("window_attention", TORCH_BOX(&uhd::separate_forward));
+  m.impl("_window_attention_backward", TORCH_BOX(&uhd::separate_backward));
+  m.impl("window_attention_qkvpacked", TORCH_BOX(&uhd::packed_forward));
+  m.impl("_window_attention_qkvpacked_backward", TORCH_BOX(&uhd::packed_backward));
 }

@@ -8,8 +8,7 @@
 
 namespace uhd {
 
-// Tensors are (N, H, D) with D contiguous; strides in elements, not bytes. N packed tokens, H
-// heads.
+// Tensors are (N, heads, D) with D contiguous; strides in elements, not bytes. N packed tokens.
 struct TokenStrides {
   int64_t token, head;
 };
@@ -18,6 +17,7 @@ struct WindowAttention {
   ViewTable views;
   DType dtype;
   int64_t heads, head_dim;
+  int64_t kv_heads, group;  // k and v have fewer heads, each for `group` heads of q
   double scale;
   const void *q, *k, *v;
   TokenStrides q_strides, k_strides, v_strides;
@@ -26,8 +26,11 @@ struct WindowAttention {
   // backward only
   const void* grad_out;
   TokenStrides grad_out_strides;
-  void *grad_q, *grad_k, *grad_v;  // (N, H, D) contiguous
-  void* scratch;                   // CUDA: window_attention_backward_scratch elements
+  // The heads of a token lie side by side; strides from one token to the next. All three may lie in
+  // one tensor, as q, k and v do in that of a packed projection.
+  void *grad_q, *grad_k, *grad_v;
+  int64_t grad_q_stride, grad_kv_stride;
+  void* scratch;  // CUDA: window_attention_backward_scratch elements
 };
 
 // Elements of float (double for float64) that one thread needs beside its registers, when no window

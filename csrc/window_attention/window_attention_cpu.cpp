@@ -28,9 +28,9 @@ template <class T, int kDim>
 void forward_2x2(const WindowAttention& args, const Window& window, const Window& out_window) {
   using S = AccumulateT<T>;
   Quad<const T> q(static_cast<const T*>(args.q), args.q_strides, window);
-  Quad<const T> k(static_cast<const T*>(args.k), args.k_strides, window);
-  Quad<const T> v(static_cast<const T*>(args.v), args.v_strides, window);
-  Quad<T> out(static_cast<T*>(args.out), contiguous_strides(args), out_window);
+  Quad<const T> k(static_cast<const T*>(args.k), args.k_strides, window, args.group);
+  Quad<const T> v(static_cast<const T*>(args.v), args.v_strides, window, args.group);
+  Quad<T> out(static_cast<T*>(args.out), {args.heads * args.head_dim, args.head_dim}, out_window);
   for (int64_t left = args.heads; left > 0; left -= kHeadGroup) {
     const int heads = static_cast<int>(left < kHeadGroup ? left : kHeadGroup);
     Tile<S> p[kHeadGroup];
@@ -80,7 +80,7 @@ void forward_any(const WindowAttention& args, const Window& window, const Window
   const int64_t tokens = window.size(), padded = (tokens + 15) / 16 * 16, dim = args.head_dim;
   for (int64_t head = 0; head < args.heads; ++head) {
     const Head<T> in(args, window, head);
-    const Rows<T> out = contiguous_rows<T>(args.out, args, out_window, head);
+    const Rows<T> out(static_cast<T*>(args.out), {args.heads * dim, dim}, out_window, head);
     for (int64_t i = 0; i < tokens; i += kTile) {
       const T* q[kTile];
       in.q.tile(i, q);
@@ -103,19 +103,69 @@ void forward_any(const WindowAttention& args, const Window& window, const Window
 // Nothing is saved by the forward pass but q, k, v: the probabilities of a window are recomputed
 // here.
 
+// acc_j += sum over up to four rows r of weights[r][j] * rows_r, for every token j of the window.
+template <class T, class S>
+void accumulate(const T* const* rows, int64_t num_rows, const S* weights, int64_t padded,
+                int64_t tokens, int64_t dim, S* acc) {
+  for_channels<T>(dim, [&](int64_t c, auto load, auto store) {
+    Vec<S> value[kTile] = {};
+    for (int64_t r = 0; r < num_rows; ++r) value[r] = load(rows[r] + c);
+    for (int64_t j = 0; j < tokens; ++j) {
+      Vec<S> sum = load(acc + j * dim + c);
+      for (int64_t r = 0; r < num_rows; ++r) sum = value[r] * weights[r * padded + j] + sum;
+      store(acc + j * dim + c, sum);
+    }
+  });
+}
+
+// The gradients of a window's keys and values, summed up over the queries of all heads of a group.
+template <class T, class S = AccumulateT<T>>
+class KeySums {
+ public:
+  KeySums(S* scratch, int64_t tokens, int64_t dim)
+      : tokens_(tokens), dim_(dim), sum_k_(scratch), sum_v_(scratch + tokens * dim) {}
+
+  void clear() {
+    for (int64_t i = 0; i < 2 * tokens_ * dim_; ++i) sum_k_[i] = 0;  // sum_v follows
+  }
+  // Up to four queries, and their rows of the gradients of the scores and of the probabilities.
+  void add(const T* const* q, const T* const* grad_out, int64_t num_rows, const S* ds, const S* p,
+           int64_t padded) {
+    accumulate(q, num_rows, ds, padded, tokens_, dim_, sum_k_);
+    accumulate(grad_out, num_rows, p, padded, tokens_, dim_, sum_v_);
+  }
+  // grad_k[j] and grad_v[j] are rows.
+  template <class RowsOf>
+  void store_to(const RowsOf& grad_k, const RowsOf& grad_v) const {
+    for (int64_t j = 0; j < tokens_; ++j) {
+      for_channels<T>(dim_, [&](int64_t c, auto load, auto store) {
+        store(grad_k[j] + c, load(sum_k_ + j * dim_ + c));
+        store(grad_v[j] + c, load(sum_v_ + j * dim_ + c));
+      });
+    }
+  }
+
+ private:
+  int64_t tokens_, dim_;
+  S *sum_k_, *sum_v_;
+};
+
 template <class T, int kDim>
-void backward_2x2(const WindowAttention& args, const Window& window, const Window& out_window) {
+void backward_2x2(const WindowAttention& args, const Window& window, const Window& out_window,
+                  AccumulateT<T>* scratch) {
   using S = AccumulateT<T>;
-  const int64_t dim = args.head_dim;
+  const int64_t dim = args.head_dim, group = args.group;
   const S scale = static_cast<S>(args.scale);
-  const TokenStrides contiguous = contiguous_strides(args);
+  const TokenStrides grad_kv_strides = {args.grad_kv_stride, dim};
   Quad<const T> q(static_cast<const T*>(args.q), args.q_strides, window);
-  Quad<const T> k(static_cast<const T*>(args.k), args.k_strides, window);
-  Quad<const T> v(static_cast<const T*>(args.v), args.v_strides, window);
+  Quad<const T> k(static_cast<const T*>(args.k), args.k_strides, window, group);
+  Quad<const T> v(static_cast<const T*>(args.v), args.v_strides, window, group);
   Quad<const T> grad_out(static_cast<const T*>(args.grad_out), args.grad_out_strides, out_window);
-  Quad<T> grad_q(static_cast<T*>(args.grad_q), contiguous, window);
-  Quad<T> grad_k(static_cast<T*>(args.grad_k), contiguous, window);
-  Quad<T> grad_v(static_cast<T*>(args.grad_v), contiguous, window);
+  Quad<T> grad_q(static_cast<T*>(args.grad_q), {args.grad_q_stride, dim}, window);
+  Quad<T> grad_k(static_cast<T*>(args.grad_k), grad_kv_strides, window, group);
+  Quad<T> grad_v(static_cast<T*>(args.grad_v), grad_kv_strides, window, group);
+  KeySums<T> sums(scratch, kTile, dim);
+  int64_t left_in_group = 0;  // counted where there are groups
   for (int64_t left = args.heads; left > 0; left -= kHeadGroup) {
     const int heads = static_cast<int>(left < kHeadGroup ? left : kHeadGroup);
     Tile<S> p[kHeadGroup], ds[kHeadGroup];
@@ -134,27 +184,18 @@ void backward_2x2(const WindowAttention& args, const Window& window, const Windo
       const auto ds_column = [&](int row, int column) { return ds[i].at[column][row]; };
       const auto p_column = [&](int row, int column) { return p[i].at[column][row]; };
       mix_tile<T, kDim>(k_again.rows(), ds_row, dim, grad_q.rows());
-      mix_tile<T, kDim>(q_again.rows(), ds_column, dim, grad_k.rows());
-      mix_tile<T, kDim>(grad_out_again.rows(), p_column, dim, grad_v.rows());
+      if (group == 1) {
+        mix_tile<T, kDim>(q_again.rows(), ds_column, dim, grad_k.rows());
+        mix_tile<T, kDim>(grad_out_again.rows(), p_column, dim, grad_v.rows());
+      } else {
+        if (left_in_group == 0) sums.clear(), left_in_group = group;
+        sums.add(q_again.rows(), grad_out_again.rows(), kTile, ds[i].at[0], p[i].at[0], kTile);
+        if (--left_in_group == 0) sums.store_to(grad_k.rows(), grad_v.rows());
+      }
       q_again.next_head(), k_again.next_head(), grad_out_again.next_head();
       grad_q.next_head(), grad_k.next_head(), grad_v.next_head();
     }
   }
-}
-
-// acc_j += sum over four rows r of weights[r][j] * rows_r, for every token j of the window.
-template <class T, class S>
-void accumulate(const T* const* rows, int64_t num_rows, const S* weights, int64_t padded,
-                int64_t tokens, int64_t dim, S* acc) {
-  for_channels<T>(dim, [&](int64_t c, auto load, auto store) {
-    Vec<S> value[kTile] = {};
-    for (int64_t r = 0; r < num_rows; ++r) value[r] = load(rows[r] + c);
-    for (int64_t j = 0; j < tokens; ++j) {
-      Vec<S> sum = load(acc + j * dim + c);
-      for (int64_t r = 0; r < num_rows; ++r) sum = value[r] * weights[r * padded + j] + sum;
-      store(acc + j * dim + c, sum);
-    }
-  });
 }
 
 template <class T>
@@ -163,14 +204,14 @@ void backward_any(const WindowAttention& args, const Window& window, const Windo
   using S = AccumulateT<T>;
   const int64_t tokens = window.size(), padded = (tokens + 15) / 16 * 16, dim = args.head_dim;
   const S scale = static_cast<S>(args.scale);
-  S *p = scratch, *ds = p + kTile * padded, *sum_k = ds + kTile * padded,
-    *sum_v = sum_k + tokens * dim;
+  S *p = scratch, *ds = p + kTile * padded;
+  KeySums<T> sums(ds + kTile * padded, tokens, dim);
   for (int64_t head = 0; head < args.heads; ++head) {
     const Head<T> in(args, window, head);
     const Rows<const T> grad_out(static_cast<const T*>(args.grad_out), args.grad_out_strides,
                                  out_window, head);
-    const Rows<T> grad_q = contiguous_rows<T>(args.grad_q, args, window, head);
-    for (int64_t i = 0; i < 2 * tokens * dim; ++i) sum_k[i] = 0;  // sum_v follows sum_k
+    const Rows<T> grad_q(static_cast<T*>(args.grad_q), {args.grad_q_stride, dim}, window, head);
+    if (head % args.group == 0) sums.clear();
     for (int64_t i = 0; i < tokens; i += kTile) {
       const T *q[kTile], *grad[kTile];
       in.q.tile(i, q);
@@ -192,17 +233,12 @@ void backward_any(const WindowAttention& args, const Window& window, const Windo
         }
         for (int64_t r = 0; r < rows; ++r) store(grad_q[i + r] + c, acc[r]);
       });
-      accumulate(q, rows, ds, padded, tokens, dim, sum_k);
-      accumulate(grad, rows, p, padded, tokens, dim, sum_v);
+      sums.add(q, grad, rows, ds, p, padded);
     }
-    const Rows<T> grad_k = contiguous_rows<T>(args.grad_k, args, window, head);
-    const Rows<T> grad_v = contiguous_rows<T>(args.grad_v, args, window, head);
-    for (int64_t j = 0; j < tokens; ++j) {
-      for_channels<T>(dim, [&](int64_t c, auto load, auto store) {
-        store(grad_k[j] + c, load(sum_k + j * dim + c));
-        store(grad_v[j] + c, load(sum_v + j * dim + c));
-      });
-    }
+    if ((head + 1) % args.group != 0) continue;
+    const TokenStrides strides = {args.grad_kv_stride, dim};
+    sums.store_to(Rows<T>(static_cast<T*>(args.grad_k), strides, window, head / args.group),
+                  Rows<T>(static_cast<T*>(args.grad_v), strides, window, head / args.group));
   }
 }
 
@@ -251,7 +287,9 @@ void window_attention_backward(const WindowAttention& args, int64_t begin, int64
     dispatch_head_dim(args.head_dim, [&](auto dim) {
       for_windows(
           args, begin, end,
-          [&](const Window& w, const Window& out) { backward_2x2<T, dim.value>(args, w, out); },
+          [&](const Window& w, const Window& out) {
+            backward_2x2<T, dim.value>(args, w, out, static_cast<AccumulateT<T>*>(scratch));
+          },
           [&](const Window& w, const Window& out) {
             backward_any<T>(args, w, out, static_cast<AccumulateT<T>*>(scratch));
           });

@@ -2,7 +2,8 @@
 // The backward pass of the general kernel, without atomics, in two launches. With P the softmax and
 // dP = dO v^T, of which delta is the mean of each row weighted by P:
 //   (1) one team per query: the statistics of its row of P, and dq = scale * (P * (dP - delta)) k
-//   (2) one team per key: dv = P^T dO and dk = scale * (P * (dP - delta))^T q
+//   (2) one team per key: dv = P^T dO and dk = scale * (P * (dP - delta))^T q, added up over the
+//       heads of a group, one head after another
 // Both compute the scores anew; a sum runs over the tokens of the window in raster order.
 #include "window_attention/general_softmax.cuh"
 #include "window_attention/general_windows.cuh"
@@ -29,8 +30,8 @@ struct Heads {
 
   UHD_DEVICE Heads(const WindowAttention& args, int64_t head)
       : q(args, args.q, args.q_strides, head),
-        k(args, args.k, args.k_strides, head),
-        v(args, args.v, args.v_strides, head),
+        k(args, args.k, args.k_strides, head / args.group),
+        v(args, args.v, args.v_strides, head / args.group),
         grad_out(args, args.grad_out, args.grad_out_strides, head),
         window_order(args.window_order) {}
   // The row of grad_out.
@@ -88,7 +89,7 @@ UHD_DEVICE void query_gradient(const WindowAttention& args, const Place& place, 
   const RowStatistics<S> row = {softmax.largest, S(1) / softmax.sum, delta / softmax.sum};
   if (threadIdx.x % Shape::kLanes == 0) statistics<S>(args, place.token, head) = row;
 
-  T* grad_q = static_cast<T*>(args.grad_q) + (place.token * args.heads + head) * args.head_dim;
+  T* grad_q = result_row<Shape>(args, args.grad_q, args.grad_q_stride, place.token, head);
   const bool one_tile = place.window.size() <= Traits::kKeys;
   for (int64_t begin = 0; begin < args.head_dim; begin += Shape::kSpan) {
     Piece<Shape> sum = Piece<Shape>::zero();
@@ -111,36 +112,47 @@ template <class Shape>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     general_queries(const WindowAttention args, int64_t first_block) {
   for_team<Shape>(
-      args, first_block,
+      args, args.heads, first_block,
       [&](const Place& place, int64_t head) { query_gradient<Shape>(args, place, head); },
-      [&](int64_t row, int64_t head) { zero_row<Shape>(args, args.grad_q, row, head); });
+      [&](int64_t row, int64_t head) {
+        zero_row<Shape>(args, args.grad_q, args.grad_q_stride, row, head);
+      });
 }
 
 // ---- (2) keys
 
 template <class Shape>
-UHD_DEVICE void key_gradients(const WindowAttention& args, const Place& place, int64_t head) {
+UHD_DEVICE void key_gradients(const WindowAttention& args, const Place& place, int64_t kv_head) {
   using T = typename Shape::T;
   using S = typename Shape::S;
-  const Heads<Shape> heads(args, head);
-  const HeldRow<Shape> key(heads.k, place.token), value(heads.v, place.token);
   const S scale = S(args.scale);
-  const int64_t out = (place.token * args.heads + head) * args.head_dim;
+  const Head<Shape> k(args, args.k, args.k_strides, kv_head);
+  const Head<Shape> v(args, args.v, args.v_strides, kv_head);
+  const HeldRow<Shape> key(k, place.token), value(v, place.token);
+  T* out_k = result_row<Shape>(args, args.grad_k, args.grad_kv_stride, place.token, kv_head);
+  T* out_v = result_row<Shape>(args, args.grad_v, args.grad_kv_stride, place.token, kv_head);
+  const int first = int(kv_head * args.group), end = first + int(args.group);
   for (int64_t begin = 0; begin < args.head_dim; begin += Shape::kSpan) {
     Piece<Shape> grad_k = Piece<Shape>::zero(), grad_v = Piece<Shape>::zero();
-    for (Walk queries(place.window); queries.more(); queries.advance()) {
-      const int token = queries.token(), row = heads.grad_row(token, queries.position());
-      const Piece<Shape> q = heads.q.piece(token, 0), grad = heads.grad_out.piece(row, 0);
-      const RowStatistics<S> softmax = statistics<S>(args, token, head);
-      const S score = scale * key.dot(heads.q, token, q);
-      const S p = OnlineSoftmax<T>::weight(score, softmax.largest) * softmax.inverse_sum;
-      const S grad_p = value.dot(heads.grad_out, row, grad);
-      grad_k.add(p * (grad_p - softmax.delta), begin == 0 ? q : heads.q.piece(token, begin));
-      grad_v.add(p, begin == 0 ? grad : heads.grad_out.piece(row, begin));
+#pragma unroll 1
+    for (int head = first; head < end; ++head) {
+      const Head<Shape> q(args, args.q, args.q_strides, head);
+      const Head<Shape> grad_out(args, args.grad_out, args.grad_out_strides, head);
+      for (Walk queries(place.window); queries.more(); queries.advance()) {
+        const int token = queries.token();
+        const int row = args.window_order ? queries.position() : token;
+        const Piece<Shape> query = q.piece(token, 0), grad = grad_out.piece(row, 0);
+        const RowStatistics<S> softmax = statistics<S>(args, token, head);
+        const S score = scale * key.dot(q, token, query);
+        const S p = OnlineSoftmax<T>::weight(score, softmax.largest) * softmax.inverse_sum;
+        const S grad_p = value.dot(grad_out, row, grad);
+        grad_k.add(p * (grad_p - softmax.delta), begin == 0 ? query : q.piece(token, begin));
+        grad_v.add(p, begin == 0 ? grad : grad_out.piece(row, begin));
+      }
     }
     grad_k.scale(scale);
-    grad_k.store(static_cast<T*>(args.grad_k) + out + begin, args.head_dim - begin);
-    grad_v.store(static_cast<T*>(args.grad_v) + out + begin, args.head_dim - begin);
+    grad_k.store(out_k + begin, args.head_dim - begin);
+    grad_v.store(out_v + begin, args.head_dim - begin);
   }
 }
 
@@ -148,11 +160,11 @@ template <class Shape>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     general_keys(const WindowAttention args, int64_t first_block) {
   for_team<Shape>(
-      args, first_block,
-      [&](const Place& place, int64_t head) { key_gradients<Shape>(args, place, head); },
-      [&](int64_t row, int64_t head) {
-        zero_row<Shape>(args, args.grad_k, row, head);
-        zero_row<Shape>(args, args.grad_v, row, head);
+      args, args.kv_heads, first_block,
+      [&](const Place& place, int64_t kv_head) { key_gradients<Shape>(args, place, kv_head); },
+      [&](int64_t row, int64_t kv_head) {
+        zero_row<Shape>(args, args.grad_k, args.grad_kv_stride, row, kv_head);
+        zero_row<Shape>(args, args.grad_v, args.grad_kv_stride, row, kv_head);
       });
 }
 
@@ -180,8 +192,9 @@ const char* general_windows_backward(const WindowAttention& args, void* stream) 
       [&](auto element, auto width) {
         return with_shape<decltype(element), width>(args.head_dim, [&](auto shape) {
           using Shape = decltype(shape);
-          const char* error = launch_teams<Shape>(general_queries<Shape>, args, stream);
-          return error ? error : launch_teams<Shape>(general_keys<Shape>, args, stream);
+          const char* error = launch_teams<Shape>(general_queries<Shape>, args, args.heads, stream);
+          if (error) return error;
+          return launch_teams<Shape>(general_keys<Shape>, args, args.kv_heads, stream);
         });
       });
 }

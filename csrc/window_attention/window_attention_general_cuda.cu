@@ -43,20 +43,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     general_forward(const WindowAttention args, int64_t first_block) {
   using T = typename Shape::T;
   for_team<Shape>(
-      args, first_block,
+      args, args.heads, first_block,
       [&](const Place& place, int64_t head) {
+        const int64_t kv_head = head / args.group;
         const Head<Shape> q(args, args.q, args.q_strides, head);
-        const Head<Shape> k(args, args.k, args.k_strides, head);
-        const Head<Shape> v(args, args.v, args.v_strides, head);
+        const Head<Shape> k(args, args.k, args.k_strides, kv_head);
+        const Head<Shape> v(args, args.v, args.v_strides, kv_head);
         const HeldRow<Shape> query(q, place.token);
         const int64_t row = args.window_order ? place.position : place.token;
-        T* out = static_cast<T*>(args.out) + (row * args.heads + head) * args.head_dim;
+        T* out = result_row<Shape>(args, args.out, args.heads * args.head_dim, row, head);
         for (int64_t begin = 0; begin < args.head_dim; begin += Shape::kSpan) {
           attend(place.window, query, k, v, typename Shape::S(args.scale), begin)
               .store(out + begin, args.head_dim - begin);
         }
       },
-      [&](int64_t row, int64_t head) { zero_row<Shape>(args, args.out, row, head); });
+      [&](int64_t row, int64_t head) {
+        zero_row<Shape>(args, args.out, args.heads * args.head_dim, row, head);
+      });
 }
 
 }  // namespace
@@ -75,7 +78,8 @@ const char* general_windows_forward(const WindowAttention& args, void* stream) {
                     [&](auto element, auto width) {
                       return with_shape<decltype(element), width>(args.head_dim, [&](auto shape) {
                         using Shape = decltype(shape);
-                        return launch_teams<Shape>(general_forward<Shape>, args, stream);
+                        return launch_teams<Shape>(general_forward<Shape>, args, args.heads,
+                                                   stream);
                       });
                     });
 }

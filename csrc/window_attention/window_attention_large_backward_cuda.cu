@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward pass for windows of up to 16 x 16 tokens. One block per window and head, in two phases:
 // every warp takes strips of queries over all keys, then strips of keys over all queries.
+#include "window_attention/gradients.cuh"
 #include "window_attention/large_gradients.cuh"
 #include "window_attention/large_windows.h"
 
@@ -33,8 +34,14 @@ struct Tensors {
   UHD_DEVICE HeadRows<const T> grad_out() const {
     return input_rows<T>(args.grad_out, args.grad_out_strides, grad_out_order, head);
   }
-  UHD_DEVICE HeadRows<T> gradient(void* data) const {
-    return output_rows<T, kDim>(data, args, raster, head);
+  UHD_DEVICE HeadRows<T> grad_q() const {
+    return output_rows<T, kDim>(args.grad_q, args.grad_q_stride, raster, head);
+  }
+  UHD_DEVICE HeadRows<T> grad_k() const {
+    return output_rows<T, kDim>(args.grad_k, args.grad_kv_stride, raster, head);
+  }
+  UHD_DEVICE HeadRows<T> grad_v() const {
+    return output_rows<T, kDim>(args.grad_v, args.grad_kv_stride, raster, head);
   }
 };
 
@@ -98,8 +105,7 @@ UHD_DEVICE void query_phase(const LargePlan& plan, const WindowAndHead& work,
         work.tokens, plan.exponent_scale, grad_q, factor);
     sums.store(shared.statistics, begin);
     for (float& x : factor) x *= plan.scale;
-    store_strip<T, kDim>(shared.output, grad_q, factor, tensors.gradient(tensors.args.grad_q),
-                         begin, work.tokens);
+    store_strip<T, kDim>(shared.output, grad_q, factor, tensors.grad_q(), begin, work.tokens);
     begin += plan.warps * kStrip;
     if (begin >= work.tokens) break;
     shared.rows.load(tensors.q(), tensors.grad_out(), begin, work);
@@ -120,10 +126,10 @@ UHD_DEVICE void key_phase(const LargePlan& plan, const WindowAndHead& work,
     key_gradients<T, kDim>(shared.rows.first, shared.rows.second, shared.columns.first,
                            shared.columns.second, work.tokens, plan.exponent_scale,
                            shared.statistics, range, grad_k, grad_v);
-    store_strip<T, kDim>(shared.output, grad_k, {k_factor, k_factor},
-                         tensors.gradient(tensors.args.grad_k), begin, work.tokens);
-    store_strip<T, kDim>(shared.output, grad_v, {v_factor, v_factor},
-                         tensors.gradient(tensors.args.grad_v), begin, work.tokens);
+    store_strip<T, kDim>(shared.output, grad_k, {k_factor, k_factor}, tensors.grad_k(), begin,
+                         work.tokens);
+    store_strip<T, kDim>(shared.output, grad_v, {v_factor, v_factor}, tensors.grad_v(), begin,
+                         work.tokens);
     begin += plan.warps * kStrip;
     if (begin >= work.tokens) break;
     shared.rows.load(tensors.k(), tensors.v(), begin, work);
@@ -133,17 +139,9 @@ UHD_DEVICE void key_phase(const LargePlan& plan, const WindowAndHead& work,
 }
 
 template <class T, int kDim>
-UHD_DEVICE void zero_padding(const WindowAttention& args) {
-  for (void* gradient : {args.grad_q, args.grad_k, args.grad_v}) {
-    zero_rows(static_cast<T*>(gradient), args.heads * kDim, args.views.num_tokens(),
-              args.views.token_rows);
-  }
-}
-
-template <class T, int kDim>
 __global__ void __launch_bounds__(Traits::kThreads(kDim), 1)
     large_backward(const WindowAttention args, const LargePlan plan) {
-  zero_padding<T, kDim>(args);
+  zero_gradient_padding<T>(args);
   WindowAndHead work;
   if (!find_window(args, work)) return;
   const TokenMap raster = TokenMap::raster(work.window);

@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(Traits::kThreads(kDim), 1)
   const TokenMap raster = TokenMap::raster(work.window);
   const auto q = input_rows<T>(args.q, args.q_strides, raster, work.head);
   const auto out = output_rows<T, kDim>(
-      args.out, args, args.window_order ? TokenMap::window_order(work.window) : raster, work.head);
+      args.out, args.heads * kDim, args.window_order ? TokenMap::window_order(work.window) : raster,
+      work.head);
   const int warp = threadIdx.x / kWarp, step = plan.warps * kStrip;
   T* k = dynamic_shared<T>();
   T* v = k + plan.padded_tokens * kStride;
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(Traits::kThreads(kDim), 1)
 
   int begin = warp * kStrip;
   load_strip<T, kDim>(own, q, begin, work);
-  load_window<T, kDim>(k, input_rows<T>(args.k, args.k_strides, raster, work.head), work);
-  load_window<T, kDim>(v, input_rows<T>(args.v, args.v_strides, raster, work.head), work);
+  load_window<T, kDim>(k, input_rows<T>(args.k, args.k_strides, raster, work.kv_head), work);
+  load_window<T, kDim>(v, input_rows<T>(args.v, args.v_strides, raster, work.kv_head), work);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -95,10 +96,13 @@ bool aligned(const WindowAttention& args) {
   const auto input = [](const void* data, TokenStrides strides) {
     return aligned_16<T>({data, strides.token}) && aligned_16<T>({data, strides.head});
   };
-  const auto output = [](const void* data) { return aligned_16<T>({data, 0}); };
+  const auto output = [](const void* data, int64_t stride = 0) {
+    return aligned_16<T>({data, stride});
+  };
   return input(args.q, args.q_strides) && input(args.k, args.k_strides) &&
          input(args.v, args.v_strides) && input(args.grad_out, args.grad_out_strides) &&
-         output(args.out) && output(args.grad_q) && output(args.grad_k) && output(args.grad_v);
+         output(args.out) && output(args.grad_q, args.grad_q_stride) &&
+         output(args.grad_k, args.grad_kv_stride) && output(args.grad_v, args.grad_kv_stride);
 }
 
 }  // namespace
@@ -108,6 +112,8 @@ namespace cuda {
 bool large_windows_fit(const WindowAttention& args) {
   const bool half = args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16;
   if (!half || args.views.window < 5 || args.views.window > 16) return false;
+  // No block adds up the gradients of a key over the heads of a group.
+  if (args.grad_out && args.group > 1) return false;
   bool head_dim = false;
   for (const int dim : {64, 72, 80, 96, 128}) head_dim = head_dim || args.head_dim == dim;
   if (!head_dim || !aligned<BFloat16>(args) || large_blocks(args) > INT32_MAX) return false;

@@ -2,6 +2,7 @@
 // Windows of side 1 to 4: a warp takes a tile of windows and some heads, one after another. There
 // is neither shared memory nor a barrier: the tokens of a window never leave their warp, so the
 // backward pass recomputes the probabilities, and writes every gradient once.
+#include "window_attention/gradients.cuh"
 #include "window_attention/head_dims.h"
 #include "window_attention/small_products.cuh"
 #include "window_attention/small_windows.h"
@@ -54,8 +55,9 @@ __global__ void __launch_bounds__(Traits::kWarps* kWarp)
   const RowScale scale = probability_scale();
 #pragma unroll 1
   for (int head = work.begin; head < work.end; ++head) {
-    const HeadRows<const T> q(args.q, args.q_strides, head), k(args.k, args.k_strides, head),
-        v(args.v, args.v_strides, head);
+    const int kv_head = args.group == 1 ? head : head / int(args.group);
+    const HeadRows<const T> q(args.q, args.q_strides, head), k(args.k, args.k_strides, kv_head),
+        v(args.v, args.v_strides, kv_head);
     const HeadRows<T> out(args.out, {row, kDim}, head);
     Square p;
     dot_rows(Fragments(q, tile.row), Fragments(k, tile.row), p);
@@ -69,10 +71,7 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kBackwardBlocks(kDim))
     small_backward(const WindowAttention args, int heads_each) {
   using Fragments = RowFragments<T, kDim>;
-  const int64_t row = args.heads * kDim;
-  for (void* grad : {args.grad_q, args.grad_k, args.grad_v}) {
-    zero_rows(static_cast<T*>(grad), row, args.views.num_tokens(), args.views.token_rows);
-  }
+  zero_gradient_padding<T>(args);
   const Work work = find_work(args, heads_each);
   const SmallTile& tile = work.tile;
   if (tile.present == 0) return;
@@ -80,8 +79,9 @@ __global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kBackwardBlocks
   for (int head = work.begin; head < work.end; ++head) {
     const HeadRows<const T> q(args.q, args.q_strides, head), k(args.k, args.k_strides, head),
         v(args.v, args.v_strides, head), grad_out(args.grad_out, args.grad_out_strides, head);
-    const HeadRows<T> grad_q(args.grad_q, {row, kDim}, head),
-        grad_k(args.grad_k, {row, kDim}, head), grad_v(args.grad_v, {row, kDim}, head);
+    const HeadRows<T> grad_q(args.grad_q, grad_q_strides(args), head),
+        grad_k(args.grad_k, grad_kv_strides(args), head),
+        grad_v(args.grad_v, grad_kv_strides(args), head);
     Square p, ds;
     dot_rows(Fragments(q, tile.row), Fragments(k, tile.row), p);
     dot_rows(Fragments(grad_out, tile.row_out), Fragments(v, tile.row), ds);
@@ -141,16 +141,19 @@ bool rows_fit(const void* pointer, TokenStrides strides) {
 namespace cuda {
 
 bool small_windows_fit(const WindowAttention& args) {
-  const TokenStrides contiguous = {args.heads * args.head_dim, args.head_dim};
+  const TokenStrides out = {args.heads * args.head_dim, args.head_dim};
+  const TokenStrides grad_q = {args.grad_q_stride, args.head_dim};
+  const TokenStrides grad_kv = {args.grad_kv_stride, args.head_dim};
   const auto exists = [](auto, auto) -> const char* { return nullptr; };
   bool fit = (args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16) &&
              args.views.window >= 1 && args.views.window <= 4 &&
              with_half_and_head_dim(args, exists) == nullptr && rows_fit(args.q, args.q_strides) &&
              rows_fit(args.k, args.k_strides) && rows_fit(args.v, args.v_strides) &&
-             rows_fit(args.grad_out, args.grad_out_strides);
-  for (const void* result : {args.out, args.grad_q, args.grad_k, args.grad_v}) {
-    fit = fit && rows_fit(result, contiguous);
-  }
+             rows_fit(args.grad_out, args.grad_out_strides) && rows_fit(args.out, out) &&
+             rows_fit(args.grad_q, grad_q) && rows_fit(args.grad_k, grad_kv) &&
+             rows_fit(args.grad_v, grad_kv);
+  // No warp adds up the gradients of a key over the heads of a group.
+  fit = fit && (args.grad_out == nullptr || args.group == 1);
   // Tiles and blocks are counted in 32 bits.
   return fit && num_tiles(args.views) <= INT32_MAX - Traits::kWarps &&
          num_blocks(args, choose_heads_each(args)) <= INT32_MAX;

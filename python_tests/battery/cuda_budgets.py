@@ -40,7 +40,9 @@ BUDGETS = (
     Budget(r"general_forward<Shape<\w+, [248], .*>", 128, (LOAD, STORE)),
     Budget(r"general_queries<Shape<\w+, [248], .*>", 168, (LOAD, STORE)),
     Budget(r"general_keys<Shape<\w+, [248], .*>", 192, (LOAD, STORE)),
-    Budget(r"general_(forward|queries|keys)<Shape<\w+, 1, .*>", 128),
+    Budget(r"general_(forward|queries)<Shape<\w+, 1, .*>", 128),
+    Budget(r"general_keys<Shape<(float|BFloat16|Float16), 1, .*>", 128),
+    Budget(r"general_keys<Shape<double, 1, .*>", 168),
     # unshuffle_norm
     Budget(r"forward_2x2<(float|BFloat16|Float16), true>", 84, (LOAD, STORE)),
     Budget(r"forward_2x2<(float|BFloat16|Float16), false>", 128),

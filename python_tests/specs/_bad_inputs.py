@@ -67,10 +67,10 @@ def bad_tokens(grids: int = 1) -> tuple[BadInput, ...]:
     )
 
 
-def bad_attention() -> tuple[BadInput, ...]:
-    """Spoil ``(q, k, v, grids)`` where q, k and v are ``(39, 2, 8)``."""
+def bad_attention(like: str = "q") -> tuple[BadInput, ...]:
+    """Spoil ``(q, k, v, grids)`` of ``(39, 2, 8)``, where v has the shape of the one named."""
     dtype = "k must have the dtype of q, torch.float32, got torch.float64"
-    shape = "v must have the shape of q, (39, 2, 8), got (39, 2, 7)"
+    shape = f"v must have the shape of {like}, (39, 2, 8), got (39, 2, 7)"
     return (
         *bad_tensor("q"),
         *bad({dtype: (1, torch.Tensor.double)}, TypeError),

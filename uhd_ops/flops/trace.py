@@ -266,6 +266,25 @@ def _window_attention_backward(grad_out: torch.Tensor, *args: Any, out_val: Any 
     return _window_attention(*args) // 2 * 5
 
 
+def _window_attention_qkvpacked(
+    qkv: torch.Tensor,
+    num_heads: int,
+    views: torch.Tensor,
+    window: int,
+    num_windows: int,
+    *args: Any,
+    out_val: Any = None,
+) -> int:
+    q = qkv[:, :num_heads]
+    return _window_attention(q, q, q, views, window, num_windows)
+
+
+def _window_attention_qkvpacked_backward(
+    grad_out: torch.Tensor, *args: Any, out_val: Any = None
+) -> int:
+    return _window_attention_qkvpacked(*args) // 2 * 5
+
+
 def _linear_activation(
     z: torch.Tensor, weight: torch.Tensor, *args: Any, out_val: Any = None
 ) -> int:
@@ -275,6 +294,8 @@ def _linear_activation(
 _FORMULAS = {
     "window_attention": _window_attention,
     "_window_attention_backward": _window_attention_backward,
+    "window_attention_qkvpacked": _window_attention_qkvpacked,
+    "_window_attention_qkvpacked_backward": _window_attention_qkvpacked_backward,
     "_linear_activation": _linear_activation,
 }
 

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.mlp_forms import merge_windows
 from uhd_ops.nn.modules import Mixed, mixed
-from uhd_ops.ops.window_attention import window_attention
+from uhd_ops.ops.window_attention import window_attention_qkvpacked
 from uhd_ops.padded_grids import PaddedGrids
 
 WINDOW = 2
@@ -151,8 +151,8 @@ class WindowAttentionMerger(Mixed):
         """
         attention = self.self_attn
         qkv, _ = attention.qkv_proj(self.layer_norm1(x))
-        q, k, v = qkv.unflatten(1, (3, -1, attention.head_dim)).unbind(1)
-        attended, _ = attention.out_proj(window_attention(q, k, v, grids, WINDOW).flatten(1))
+        qkv = qkv.unflatten(1, (3, -1, attention.head_dim))
+        attended, _ = attention.out_proj(window_attention_qkvpacked(qkv, grids, WINDOW).flatten(1))
         return _merge(self, x + attended, grids, "gelu_tanh", residual=True)
 
 

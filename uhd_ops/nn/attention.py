@@ -19,7 +19,7 @@ from torch.nn import functional
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.positions import Rotary, rotate
 from uhd_ops.ops.view_attention import attend_views, by_group
-from uhd_ops.ops.window_attention import window_attention
+from uhd_ops.ops.window_attention import window_attention, window_attention_qkvpacked
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import Windows, locate
 
@@ -45,7 +45,33 @@ def run_attention(
         training: Whether dropout acts.
     """
     tokens = x if part.norm is None else part.norm(x)
-    q, k, v = _project(part, tokens)
+    dropout = part.attention_dropout if training else 0.0
+    norms = (part.q_norm, part.k_norm, part.v_norm)
+    if len(part.projections) == 1 and norms == (None, None, None) and positions is None:
+        qkv = part.projections[0](tokens).unflatten(-1, (3, part.num_heads, part.head_dim))
+        y = scope.attend_packed(qkv, scale=part.scale, dropout=dropout)
+    else:
+        q, k, v = _prepared(part, tokens, positions)
+        groups = q.shape[-2] // k.shape[-2]
+        if groups > 1 and not scope.shares_heads:
+            k, v = _repeated(groups, k, v)
+        y = scope.attend(q, k, v, scale=part.scale, dropout=dropout)
+    y = y.flatten(-2)
+    if part.inner_norm is not None:
+        y = part.inner_norm(y)
+    if part.gate is not None:
+        y = y * scope.pick(part.gate(tokens).sigmoid())
+    y = functional.dropout(part.proj(y), part.proj_dropout, training)
+    return end_branch(part, y, scope, training)
+
+
+def _prepared(part: Any, x: torch.Tensor, positions: Rotary | None) -> Sequence[torch.Tensor]:
+    """Return queries, keys and values as they attend, each ``(..., heads, head_dim)``."""
+    if len(part.projections) == 1:
+        qkv = part.projections[0](x).unflatten(-1, (3, part.num_heads, part.head_dim))
+        q, k, v = qkv.unbind(-3)
+    else:
+        q, k, v = (layer(x).unflatten(-1, (-1, part.head_dim)) for layer in part.projections)
     dtype = v.dtype  # under autocast a norm returns float32
     if part.joint_norms:
         q, k = q.flatten(-2), k.flatten(-2)
@@ -59,17 +85,12 @@ def run_attention(
         v = part.v_norm(v).to(dtype)
     if positions is not None:
         q, k = (rotate(y, positions, part.rotate_half) for y in (q, k))
-    groups = q.shape[-2] // k.shape[-2]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)
-    dropout = part.attention_dropout if training else 0.0
-    y = scope.attend(q, k, v, scale=part.scale, dropout=dropout).flatten(-2)
-    if part.inner_norm is not None:
-        y = part.inner_norm(y)
-    if part.gate is not None:
-        y = y * scope.pick(part.gate(tokens).sigmoid())
-    y = functional.dropout(part.proj(y), part.proj_dropout, training)
-    return end_branch(part, y, scope, training)
+    return q, k, v
+
+
+def _repeated(groups: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Give every head of the queries its own of keys or values ``(..., H, D)``."""
+    return [x.repeat_interleave(groups, -2) for x in tensors]
 
 
 def run_own_attention(
@@ -102,15 +123,14 @@ def end_branch(part: Any, y: torch.Tensor, scope: Scope, training: bool) -> torc
     return scope.drop(y, part.drop_path) if training and part.drop_path else y
 
 
-def _project(part: Any, x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return queries, keys and values, each ``(..., heads, head_dim)``."""
-    if len(part.projections) == 1:
-        return part.projections[0](x).unflatten(-1, (3, part.num_heads, part.head_dim)).unbind(-3)
-    return [layer(x).unflatten(-1, (-1, part.head_dim)) for layer in part.projections]
-
-
 class Scope:
-    """Which tokens attend to which, and where the views are."""
+    """Which tokens attend to which, and where the views are.
+
+    Attributes:
+        shares_heads: Whether several heads of the queries may share one of keys and values.
+    """
+
+    shares_heads = False
 
     def attend(
         self,
@@ -125,12 +145,18 @@ class Scope:
 
         Args:
             q: Queries.
-            k: Keys.
-            v: Values.
+            k: Keys; where heads are shared, their number divides H.
+            v: Values, likewise.
             scale: Factor on the scores; None means ``D ** -0.5``.
             dropout: Probability of dropping an attention weight.
         """
         raise NotImplementedError
+
+    def attend_packed(
+        self, qkv: torch.Tensor, *, scale: float | None, dropout: float
+    ) -> torch.Tensor:
+        """As :meth:`attend`, of queries, keys and values in one tensor ``(..., N, 3, H, D)``."""
+        return self.attend(*qkv.unbind(-3), scale=scale, dropout=dropout)
 
     def run_module(self, module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor):
         """Return ``module(tokens)`` of every group of tokens, ``(groups, length, C)`` at a time."""
@@ -153,6 +179,8 @@ class WindowScope(Scope):
         window: Side of a window, in tokens.
         score_bias: A :class:`uhd_ops.nn.score_bias.ScoreBias`, or None.
     """
+
+    shares_heads = True
 
     def __init__(self, grids: Grids, window: int, score_bias: nn.Module | None = None) -> None:
         self.grids, self.window, self.score_bias = grids, window, score_bias
@@ -179,6 +207,14 @@ class WindowScope(Scope):
             score_bias=self.score_bias,
             dropout=dropout,
         )
+
+    def attend_packed(
+        self, qkv: torch.Tensor, *, scale: float | None, dropout: float
+    ) -> torch.Tensor:
+        """As in the base class, with one gradient for all three."""
+        if self.score_bias is None and not dropout:
+            return window_attention_qkvpacked(qkv, self.grids, self.window, scale=scale)
+        return super().attend_packed(qkv, scale=scale, dropout=dropout)
 
     def run_module(
         self, module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
@@ -358,9 +394,9 @@ def gathered_window_attention(
     The operator has neither.
 
     Args:
-        q: Queries ``(N, H, D)``, or ``(B, h*w, H, D)`` with one grid; keys and values likewise.
-        k: Keys.
-        v: Values.
+        q: Queries ``(N, H, D)``, or ``(B, h*w, H, D)`` with one grid.
+        k: Keys, of so many heads or fewer, as for the operator.
+        v: Values, likewise.
         grids: Grids of the tokens.
         window: Side of a window.
         scale: Factor on the scores; None means ``D ** -0.5``.
@@ -368,6 +404,8 @@ def gathered_window_attention(
         dropout: Probability of dropping an attention weight.
     """
     where = locate(q, "q", grids, window, ("H", "D"))
+    if k.shape[-2] != q.shape[-2]:
+        k, v = _repeated(q.shape[-2] // k.shape[-2], k, v)
     tokens, present = where.slots()
     q, k, v = (_gather(where.pack(x), tokens) for x in (q, k, v))
     # A ragged window attends among its own tokens.

@@ -28,8 +28,9 @@ def window_attention(
     and bottom edge of a view whose side is not a multiple of ``window``, a window holds fewer
     tokens and attends among those. A window's result depends on its own tokens only, bit for bit.
     No copy of q, k or v is made as long as their last dimension is contiguous and, on CUDA, their
-    rows are 16-byte aligned, so the slices of a packed ``(N, 3, H, D)`` projection can be passed as
-    they are.
+    rows are 16-byte aligned. The slices of a packed ``(N, 3, H, D)`` projection can be passed as
+    they are, but their three gradients are joined by a copy then:
+    :func:`uhd_ops.window_attention_qkvpacked` has one for all.
 
     On CUDA, half types in windows larger than 16 go to torch's ``scaled_dot_product_attention``
     instead, window by window: it copies the tokens into that order and back, and what it promises
@@ -39,8 +40,9 @@ def window_attention(
         q: Queries ``(N, H, D)`` for packed tokens, or ``(B, h*w, H, D)`` with one ``(h, w)`` grid.
             float32, float64, bfloat16 or float16; half types accumulate in float32 and round once,
             at the store. Under autocast, q, k and v are cast to the autocast dtype.
-        k: Keys, like ``q``.
-        v: Values, like ``q``.
+        k: Keys, like ``q``, or with fewer heads H_kv, a divisor of H: consecutive queries' heads
+            share one, and its gradient is their sum.
+        v: Values, like ``k``.
         grids: Patch grids of the views: PackedGrids, ``(h, w)`` pairs, a CPU tensor ``(S, 2)``, or
             one pair.
         window: Side of a window, in tokens.
@@ -70,45 +72,169 @@ def window_attention(
         torch.Size([39, 2, 8])
     """
     _checks.check_tensor(q, "q")
-    for name, x in (("k", k), ("v", v)):
-        _checks.check_like(x, name, q, "q")
-        _checks.check_same_shape(x, name, q, "q")
+    _checks.check_like(k, "k", q, "q")
+    _checks.check_like(v, "v", q, "q")
+    _check_heads(q, k)
+    _checks.check_same_shape(v, "v", k, "k")
     window = _checks.check_positive_int(window, "window")
     sides_in = windows.check_order(order_in, "order_in", window)
     sides = windows.check_order(order, "order", window)
     where = windows.locate(q, "q", grids, window, ("H", "D"))
-    if scale is None:
-        scale = (q.shape[-1] or 1) ** -0.5
-    scale = _checks.check_finite(scale, "scale")
+    scale = _scale(scale, q)
     q, k, v = _checks.autocast(q, k, v)
     if not _native.has_kernels(q.device):
         return reference.window_attention(
             q, k, v, grids, window, scale=scale, order=order, order_in=order_in
         )
-    q, k, v = where.pack(q), where.pack(k), where.pack(v)
-    out, sides_out = _attend(q, k, v, where, scale, sides_in, sides)
-    if sides_out != sides:
-        out = windows.reorder(out, where, sides_out, sides)
-    return where.unpack_tokens(out)
+    packed = [where.pack(q), where.pack(k), where.pack(v)]
+    return _attend(packed, None, where, scale, sides_in, sides)
 
 
-def _attend(q, k, v, where, scale, sides_in, sides) -> tuple[torch.Tensor, tuple]:
-    """Return the result, and the order it is in: ``sides`` where it costs nothing."""
+def window_attention_qkvpacked(
+    qkv: torch.Tensor,
+    grids: Grids,
+    window: int = 2,
+    *,
+    num_heads: int | None = None,
+    scale: float | None = None,
+    order: TokenOrder = "raster",
+    order_in: TokenOrder = "raster",
+) -> torch.Tensor:
+    """:func:`uhd_ops.window_attention` of a packed projection, with one gradient for all of it.
+
+    The results are those of the slices, bit for bit, and the gradient is what theirs would be
+    joined to; the kernels write it once, where autograd would copy three gradients into a fourth.
+
+    Args:
+        qkv: Queries, keys and values, ``(N, 3, H, D)`` for packed tokens, or ``(B, h*w, 3, H, D)``
+            with one ``(h, w)`` grid. With ``num_heads``, the heads of the queries, then those of
+            the keys and of the values, side by side: ``(N, H + 2 * H_kv, D)``, or
+            ``(B, h*w, H + 2 * H_kv, D)``. Dtypes and autocast as for
+            :func:`uhd_ops.window_attention`.
+        grids: Patch grids of the views, likewise.
+        window: Side of a window, in tokens.
+        num_heads: Heads H of the queries, a multiple of those of the keys; None for a tensor with a
+            dimension of 3.
+        scale: Factor on the scores; None means ``D ** -0.5``.
+        order: Order of the output tokens inside each view, as for
+            :func:`uhd_ops.window_attention`.
+        order_in: Order of the tokens of qkv, likewise.
+
+    Returns:
+        Tensor ``(N, H, D)`` or ``(B, h*w, H, D)`` with the dtype of ``qkv``, contiguous.
+
+    Raises:
+        TypeError: ``qkv`` has none of the four dtypes, or an argument has the wrong type.
+        ValueError: Shape, number of heads or grids do not fit, ``window < 1``, ``scale`` is not
+            finite, or ``order`` or ``order_in`` is no token order.
+
+    Source:
+        LLaVA-UHD v4, section 3.2: the window attention of the intra-ViT compressor.
+
+    Example:
+        >>> grids = [(4, 6), (3, 5)]
+        >>> window_attention_qkvpacked(torch.randn(39, 3, 2, 8), grids).shape
+        torch.Size([39, 2, 8])
+        >>> window_attention_qkvpacked(torch.randn(39, 4 + 2 * 2, 8), grids, num_heads=4).shape
+        torch.Size([39, 4, 8])
+    """
+    _checks.check_tensor(qkv, "qkv")
+    window = _checks.check_positive_int(window, "window")
+    sides_in = windows.check_order(order_in, "order_in", window)
+    sides = windows.check_order(order, "order", window)
+    form = ("3", "H", "D")
+    if num_heads is not None:
+        num_heads, form = _checks.check_positive_int(num_heads, "num_heads"), ("H + 2 * H_kv", "D")
+    where = windows.locate(qkv, "qkv", grids, window, form)
+    heads = _check_packed_heads(qkv, num_heads)
+    scale = _scale(scale, qkv)
+    (qkv,) = _checks.autocast(qkv)
+    if not _native.has_kernels(qkv.device):
+        return reference.window_attention_qkvpacked(
+            qkv,
+            grids,
+            window,
+            num_heads=num_heads,
+            scale=scale,
+            order=order,
+            order_in=order_in,
+        )
+    packed = where.pack(qkv)
+    packed = packed.flatten(1, 2) if num_heads is None else packed
+    return _attend([packed], heads, where, scale, sides_in, sides)
+
+
+def _scale(scale: float | None, q: torch.Tensor) -> float:
+    return _checks.check_finite((q.shape[-1] or 1) ** -0.5 if scale is None else scale, "scale")
+
+
+def _check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
+    """``k`` has the shape of ``q``, or a divisor of its heads."""
+    if k.shape == q.shape:
+        return
+    same = k.dim() == q.dim() >= 2 and k.shape[:-2] == q.shape[:-2] and k.shape[-1] == q.shape[-1]
+    if not same or not _can_share(q.shape[-2], k.shape[-2]):
+        raise ValueError(
+            f"k must have the shape of q, {tuple(q.shape)}, or with a divisor of its heads, "
+            f"got {tuple(k.shape)}"
+        )
+
+
+def _check_packed_heads(qkv: torch.Tensor, num_heads: int | None) -> int:
+    """Return the heads of the queries in a packed tensor."""
+    if num_heads is None:
+        if qkv.shape[-3] != 3:
+            raise ValueError(
+                f"qkv must be (..., 3, H, D) where num_heads is None, got shape {tuple(qkv.shape)}"
+            )
+        return qkv.shape[-2]
+    others = qkv.shape[-2] - num_heads
+    if others % 2 or not _can_share(num_heads, others // 2):
+        raise ValueError(
+            f"qkv must have num_heads + 2 * H_kv heads, where H_kv divides num_heads = {num_heads}"
+            f", got shape {tuple(qkv.shape)}"
+        )
+    return num_heads
+
+
+def _can_share(heads: int, kv_heads: int) -> bool:
+    return heads == kv_heads or (heads > 0 and kv_heads > 0 and heads % kv_heads == 0)
+
+
+def _attend(
+    packed: list[torch.Tensor],
+    num_heads: int | None,
+    where: Windows,
+    scale: float,
+    sides_in: tuple[int, ...],
+    sides: tuple[int, ...],
+) -> torch.Tensor:
+    """Attend among packed tokens: q, k and v, or one tensor of all with ``num_heads``."""
     window, window_order = where.window, sides == (where.window,)
-    on_torch = suits_torch(q, window) and where.keeps
-    sides_out = sides if window_order else ()
+    on_torch = suits_torch(packed[0], window) and where.keeps
+    sides_out = sides if window_order else ()  # the order the result is in, where it is free
     if sides_in[:1] == (window,) and not on_torch:  # the order inside a window does not matter
         views, window_order, sides_out = where.window_major().views, False, sides_in
     else:
         views = where.views
         if sides_in:
-            q, k, v = (windows.reorder(x, where, sides_in, ()) for x in (q, k, v))
+            packed = [windows.reorder(x, where, sides_in, ()) for x in packed]
     if on_torch:
-        return _attend_on_torch(q, k, v, where, scale, window_order), sides_out
-    out = torch.ops.uhd_ops.window_attention(
-        q, k, v, views, window, where.all_windows, scale, window_order
-    )
-    return out, sides_out
+        if num_heads is not None:
+            others = (packed[0].shape[1] - num_heads) // 2
+            packed = packed[0].split([num_heads, others, others], 1)
+        out = _attend_on_torch(*packed, where, scale, window_order)
+    elif num_heads is None:
+        out = torch.ops.uhd_ops.window_attention(
+            *packed, views, window, where.all_windows, scale, window_order
+        )
+    else:
+        out = torch.ops.uhd_ops.window_attention_qkvpacked(
+            *packed, num_heads, views, window, where.all_windows, scale, window_order
+        )
+    if sides_out != sides:
+        out = windows.reorder(out, where, sides_out, sides)
+    return where.unpack_tokens(out)
 
 
 # The largest window that our kernels on tensor cores hold.
@@ -131,6 +257,8 @@ def _attend_on_torch(q, k, v, where: Windows, scale: float, window_order: bool) 
     """
     lengths, grouped, raster, window_major = where.by_length()
     q, k, v = (Permute.apply(x, *grouped) for x in (q, k, v))
+    if k.shape[1] != q.shape[1]:  # a few of torch's kernels take fewer heads, not all
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = attend_by_length(q, k, v, lengths, scale)
     return Permute.apply(out, *(window_major if window_order else raster))
 
@@ -140,7 +268,7 @@ def _fake(q, k, v, views, window, num_windows, scale, window_order):
 
 
 def _backward_fake(grad_out, q, k, v, views, window, num_windows, scale, window_order):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -157,3 +285,33 @@ def _backward(ctx, grad_out):
 
 
 _native.register("window_attention", _fake, _backward_fake, _backward, _setup_context)
+
+
+def _packed_fake(qkv, num_heads, views, window, num_windows, scale, window_order):
+    return qkv.new_empty((qkv.shape[0], num_heads, qkv.shape[2]))
+
+
+def _packed_backward_fake(grad_out, qkv, *sizes):
+    return qkv.new_empty(qkv.shape)
+
+
+def _packed_setup_context(ctx, inputs, output):
+    qkv, ctx.num_heads, views, *ctx.sizes = inputs
+    ctx.save_for_backward(qkv, views)
+
+
+def _packed_backward(ctx, grad_out):
+    qkv, views = ctx.saved_tensors
+    grad = torch.ops.uhd_ops._window_attention_qkvpacked_backward(
+        grad_out, qkv, ctx.num_heads, views, *ctx.sizes
+    )
+    return grad, *[None] * 6
+
+
+_native.register(
+    "window_attention_qkvpacked",
+    _packed_fake,
+    _packed_backward_fake,
+    _packed_backward,
+    _packed_setup_context,
+)

@@ -34,6 +34,8 @@ def window_attention(
     tokens, present = window_tokens(pairs, clamped_window(pairs, window), q.device)
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
 
     # (M, f*f, H, D) -> scores (M, H, f*f, f*f), with slots that hold no token masked as keys. Their
     # values are masked too: a weight of zero does not cancel an infinite value.
@@ -47,3 +49,22 @@ def window_attention(
     )  # every token once: windows in order, slots in raster order
     out = torch.empty_like(window_major).index_copy(0, tokens[present], window_major)
     return unpacked(from_raster(out, pairs, order, window), grids, batch)
+
+
+def window_attention_qkvpacked(
+    qkv: torch.Tensor,
+    grids: Grids,
+    window: int = 2,
+    *,
+    num_heads: int | None = None,
+    scale: float | None = None,
+    order: TokenOrder = "raster",
+    order_in: TokenOrder = "raster",
+) -> torch.Tensor:
+    """Plain PyTorch; arguments as :func:`uhd_ops.window_attention_qkvpacked`."""
+    if num_heads is None:
+        q, k, v = qkv.unbind(-3)
+    else:
+        others = (qkv.shape[-2] - num_heads) // 2
+        q, k, v = qkv.split([num_heads, others, others], -2)
+    return window_attention(q, k, v, grids, window, scale=scale, order=order, order_in=order_in)
