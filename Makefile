@@ -33,10 +33,11 @@ test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test
 	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
 		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
-test-all: test lint  ## Then types, slow tests, timm's own, vLLM and SGLang, other machines, emulated CUDA kernels, the oldest packages, sanitizers
+test-all: test lint  ## Then types, slow tests, timm's own, vLLM and SGLang, Ray, other machines, emulated CUDA kernels, the oldest packages, sanitizers
 	$(PYTHON) -m pytest -n 2 -m slow
 	bash .ci/timm_suite.sh $(PYTHON)
 	bash .ci/serving_suite.sh $(PYTHON)
+	bash .ci/ray_suite.sh $(PYTHON)
 	bash .ci/machines.sh $(PYTHON)
 	bash .ci/emulate.sh $(PYTHON)
 	bash .ci/compat.sh $(PYTHON)

@@ -28,9 +28,10 @@ TOP_LEVEL = {
     "requirements-dev.txt",
 }
 # A floor may import the ones below it and those that stand aside; nothing of uhd_ops otherwise.
-FLOORS = ("cli", "integrations", "retrofit", "nn", "ops", "_native")
+FLOORS = ("cli", "corpus", "integrations", "retrofit", "nn", "ops", "_native")
 ASIDE = {
     "cli": {"", "slicing", "flops", "grids", "_build_info"},  # "": public names
+    "corpus": {"slicing", "grids"},
     "integrations": {"grids", "padded_grids"},
     "retrofit": {"slicing", "flops", "grids", "windows", "_cache"},
     "nn": {"slicing", "grids", "windows", "_cache"},

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PIN = re.compile(r"^([\w-]+)==([\d.]+)$", re.MULTILINE)
 OLDEST = dict(PIN.findall((ROOT / ".ci" / "oldest.txt").read_text()))
+RAY = dict(PIN.findall((ROOT / ".ci" / "ray.txt").read_text()))
 DEVELOPMENT = dict(PIN.findall((ROOT / "requirements-dev.txt").read_text()))
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
 
@@ -35,6 +36,7 @@ def test_every_declared_floor_is_tested():
     declared = {*PROJECT["dependencies"], *(entry for group in groups for entry in group)}
     floors = dict(entry.split(">=") for entry in declared)
     assert len(floors) == len(declared), "two floors for one package"
+    assert numbers(floors.pop("ray[data]")) == numbers(RAY["ray"])  # a suite of its own
     assert floors.keys() == OLDEST.keys() - {"torchvision"}
     for name, floor in floors.items():
         assert numbers(floor) == numbers(OLDEST[name]), name

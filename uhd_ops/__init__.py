@@ -5,6 +5,7 @@ from uhd_ops import flops, integrations, nn, reference
 from uhd_ops._build_info import build_info
 from uhd_ops._cache import clear_caches, set_cache_limit
 from uhd_ops._native import definitions
+from uhd_ops.corpus import encode_dataset, open_dataset
 from uhd_ops.grids import PackedGrids
 from uhd_ops.ops.pixel_unshuffle import pixel_unshuffle
 from uhd_ops.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
@@ -44,6 +45,7 @@ __all__ = [
     "build_info",
     "clear_caches",
     "definitions",
+    "encode_dataset",
     "flops",
     "freeze_for_stage",
     "insert_early_compressor",
@@ -52,6 +54,7 @@ __all__ = [
     "load_image",
     "load_plain_checkpoint",
     "nn",
+    "open_dataset",
     "pack_batches",
     "pack_views",
     "pixel_unshuffle",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "encode images with and without the early compressor"
 DEFAULT_MODEL = "vit_base_patch16_siglip_512"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight form of the compressor's MLP (default: %(default)s)",
     )
     add("--pretrained", action="store_true", help="fetch the model's weights; random otherwise")
-    add("--dtype", choices=tuple(_DTYPES), default="float32", help="default: %(default)s")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
     add(
         "--max-slices",
         type=positive_int,
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.model,
         pretrained=arguments.pretrained,
         seed=arguments.seed,
-        dtype=_DTYPES[arguments.dtype],
+        dtype=DTYPES[arguments.dtype],
     )
     with user_errors(ValueError, NotImplementedError, prefix=f"model {arguments.model}: "):
         _measure.check_compressor(encoder.vit, arguments.layer, arguments.form)
@@ -168,7 +168,7 @@ def _encode(
 
     views = slice_image(image, plan)
     pixels, grids = pack_views(
-        views, plan.patch_size, mean=encoder.mean, std=encoder.std, dtype=_DTYPES[arguments.dtype]
+        views, plan.patch_size, mean=encoder.mean, std=encoder.std, dtype=DTYPES[arguments.dtype]
     )
     comparison = _measure.compare(
         encoder.vit, pixels, grids, layer=arguments.layer, form=arguments.form

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import uhd_ops
-from uhd_ops.cli import _bench, _encode, _flops, _info
+from uhd_ops.cli import _bench, _encode, _encode_dataset, _flops, _info
 from uhd_ops.cli._support import UserError
 
 
@@ -21,12 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0; 2 for a wrong argument, an unreadable image, a missing package or weights that
-        cannot be fetched; 1 when the reader of the output has gone; 130 when interrupted. Argparse
-        exits by itself, with 2, for arguments it does not know.
+        cannot be fetched; 3 for images of a corpus that failed, with ``--strict``; 1 when the
+        reader of the output has gone; 130 when interrupted. Argparse exits by itself, with 2, for
+        arguments it does not know.
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        code = arguments.run(arguments)
         sys.stdout.flush()
     except UserError as error:
         print(f"uhd-ops {arguments.command}: error: {error}", file=sys.stderr)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"uhd-ops {arguments.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"uhd_ops {uhd_ops.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {"encode": _encode, "flops": _flops, "info": _info, "bench": _bench}
+    modules = {"encode": _encode, "encode-dataset": _encode_dataset}
+    modules |= {"flops": _flops, "info": _info, "bench": _bench}
     for name, module in modules.items():
         summary = module.SUMMARY
         command = commands.add_parser(name, help=summary, description=f"{summary}.")

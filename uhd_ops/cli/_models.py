@@ -7,12 +7,15 @@ import difflib
 import os
 import urllib.error
 import urllib.request
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from uhd_ops.cli._support import UserError, user_errors
+
+if TYPE_CHECKING:
+    from uhd_ops.corpus import CorpusModel
 
 
 class Encoder(NamedTuple):
@@ -64,6 +67,67 @@ def load_encoder(name: str, *, pretrained: bool, seed: int, dtype: torch.dtype) 
     side = max(config["input_size"][1:])
     vit = vit.to(dtype).eval().requires_grad_(False)
     return Encoder(vit, depth, weights, patch_size, side, config["mean"], config["std"])
+
+
+def load_corpus_model(
+    name: str,
+    *,
+    layer: int,
+    form: str,
+    pretrained: bool,
+    seed: int,
+    dtype: torch.dtype,
+    device: str,
+) -> CorpusModel:
+    """Create a timm model with a compressor, for ``uhd-ops encode-dataset``.
+
+    Args:
+        name: Name of a timm model.
+        layer: Block after which the compressor runs.
+        form: Weight form of its MLP.
+        pretrained: Fetch the model's weights; otherwise they are random.
+        seed: Seed of random weights.
+        dtype: Dtype of the weights.
+        device: Device of the model.
+
+    Raises:
+        UserError: As for :func:`load_encoder`, or there is no such layer.
+    """
+    from uhd_ops.corpus import CorpusModel
+    from uhd_ops.nn import SliceEncoder
+    from uhd_ops.retrofit import insert_early_compressor
+
+    found = load_encoder(name, pretrained=pretrained, seed=seed, dtype=dtype)
+    with user_errors(ValueError, NotImplementedError, prefix=f"model {name}: "):
+        encoder = SliceEncoder(insert_early_compressor(found.vit, layer, form=form))
+    return CorpusModel(
+        encoder.to(device).eval().requires_grad_(False),
+        found.patch_size,
+        found.scale_resolution,
+        found.mean,
+        found.std,
+        {
+            "name": name,
+            "layer": layer,
+            "form": form,
+            "weights": found.weights,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device,
+        },
+    )
+
+
+def find_device(name: str) -> str:
+    """The device that ``--device`` names: ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU on this machine")
+    return name
 
 
 def _hub_answers(timeout: float = 5.0) -> bool:

@@ -13,12 +13,13 @@ class UserError(Exception):
     """Something that the user can put right; shown as one line, without a traceback."""
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "cli") -> None:
     """Raise a UserError that names the extra if a package is not installed; imports none."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"missing packages: {', '.join(missing)}; install them with: pip install uhd_ops[cli]"
+            f"missing packages: {', '.join(missing)}; install them with: pip install "
+            f"uhd_ops[{extra}]"
         )
 
 
