@@ -65,8 +65,8 @@ def operator(
     def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
-    def attention(module, q, k, v):
-        return module.window_attention(q, k, v, grids, case.window)
+    def attention(module, qkv):
+        return module.window_attention_qkvpacked(qkv, grids, case.window)
 
     def norm(module, x, *vectors):
         if module is reference:
@@ -85,8 +85,8 @@ def operator(
     def row_per_window(module, *tensors):
         return getattr(module, case.op)(*tensors, grids)
 
-    if case.op == ATTENTION:  # slices of one packed projection, as a ViT has them
-        tensors, function = randn(n, 3, case.heads, c // case.heads).unbind(1), attention
+    if case.op == ATTENTION:  # of one packed projection, as a ViT has it
+        tensors, function = (randn(n, 3, case.heads, c // case.heads),), attention
     elif case.op == TILES:
         tensors, function = (randn(i, c), randn(c, i)), tiles
     elif case.op == NORM:
@@ -155,9 +155,9 @@ def bytes_moved(case: Case, function: Callable, tensors) -> int:
 def on_segments(case: Case, attend: Callable) -> Callable:
     """Bring windows together, ``attend`` on ``(N, H, D)``, and put the result back in raster."""
 
-    def run(*qkv):
-        parts = (rivals.split(x, case.grid, case.window).flatten(0, 1) for x in qkv)
-        windows = attend(*parts).unflatten(0, (-1, case.window**2))
+    def run(qkv):
+        parts = rivals.split(qkv, case.grid, case.window).flatten(0, 1)
+        windows = attend(*parts.unbind(1)).unflatten(0, (-1, case.window**2))
         return rivals.join(windows, case.grid, case.window)
 
     return run
@@ -184,7 +184,7 @@ def flex(case: Case, device: torch.device) -> Callable:
 
 def triton(case: Case, device: torch.device) -> Callable:
     attend = importlib.import_module("triton_attention").window_attention
-    return lambda q, k, v: attend(q, k, v, case.grid)
+    return lambda qkv: attend(qkv, case.grid)
 
 
 def epilogue(case: Case, device: torch.device) -> Callable:

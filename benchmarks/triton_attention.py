@@ -118,11 +118,11 @@ def _backward(
             p[2] * (g[2] - mean),
             p[3] * (g[3] - mean),
         )
-        _store(grad_q, slot, place, heads * dim, _mixture(d, keys) * scale)
+        _store(grad_q, slot, place, stride, _mixture(d, keys) * scale)
         grad_keys, grad_values = _add(grad_keys, d, query), _add(grad_values, p, upstream)
     for slot in tl.static_range(4):
-        _store(grad_k, slot, place, heads * dim, grad_keys[slot])
-        _store(grad_v, slot, place, heads * dim, grad_values[slot])
+        _store(grad_k, slot, place, stride, grad_keys[slot])
+        _store(grad_v, slot, place, stride, grad_values[slot])
 
 
 def _launch(kernel, tensors, q, grid) -> None:
@@ -134,27 +134,28 @@ def _launch(kernel, tensors, q, grid) -> None:
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, grid):
+    def forward(ctx, qkv, grid):
+        q, k, v = qkv.unbind(1)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         _launch(_forward, (q, k, v, out), q, grid)
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(qkv)
         ctx.grid = grid
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        grads = [torch.empty_like(grad) for _ in range(3)]
-        _launch(_backward, (grad, q, k, v, *grads), q, ctx.grid)
-        return (*grads, None)
+        (qkv,) = ctx.saved_tensors
+        q, k, v = qkv.unbind(1)
+        grad_qkv = torch.empty_like(qkv)
+        _launch(_backward, (grad.contiguous(), q, k, v, *grad_qkv.unbind(1)), q, ctx.grid)
+        return grad_qkv, None
 
 
-def window_attention(q, k, v, grid):
+def window_attention(qkv, grid):
     """Attend within the 2 x 2 windows of one grid with even sides.
 
-    ``q``, ``k``, ``v`` are ``(N, H, D)`` with one and the same stride between tokens and heads that
-    lie side by side, as the slices of a packed projection have; gradients are contiguous.
+    ``qkv`` is a packed projection ``(N, 3, H, D)``, contiguous; so is its gradient.
     """
-    if len({x.stride() for x in (q, k, v)}) != 1 or q.stride()[1:] != (q.shape[2], 1):
-        raise ValueError(f"strides of q, k and v must agree, got {[x.stride() for x in (q, k, v)]}")
-    return _WindowAttention.apply(q, k, v, grid)
+    if not qkv.is_contiguous():
+        raise ValueError(f"qkv must be contiguous, got strides {qkv.stride()}")
+    return _WindowAttention.apply(qkv, grid)

@@ -167,14 +167,14 @@ def _attention(dtype: torch.dtype, backward: bool) -> Callable[..., Case]:
 
         def call(function: Callable[..., torch.Tensor], grids: object) -> Callable[[], object]:
             if not backward:
-                return lambda: function(*qkv.unbind(1), grids)
-            return lambda: torch.autograd.grad(function(*qkv.unbind(1), grids), qkv, grad)[0]
+                return lambda: function(qkv, grids)
+            return lambda: torch.autograd.grad(function(qkv, grids), qkv, grad)[0]
 
         direction = ", with backward" if backward else ""
         variants = {
-            "uhd_ops": call(uhd_ops.window_attention, [grid]),
+            "uhd_ops": call(uhd_ops.window_attention_qkvpacked, [grid]),
             **{name: call(f, grid) for name, f in rivals.eager("window_attention").items()},
-            "reference": call(uhd_ops.reference.window_attention, [grid]),
+            "reference": call(uhd_ops.reference.window_attention_qkvpacked, [grid]),
         }
         return Case(f"window_attention {str(dtype)[6:]}{direction}", variants)
 

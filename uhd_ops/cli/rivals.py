@@ -3,7 +3,9 @@
 
 ``uhd-ops bench`` and ``benchmarks/`` time them. Each takes the tensors that our operator takes for
 a single view, and that view's grid (height, width); each is checked against the definition before
-it is timed. Windows are 2 x 2, or for attention of any ``side`` that divides the grid.
+it is timed. Windows are 2 x 2, or for attention of any ``side`` that divides the grid. Attention
+reads a packed projection ``(N, 3, H, D)``, whose windows are gathered at once: three slices would
+be three copies, and as many of their gradients before these are joined.
 """
 
 from __future__ import annotations
@@ -28,29 +30,29 @@ def join(x: torch.Tensor, grid: tuple[int, int], side: int = 2) -> torch.Tensor:
     return x.reshape(h * w, *rest)
 
 
-def attention_sdpa(q, k, v, grid, side=2):
+def attention_sdpa(qkv, grid, side=2):
     """Attend with torch's own kernel, windows as the batch."""
-    q, k, v = (split(x, grid, side).transpose(1, 2) for x in (q, k, v))
+    q, k, v = split(qkv, grid, side).transpose(1, 3).unbind(2)
     return join(F.scaled_dot_product_attention(q, k, v).transpose(1, 2), grid, side)
 
 
-def attention_einsum(q, k, v, grid, side=2):
+def attention_einsum(qkv, grid, side=2):
     """Attend with two einsums and a softmax."""
-    q, k, v = (split(x, grid, side) for x in (q, k, v))
+    q, k, v = split(qkv, grid, side).unbind(2)
     scores = torch.einsum("mihd,mjhd->mhij", q, k) * q.shape[-1] ** -0.5
     return join(torch.einsum("mhij,mjhd->mihd", scores.softmax(-1), v), grid, side)
 
 
-def attention_matmul(q, k, v, grid, side=2):
+def attention_matmul(qkv, grid, side=2):
     """Attend with two batched products and a softmax."""
-    q, k, v = (split(x, grid, side).transpose(1, 2) for x in (q, k, v))
+    q, k, v = split(qkv, grid, side).transpose(1, 3).unbind(2)
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return join((weights @ v).transpose(1, 2), grid, side)
 
 
-def attention_broadcast(q, k, v, grid, side=2):
+def attention_broadcast(qkv, grid, side=2):
     """Multiply and sum without a matrix product: the form that torch.compile fuses best."""
-    q, k, v = (split(x, grid, side) for x in (q, k, v))
+    q, k, v = split(qkv, grid, side).unbind(2)
     scores = (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1) * q.shape[-1] ** -0.5
     return join((scores.softmax(2).unsqueeze(-1) * v.unsqueeze(1)).sum(2), grid, side)
 
