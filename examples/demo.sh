@@ -9,7 +9,7 @@ python=${1:?usage: examples/demo.sh PYTHON [OUTPUT-FOLDER]}
 out=${2:-demo-output}
 
 # Layer 2 of this model's 12 blocks is about as deep as layer 6 of the 27 in the paper.
-"$python" -m uhd_ops encode "$examples/images/picos_de_europa.jpg" --layer 2 --out "$out"
+"$python" -m uhd_ops encode "$examples/images/picos_de_europa.jpg" --layer 2 --compare --out "$out"
 echo
 echo "Look at $out/picos_de_europa/slices.png. The weights were random: add --pretrained to"
 echo "'uhd-ops encode' where there is a network."

@@ -66,7 +66,7 @@ def test_encode_writes_and_prints(photo, capsys):
 
 
 def test_encode_json(photo, capsys):
-    code, folder = encode(photo, "--json", "--form", "tied")
+    code, folder = encode(photo, "--json", "--form", "tied", "--compare")
     assert code == 0
     (summary,) = json.loads(capsys.readouterr().out)
     assert summary == json.loads((folder / "summary.json").read_text())
@@ -74,7 +74,9 @@ def test_encode_json(photo, capsys):
     assert summary["views"] == len(uhd_ops.SlicePlan.from_dict(summary["plan"]).grids) > 1
     assert summary["tokens"]["in"] == 4 * summary["tokens"]["out"]
     assert summary["giga_macs"]["with"] < summary["giga_macs"]["without"]
+    assert summary["seconds"].keys() == {"without", "with"}
     assert min(summary["seconds"].values()) > 0
+    assert summary["device"] == "cpu"
     assert summary["model"] == {
         "name": MODEL,
         "depth": 6,
@@ -104,6 +106,65 @@ def test_encode_takes_every_family(model, photo, capsys):
     assert 0 < summary["giga_macs"]["with"] < summary["giga_macs"]["without"]
     with safe_open(folder / "tokens.safetensors", "pt") as file:
         assert file.get_tensor("tokens").isfinite().all()
+
+
+def test_encode_compares_on_request_only(photo, capsys):
+    code, _ = encode(photo)
+    assert code == 0
+    assert "not run" in capsys.readouterr().out
+    code, _ = encode(photo, "--json")
+    (summary,) = json.loads(capsys.readouterr().out)
+    assert summary["seconds"].keys() == {"with"}
+    assert summary["giga_macs"]["with"] < summary["giga_macs"]["without"]  # counted
+
+
+def test_encode_goes_on_after_a_bad_image(photo, capsys):
+    out, cut = photo.parent / "out", photo.parent / "cut.png"
+    cut.write_bytes(photo.read_bytes()[:2000])  # whole as far as its head tells
+    images = [str(photo.parent / "nope.png"), str(cut), str(photo)]
+    command = ["encode", *images, "--model", MODEL, "--layer", "2", "--json", "--out", str(out)]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].endswith("error: 2 of 3 images could not be encoded")
+    missing, broken, summary = json.loads(printed.out)
+    assert "No such file" in missing["error"]
+    assert "cannot be read" in broken["error"]
+    assert summary["tokens"]["out"] > 0
+    assert [folder.name for folder in out.iterdir()] == ["photo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("...png", "image"), ("..png", "image"), (".a.b.png", "a.b")]
+)
+def test_names_stay_inside(name, folder, photo):
+    photo = photo.rename(photo.parent / name)
+    code, _ = encode(photo)
+    assert code == 0
+    assert [path.name for path in (photo.parent / "out").iterdir()] == [folder]
+    assert sorted(path.name for path in photo.parent.iterdir()) == sorted([name, "out"])
+
+
+@pytest.mark.parametrize("link", ["photo", "photo/summary.json"])
+def test_links_are_not_followed(link, photo, capsys):
+    outside, path = photo.parent / "outside", photo.parent / "out" / link
+    path.parent.mkdir(parents=True)
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    path.symlink_to(outside if link == "photo" else outside / "mine")
+    code, _ = encode(photo)
+    if link == "photo":
+        assert code == 2
+        assert "it is a symbolic link, and none is followed" in capsys.readouterr().err
+    else:  # replaced by a file
+        assert code == 0
+        assert not path.is_symlink()
+    assert [(file.name, file.read_text()) for file in outside.iterdir()] == [("mine", "mine")]
+
+
+def test_encode_on_a_device_that_is_not_there(photo, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert encode(photo, "--device", "cuda")[0] == 2
+    assert "--device cuda: torch finds no GPU on this machine" in capsys.readouterr().err
 
 
 def test_encode_equals_the_library(photo):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``uhd-ops encode``: from image files to visual tokens, and what the compressor saves."""
+"""``uhd-ops encode``: from image files to visual tokens, with a report of each image."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ import torch
 
 from uhd_ops.cli import _report
 from uhd_ops.cli._support import (
+    UserError,
     non_negative_int,
     positive_int,
     require,
@@ -26,9 +29,10 @@ if TYPE_CHECKING:
 
     from uhd_ops.cli._measure import Run
     from uhd_ops.cli._models import Encoder
+    from uhd_ops.corpus.folder import Folder
     from uhd_ops.slicing import SlicePlan
 
-SUMMARY = "encode images with and without the early compressor"
+SUMMARY = "encode images with the early compressor, and report what it does"
 DEFAULT_MODEL = "vit_base_patch16_siglip_512"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--pretrained", action="store_true", help="fetch the model's weights; random otherwise")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add("--compare", action="store_true", help="also run the model without the compressor")
     add(
         "--max-slices",
         type=positive_int,
@@ -79,18 +85,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Encode every image; write tokens, picture and summary; print the summary.
 
+    An image that cannot be encoded is reported, and the others are encoded.
+
     Raises:
-        UserError: An image, the model or a package is missing or unsuitable, or the folder cannot
-            be written.
+        UserError: The model or a package is missing or unsuitable, the folder cannot be written, or
+            an image could not be encoded.
     """
     require("rich", "timm", "PIL", "safetensors", "matplotlib")
-    # Everything that can be wrong is tried before minutes are spent on the first image.
-    images = [_load(path) for path in arguments.images]
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     from uhd_ops.cli import _measure
-    from uhd_ops.cli._models import load_encoder
+    from uhd_ops.cli._models import find_device, load_encoder
+    from uhd_ops.corpus.folder import Folder
 
+    device = find_device(arguments.device)
+    # Everything that can be wrong is tried before minutes are spent on a model and an image.
+    sizes = {path: _open(path) for path in arguments.images}
+    if all(isinstance(found, UserError) for found in sizes.values()):
+        raise next(iter(sizes.values()))
     if not arguments.json:
         _report.announce(arguments)
     encoder = load_encoder(
@@ -99,21 +111,41 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         dtype=DTYPES[arguments.dtype],
     )
+    encoder.vit.to(device)
     with user_errors(ValueError, NotImplementedError, prefix=f"model {arguments.model}: "):
         _measure.check_compressor(encoder.vit, arguments.layer, arguments.form)
-    plans = [
-        _plan(path, image, encoder, arguments.max_slices)
-        for path, image in zip(arguments.images, images, strict=True)
-    ]
-    folders = _make_folders(arguments.out, arguments.images)
-    summaries = []
-    for path, image, plan, folder in zip(arguments.images, images, plans, folders, strict=True):
-        summary = _encode(path, image, plan, folder, encoder, arguments)
-        summaries.append(summary)
-        if not arguments.json:
-            _report.show(summary)
+    summaries, failed = [], 0
+    with user_errors(OSError, prefix="cannot write the results: "), Folder(arguments.out) as out:
+        for path, name in zip(arguments.images, _names(arguments.images), strict=True):
+            try:
+                summary = _encode(path, out, name, encoder, arguments)
+            except UserError as error:
+                if len(arguments.images) == 1:
+                    raise
+                failed += 1
+                summary = {"image": str(path), "error": str(error)}
+                print(f"uhd-ops encode: {error}", file=sys.stderr)
+            else:
+                if not arguments.json:
+                    _report.show(summary)
+            summaries.append(summary)
     if arguments.json:
         print(json.dumps(summaries, indent=2))
+    if failed:
+        raise UserError(f"{failed} of {len(summaries)} images could not be encoded")
+
+
+def _open(path: Path) -> UserError | None:
+    """What is wrong with an image as far as its head tells."""
+    from uhd_ops.corpus.sources import image_size
+
+    try:
+        prefix = f"image {str(path)!r}: "
+        with user_errors(OSError), open(path, "rb") as file, user_errors(ValueError, prefix=prefix):
+            image_size(file)
+    except UserError as error:
+        return error
+    return None
 
 
 def _load(path: Path) -> Image.Image:
@@ -135,16 +167,14 @@ def _plan(path: Path, image: Image.Image, encoder: Encoder, max_slices: int) -> 
         )
 
 
-def _make_folders(out: Path, images: list[Path]) -> list[Path]:
-    """Make one folder per image, named after the file; equal names get a number."""
-    folders: list[Path] = []
+def _names(images: list[Path]) -> list[str]:
+    """A folder's name for each image, after the file; equal names get a number."""
+    names: list[str] = []
     for path in images:
-        names = _numbered(path.stem)
-        folders.append(next(out / name for name in names if out / name not in folders))
-    with user_errors(OSError, prefix="cannot write the results: "):
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-    return folders
+        # A file may be called "...png"; a folder called ".." is another one.
+        stem = path.stem.strip(".") or "image"
+        names.append(next(name for name in _numbered(stem) if name not in names))
+    return names
 
 
 def _numbered(stem: str) -> Iterator[str]:
@@ -156,37 +186,45 @@ def _numbered(stem: str) -> Iterator[str]:
 
 
 def _encode(
-    path: Path,
-    image: Image.Image,
-    plan: SlicePlan,
-    folder: Path,
-    encoder: Encoder,
-    arguments: argparse.Namespace,
+    path: Path, out: Folder, name: str, encoder: Encoder, arguments: argparse.Namespace
 ) -> dict:
     from uhd_ops.cli import _measure
     from uhd_ops.slicing import pack_views, slice_image
 
+    image = _load(path)
+    plan = _plan(path, image, encoder, arguments.max_slices)
     views = slice_image(image, plan)
     pixels, grids = pack_views(
         views, plan.patch_size, mean=encoder.mean, std=encoder.std, dtype=DTYPES[arguments.dtype]
     )
-    comparison = _measure.compare(
-        encoder.vit, pixels, grids, layer=arguments.layer, form=arguments.form
+    runs = _measure.measure(
+        encoder.vit,
+        pixels.to(next(encoder.vit.parameters()).device),
+        grids,
+        layer=arguments.layer,
+        form=arguments.form,
+        compare=arguments.compare,
     )
-    summary = _report.summarise(path, plan, encoder, comparison, arguments)
-    with user_errors(OSError, prefix="cannot write the results: "):
-        _write_tokens(folder / "tokens.safetensors", comparison.compressed, summary)
-        _report.draw(folder / "slices.png", image, views[0], plan, comparison, summary)
-        summary["files"] = [str(folder / name) for name in _report.FILES]
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary = _report.summarise(path, plan, encoder, runs, arguments)
+    picture = io.BytesIO()
+    _report.draw(picture, image, views[0], plan, runs, summary)
+    with out.folder(name) as folder:
+        summary["files"] = [str(arguments.out / name / file) for file in _report.FILES]
+        contents = (
+            _tokens(runs.compressed, summary),
+            picture.getvalue(),
+            f"{json.dumps(summary, indent=2)}\n".encode(),
+        )
+        for file, content in zip(_report.FILES, contents, strict=True):
+            folder.write(file, [content])
     return summary
 
 
-def _write_tokens(path: Path, run: Run, summary: dict) -> None:
-    from safetensors.torch import save_file
+def _tokens(run: Run, summary: dict) -> bytes:
+    from safetensors.torch import save
 
     tensors = {
-        "tokens": run.tokens.contiguous(),
+        "tokens": run.tokens.cpu().contiguous(),
         "grids": torch.tensor(list(run.grids), dtype=torch.int64).reshape(-1, 2),
     }
     # The format holds strings only.
@@ -194,4 +232,4 @@ def _write_tokens(path: Path, run: Run, summary: dict) -> None:
         key: json.dumps(summary[key])
         for key in ("image", "plan", "model", "compressor", "versions")
     }
-    save_file(tensors, path, metadata=metadata)
+    return save(tensors, metadata)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one model over packed views, without and with the compressor, and time both."""
+"""Run one model over packed views with the compressor, and without it, and time that."""
 
 from __future__ import annotations
 
@@ -30,17 +30,19 @@ class Run(NamedTuple):
     giga_macs: float
 
 
-class Comparison(NamedTuple):
-    """The same views through the same weights, without and with the compressor.
+class Runs(NamedTuple):
+    """Views through a model with the compressor and, if asked for, without it.
 
     Attributes:
-        without: The pass without it.
+        without: The pass without it, if there was one.
+        giga_macs_without: What that costs, or would.
         compressed: The pass with it.
         norms_before: Norms ``(N,)`` of the tokens that entered the compressor.
         norms_after: Norms ``(M,)`` of the tokens that left it.
     """
 
-    without: Run
+    without: Run | None
+    giga_macs_without: float
     compressed: Run
     norms_before: torch.Tensor
     norms_after: torch.Tensor
@@ -57,20 +59,28 @@ def check_compressor(vit: nn.Module, layer: int, form: str) -> None:
     remove_early_compressor(insert_early_compressor(vit, layer, form=form))
 
 
-def compare(
-    vit: nn.Module, pixels: torch.Tensor, grids: PackedGrids, *, layer: int, form: str
-) -> Comparison:
-    """Encode the views without and with the compressor, with the same host weights.
+def measure(
+    vit: nn.Module,
+    pixels: torch.Tensor,
+    grids: PackedGrids,
+    *,
+    layer: int,
+    form: str,
+    compare: bool,
+) -> Runs:
+    """Encode the views with the compressor, and without it too if asked, with the same weights.
 
     The two take turns, each after a warm-up on the thumbnail, and the faster pass of each counts:
-    the first pass of a process also pays for memory that later ones find mapped.
+    the first pass of a process also pays for memory that later ones find mapped. Without a
+    comparison there is one pass.
 
     Args:
         vit: A model without a compressor; it is handed back without one.
-        pixels: Patches of all views, (N, 3, p, p).
+        pixels: Patches of all views, (N, 3, p, p), on the device of the model.
         grids: Patch grids of the views, thumbnail first.
         layer: Block after which the compressor runs.
         form: Weight form of its MLP.
+        compare: Whether to run the model without it.
     """
     without, compressed, passed, blocks = [], [], {}, _blocks(vit)
     macs = _giga_macs(vit, pixels, grids)
@@ -79,23 +89,28 @@ def compare(
         fewer_macs = _giga_macs(vit, pixels, grids)
     finally:
         remove_early_compressor(vit)
+    passes = PASSES if compare else 1
     with torch.inference_mode(), _progress(blocks) as begin:
-        for number in range(1, PASSES + 1):
-            name = f"without compressor, pass {number}"
-            without.append(Run(*_timed(vit, pixels, grids, begin, name), macs))
+        for number in range(1, passes + 1):
+            if compare:
+                name = f"without compressor, pass {number}"
+                without.append(Run(*_timed(vit, pixels, grids, begin, name), macs))
             insert_early_compressor(vit, layer, form=form)
             # Tokens are only kept here; their norms are taken later, outside the timed pass.
             blocks[layer].compressor.register_forward_hook(
                 lambda module, inputs, output: passed.update(before=inputs[0], after=output)
             )
-            name = f"with compressor, pass {number}"
+            name = f"with compressor, pass {number}" if compare else "with compressor"
             try:
                 compressed.append(Run(*_timed(vit, pixels, grids, begin, name), fewer_macs))
             finally:
                 remove_early_compressor(vit)
-        norms = (tokens.float().norm(dim=-1) for tokens in (passed["before"], passed["after"]))
-    fastest = (min(runs, key=lambda run: run.seconds) for runs in (without, compressed))
-    return Comparison(*fastest, *norms)
+        norms = [passed[when].float().norm(dim=-1).cpu() for when in ("before", "after")]
+    fastest = (
+        min(runs, key=lambda run: run.seconds, default=None) for runs in (without, compressed)
+    )
+    before, after = fastest
+    return Runs(before, macs, after, *norms)
 
 
 def _timed(
@@ -110,10 +125,17 @@ def _timed(
     begin(f"{name}, warm-up")
     encoder(pixels[: thumbnail.num_tokens], thumbnail)
     begin(name)
+    _wait_for(pixels.device)
     start = time.perf_counter()
     result = encoder(pixels, grids)
+    _wait_for(pixels.device)
     seconds = time.perf_counter() - start
     return result.tokens, result.grids, seconds
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _giga_macs(vit: nn.Module, pixels: torch.Tensor, grids: PackedGrids) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-    from uhd_ops.cli._measure import Comparison
+    from uhd_ops.cli._measure import Runs
     from uhd_ops.cli._models import Encoder
     from uhd_ops.slicing import SlicePlan
 
@@ -29,12 +29,16 @@ def summarise(
     path: Path,
     plan: SlicePlan,
     encoder: Encoder,
-    comparison: Comparison,
+    runs: Runs,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return everything that ``summary.json`` holds but the paths of the files."""
     info = uhd_ops.build_info()
-    without, compressed = comparison.without, comparison.compressed
+    without, compressed = runs.without, runs.compressed
+    seconds = {"with": compressed.seconds}
+    if without is not None:
+        seconds = {"without": without.seconds, **seconds}
+    device = compressed.tokens.device.type
     return {
         "image": str(path),
         "plan": plan.to_dict(),
@@ -47,10 +51,11 @@ def summarise(
         },
         "compressor": {"layer": arguments.layer, "form": arguments.form},
         "tokens": {"in": plan.num_tokens, "out": len(compressed.tokens)},
-        "giga_macs": {"without": without.giga_macs, "with": compressed.giga_macs},
-        "seconds": {"without": without.seconds, "with": compressed.seconds},
+        "giga_macs": {"without": runs.giga_macs_without, "with": compressed.giga_macs},
+        "seconds": seconds,
+        "device": device,
         "threads": torch.get_num_threads(),
-        "backends": {op: info.backends[op]["cpu"] for op in _OPS},
+        "backends": {op: info.backends[op][device] for op in _OPS},
         "versions": info.versions,
     }
 
@@ -73,7 +78,10 @@ def show(summary: dict[str, Any]) -> None:
     tokens, macs, seconds = summary["tokens"], summary["giga_macs"], summary["seconds"]
     costs.add_row("tokens out", str(tokens["in"]), str(tokens["out"]), _saved(*tokens.values()))
     costs.add_row("GMACs", *(f"{value:.1f}" for value in macs.values()), _saved(*macs.values()))
-    costs.add_row("seconds", *(f"{s:.2f}" for s in seconds.values()), _saved(*seconds.values()))
+    if len(seconds) == 2:
+        costs.add_row("seconds", *(f"{s:.2f}" for s in seconds.values()), _saved(*seconds.values()))
+    else:
+        costs.add_row("seconds", "not run", f"{seconds['with']:.2f}", "")
     for column in costs.columns[1:]:
         column.justify = "right"
     Console().print(costs)
@@ -113,21 +121,21 @@ _LINE = {"color": "white", "linewidth": 1.2}
 
 
 def draw(
-    path: Path,
+    file: BinaryIO,
     image: Image.Image,
     thumbnail: Image.Image,
     plan: SlicePlan,
-    comparison: Comparison,
+    runs: Runs,
     summary: dict[str, Any],
 ) -> None:
     """Write the picture of one encoded image.
 
     Args:
-        path: PNG file to write.
+        file: Where the PNG is written.
         image: The image as loaded.
         thumbnail: Its first view.
         plan: Its views.
-        comparison: For the norms of its tokens.
+        runs: For the norms of its tokens.
         summary: For the captions.
     """
     # A figure without pyplot needs no display and leaves no global state behind.
@@ -140,8 +148,8 @@ def draw(
     _draw_image(top_left, image, plan)
     top_right.imshow(thumbnail, extent=(0, width, height, 0))
     top_right.set_title(f"thumbnail, {thumbnail.width}x{thumbnail.height} px")
-    before = norm_map(comparison.norms_before, comparison.without.grids, plan.grid)
-    after = norm_map(comparison.norms_after, comparison.compressed.grids, plan.grid)
+    before = norm_map(runs.norms_before, plan.grids, plan.grid)
+    after = norm_map(runs.norms_after, runs.compressed.grids, plan.grid)
     where = " in the slices" if plan.grid else ""
     layer = summary["compressor"]["layer"]
     for axes, norms, caption in zip(
@@ -158,7 +166,7 @@ def draw(
         axes.set(xticks=(), yticks=())
     model = summary["model"]
     figure.suptitle(f"{Path(summary['image']).name}, {model['name']}, weights: {model['weights']}")
-    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.1)
+    figure.savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.1)
 
 
 def norm_map(

@@ -3,28 +3,25 @@
 
 A shard's file, with the entries of its images in its metadata, is all that has to be written at
 once: it is there, whole, or it is not. The index is made of shards again whenever a run starts, so
-no kill can leave the two apart. Files are opened relative to the folder's descriptor, by names that
-are made of numbers, and no link is followed.
+no kill can leave the two apart.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import re
-import stat
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from uhd_ops.corpus.encoding import METADATA, EncodedShard
+from uhd_ops.corpus.folder import UNFINISHED, Folder
 from uhd_ops.corpus.plan import ShardPlan, shard_name
 
 RUN, PLAN, INDEX, LOCK = "run.json", "plan.jsonl", "index.jsonl", ".lock"
 _SHARD = re.compile(r"shard-(\d{6,})\.safetensors")
-_UNFINISHED = ".unfinished"
 _LARGEST_HEADER = 100_000_000  # bytes; what the format allows
 
 
@@ -42,25 +39,23 @@ class Store:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = os.path.abspath(folder)
-        os.makedirs(self.folder, exist_ok=True)
-        self._folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._folder = Folder(folder)
         self._lock = -1
         try:
-            foreign = sorted(n for n in os.listdir(self._folder) if not _is_own(n))
+            foreign = sorted(name for name in self._folder.names() if not _is_own(name))
             if foreign:
                 raise ValueError(
-                    f"{self.folder!r} must be empty or hold an encoded corpus, and holds "
+                    f"{self.path!r} must be empty or hold an encoded corpus, and holds "
                     f"{foreign[0]!r}"
                 )
-            self._lock = self._open(LOCK, os.O_RDWR | os.O_CREAT)
+            self._lock = self._folder.open(LOCK, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RuntimeError(f"another run is writing to {self.folder!r}") from error
-            for name in os.listdir(self._folder):
-                if name.endswith(_UNFINISHED):
-                    os.unlink(name, dir_fd=self._folder)
+                raise RuntimeError(f"another run is writing to {self.path!r}") from error
+            for name in self._folder.names():
+                if name.endswith(UNFINISHED):
+                    self._folder.remove(name)
         except BaseException:
             self.close()
             raise
@@ -71,12 +66,17 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def path(self) -> str:
+        """Where the folder is."""
+        return self._folder.path
+
     def close(self) -> None:
         """Let other runs write."""
-        for descriptor in (self._lock, self._folder):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._lock = self._folder = -1
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        self._folder.close()
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Write what the run is made of, or compare it with what an earlier one was made of.
@@ -84,29 +84,29 @@ class Store:
         Raises:
             ValueError: The earlier run had other settings.
         """
-        text = self._read(RUN)
+        text = self._folder.read(RUN)
         if text is None:
-            self._write(RUN, [json.dumps(settings, indent=2).encode() + b"\n"])
+            self._folder.write(RUN, [json.dumps(settings, indent=2).encode() + b"\n"])
             return
         before, now = json.loads(text), json.loads(json.dumps(settings))
         differ = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if differ:
             name = differ[0]
             raise ValueError(
-                f"{self.folder!r} holds a run with {name} = {before.get(name)!r}, got "
+                f"{self.path!r} holds a run with {name} = {before.get(name)!r}, got "
                 f"{now.get(name)!r}; choose another folder, or the same options"
             )
 
     def plans(self) -> Iterator[ShardPlan]:
         """The shards that were planned, one at a time."""
-        text = self._read(PLAN)
+        text = self._folder.read(PLAN)
         for line in (text or b"").splitlines(keepends=True):
             if line.endswith(b"\n"):  # the last one may have been cut off by a kill
                 yield ShardPlan.from_json(line.decode())
 
     def add_plans(self, shards: Iterable[ShardPlan]) -> Iterator[ShardPlan]:
         """Write plans behind those that are there, and hand on each that is on the disk."""
-        descriptor = self._open(PLAN, os.O_RDWR | os.O_CREAT)
+        descriptor = self._folder.open(PLAN, os.O_RDWR | os.O_CREAT)
         with os.fdopen(descriptor, "r+b") as file:
             file.truncate(_whole_lines(file))
             file.seek(0, os.SEEK_END)
@@ -118,14 +118,12 @@ class Store:
 
     def finished(self) -> set[int]:
         """Numbers of the shards that are there."""
-        return {
-            int(match[1]) for name in os.listdir(self._folder) if (match := _SHARD.fullmatch(name))
-        }
+        return {int(match[1]) for name in self._folder.names() if (match := _SHARD.fullmatch(name))}
 
     def add(self, shard: EncodedShard) -> None:
         """Write a shard, and then its lines of the index."""
-        self._write(shard_name(shard.number), [shard.data])
-        descriptor = self._open(INDEX, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._folder.write(shard_name(shard.number), [shard.data])
+        descriptor = self._folder.open(INDEX, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with os.fdopen(descriptor, "ab") as file:
             file.write(_lines(shard.entries))
 
@@ -145,11 +143,11 @@ class Store:
                 failed += sum(entry["status"] != "ok" for entry in entries)
                 yield _lines(entries)
 
-        self._write(INDEX, lines())
+        self._folder.write(INDEX, lines())
         return images, failed
 
     def _entries(self, name: str) -> list[dict[str, Any]]:
-        with os.fdopen(self._open(name, os.O_RDONLY), "rb") as file:
+        with os.fdopen(self._folder.open(name, os.O_RDONLY), "rb") as file:
             try:
                 (length,) = struct.unpack("<Q", file.read(8))
                 if length > _LARGEST_HEADER:
@@ -158,54 +156,13 @@ class Store:
                 return json.loads(header["__metadata__"][METADATA])
             except (KeyError, TypeError, ValueError, struct.error) as error:
                 raise ValueError(
-                    f"{name} in {self.folder!r} is no shard of an encoded corpus: {error}"
+                    f"{name} in {self.path!r} is no shard of an encoded corpus: {error}"
                 ) from error
-
-    def _read(self, name: str) -> bytes | None:
-        try:
-            descriptor = self._open(name, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read()
-
-    def _write(self, name: str, pieces: Iterable[bytes]) -> None:
-        """Write a file under another name, and give it its own when all of it is on the disk."""
-        unfinished = f".{name}{_UNFINISHED}"
-        descriptor = self._open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(unfinished, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished, dir_fd=self._folder)
-            raise
-        os.fsync(self._folder)
-
-    def _open(self, name: str, flags: int) -> int:
-        flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        try:
-            descriptor = os.open(name, flags, 0o644, dir_fd=self._folder)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            why = error.strerror
-            if os.path.islink(os.path.join(self.folder, name)):
-                why = "it is a symbolic link, and none is followed"
-            raise OSError(f"cannot open {name!r} in {self.folder!r}: {why}") from error
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise OSError(f"cannot open {name!r} in {self.folder!r}: it is no regular file")
-        return descriptor
 
 
 def _is_own(name: str) -> bool:
     known = name in (RUN, PLAN, INDEX, LOCK) or bool(_SHARD.fullmatch(name))
-    return known or (name.startswith(".") and name.endswith(_UNFINISHED))
+    return known or (name.startswith(".") and name.endswith(UNFINISHED))
 
 
 def _lines(entries: list[dict[str, Any]]) -> bytes:
