@@ -231,6 +231,37 @@ def uses_of_definitions(path, fallback):
             yield f"line {node.lineno} uses uhd_ops.reference"
 
 
+# What is no table of grids: the caller's own tensors, and a model that is being made.
+MOVES = {
+    "valid.to(coordinates.device, torch.bool)",
+    "_made(converted, merges, num_heads).to(kernel.device, kernel.dtype)",
+}
+
+
+def moves_to_a_device(call):
+    """Whether a call makes a tensor of numbers on a device, or moves one there."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    if name == "to":
+        return any("device" in word for word in [*map(ast.unparse, call.args), *options])
+    if name in ("tensor", "as_tensor", "asarray"):
+        return options.get("device", "'cpu'") != "'cpu'"
+    return name in ("cuda", "new_tensor", "pin_memory")
+
+
+def test_only_the_cache_moves_tensors_of_the_host():
+    """A copy from memory that is not pinned waits for all that is queued on the device."""
+    found = {
+        ast.unparse(call): f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "_cache.py" and not {"reference", "cli"} & {*path.parts}
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and moves_to_a_device(call)
+    }
+    assert [where for call, where in found.items() if call not in MOVES] == []
+    assert found.keys() >= MOVES
+
+
 def test_kernels_are_free_of_torch():
     waiting = [p for p in CODE if p.stem.endswith(("_cpu", "_cuda")) and p.suffix != ".py"]
     assert len(waiting) > 10

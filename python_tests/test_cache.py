@@ -10,7 +10,7 @@ from battery import assert_same_bits
 from battery.calls import in_threads
 
 import uhd_ops
-from uhd_ops import PackedGrids, _cache
+from uhd_ops import PackedGrids, PaddedGrids, _cache
 from uhd_ops.windows import Windows
 
 CPU = torch.device("cpu")
@@ -219,3 +219,33 @@ def test_a_table_that_a_graph_reads_is_never_freed(cuda):
     uhd_ops.clear_caches()
     assert table_on(grids) is table
     assert table_on(other) is not made
+
+
+def test_tables_of_the_host_move_before_a_graph_is_captured(cuda, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: ("pinned", table))
+    table, device = torch.ones(3), torch.device("cuda", 0)
+    assert _cache.staged(table, device) == ("pinned", table)
+    assert _cache.staged(table, CPU) is table
+    assert _cache.to_device(table, CPU) is table
+    cuda["capturing"] = True
+    message = "what this call makes of its grids is not on cuda:0 yet: make the same call once"
+    with pytest.raises(NotImplementedError, match=message):
+        _cache.to_device(table, device)
+    grids, other = PackedGrids([(6, 7)]), PackedGrids([(6, 8)])
+    with pytest.raises(NotImplementedError, match=message):
+        grids.view_table(2, device)
+    assert not grids._tables
+    assert _cache.to_device(table, CPU) is table
+    assert other.view_table(2, CPU).shape == (2, 4)
+
+
+def test_padded_grids_are_not_updated_in_a_captured_graph(cuda):
+    grids = PaddedGrids(64, 4, device="cpu")
+    grids.update([(4, 6)])
+    before = grids.view_table(2, CPU)
+    grids.device, cuda["capturing"] = torch.device("cuda", 0), True
+    with pytest.raises(NotImplementedError, match=r"PaddedGrids\.update must be outside"):
+        grids.update([(2, 2)])
+    assert list(grids.current) == [(4, 6)]
+    assert grids.view_table(2, grids.device) is before
+    assert grids.cu_seqlens.tolist() == [0, 24, 24, 24, 24]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only a GPU can get wrong: streams, waiting, neighbours in a tile, graphs, large sizes."""
 
+import contextlib
+
 import pytest
 import torch
 from battery import (
@@ -82,15 +84,103 @@ def test_on_a_stream_of_its_own(name):
     assert_same_bits(out, wanted)
 
 
+@contextlib.contextmanager
+def without_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_no_call_waits_for_the_device(name):
     call = make_call(name, torch.bfloat16, device="cuda")
-    gradients(public(name), call)  # the first call copies its tables to the device
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    gradients(public(name), call)  # libraries may wait when they are used first
+    uhd_ops.clear_caches()  # the tables of the grids are made and copied again
+    with without_waiting():
         gradients(public(name), call, torch.ones_like(run(public(name), call)))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+def still_running(call):
+    """What a call returns, which must not wait for what has been queued before."""
+    torch.cuda._sleep(200_000_000)  # about a tenth of a second
+    before = torch.cuda.Event()
+    before.record()
+    with without_waiting():
+        out = call()
+    assert not before.query()
+    return out
+
+
+@pytest.mark.parametrize("order", ["raster", "block"])
+def test_new_grids_are_queued_behind_what_runs(order):
+    x = torch.randn(4000, 64, device="cuda")
+    uhd_ops.window_mean(x[:30], [(5, 6)], order_in=order)  # loads the library
+    spare = [torch.empty(4096, pin_memory=True) for _ in range(8)]
+    del spare  # torch keeps it; to allocate more of it may wait for the device
+    for width in range(31, 39):
+        pairs = [(16, width), (3, width)]
+        some = x[: 19 * width]
+        out = still_running(lambda: uhd_ops.window_mean(some, pairs, order_in=order))  # noqa: B023
+        assert_same_bits(out, uhd_ops.window_mean(some, pairs, order_in=order))
+        on_cpu = uhd_ops.window_mean(some.cpu(), pairs, order_in=order)
+        torch.testing.assert_close(out.cpu(), on_cpu)
+
+
+def test_another_stream_uses_tables_that_are_still_on_their_way():
+    x = torch.randn(39, 64, device="cuda")
+    wanted = uhd_ops.window_mean(x, GRIDS, order_in="block")
+    uhd_ops.clear_caches()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        still_running(lambda: uhd_ops.window_mean(x, GRIDS, order_in="block"))
+    with torch.cuda.stream(second):
+        out = uhd_ops.window_mean(x, GRIDS, order_in="block")
+        uhd_ops.clear_caches()  # the tables' memory goes back while both streams are busy
+    with torch.cuda.stream(first):
+        rubbish = [torch.full((39, 4), -1, device="cuda") for _ in range(50)]
+    torch.cuda.synchronize()
+    assert_same_bits(out, wanted)
+    assert len(rubbish) == 50
+
+
+def test_new_grids_while_a_graph_is_captured():
+    x = torch.randn(8 * 45, 64, device="cuda")
+
+    def refused(call):
+        message = "is not on cuda:0 yet: make the same call once before capturing"
+
+        def capture():
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.ones(1, device="cuda")  # torch warns of an empty graph
+                call()
+
+        with pytest.raises(NotImplementedError, match=message):
+            capture()
+
+    refused(lambda: uhd_ops.window_mean(x, [(8, 45)]))
+    graph, out = captured(lambda: uhd_ops.window_mean(x, [(8, 45)]))
+    uhd_ops.clear_caches()
+    graph.replay()
+    assert_same_bits(out, uhd_ops.window_mean(x, [(8, 45)]))
+    grids = PaddedGrids(64, 4, device="cuda")
+    refused(lambda: grids.update([(4, 6)]))
+    assert list(grids.current) == []
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
+def test_a_compiled_function_keeps_its_cuda_graph():
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    compiled = torch.compile(uhd_ops.window_mean, mode="reduce-overhead", fullgraph=True)
+    for pairs in BATCHES * 3:
+        grids = PackedGrids(pairs).to("cuda")
+        x = torch.randn(grids.num_tokens, 64, device="cuda")
+        torch.testing.assert_close(compiled(x, grids), uhd_ops.window_mean(x, grids))
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_grids_and_tokens_on_different_devices_are_refused():

@@ -152,15 +152,16 @@ def test_an_update_between_forward_and_backward_does_not_matter():
 
 def test_another_thread_may_update_while_an_operator_runs():
     """A call that sees a mixture of two lists of grids divides by zero, which ends the process."""
-    layouts = [[(64, 64)], [(1, 1)] * 64, [(8, 8)] * 64]
-    grids = PaddedGrids(4096, 64, {2: 4096}, device="cpu")
+    # Long tables, which take long to write and to read.
+    layouts = [PackedGrids(pairs) for pairs in ([(64, 64)], [(1, 1)] * 4096, [(2, 2)] * 1024)]
+    grids = PaddedGrids(4096, 4096, {2: 4096}, device="cpu")
     grids.update(layouts[0])
-    x = torch.randn(4096, 16)
+    x = torch.randn(4096, 1)
     wanted = []
     for pairs in layouts:
         tokens = PackedGrids(pairs).num_tokens
         mean = uhd_ops.window_mean(x[:tokens], pairs)
-        wanted.append(torch.cat([mean, mean.new_zeros(4096 - len(mean), 16)]))
+        wanted.append(torch.cat([mean, mean.new_zeros(4096 - len(mean), 1)]))
     done = threading.Event()
 
     def update():
@@ -178,6 +179,16 @@ def test_another_thread_may_update_while_an_operator_runs():
     finally:
         done.set()
         thread.join()
+
+
+def test_an_update_leaves_the_tables_of_running_calls_alone():
+    grids = padded_grids()
+    grids.update([(4, 6)])
+    taken = grids.view_table(2, torch.device("cpu")), grids.cu_seqlens
+    before = [table.clone() for table in taken]
+    grids.update([(2, 2)])
+    for table, was in zip(taken, before, strict=True):
+        assert_same_bits(table, was)
 
 
 def test_one_compiled_graph_serves_every_update():

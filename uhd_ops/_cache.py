@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept for later calls with the same grids, within a number of bytes.
+"""What is kept for later calls with the same grids, within a number of bytes, and how it moves.
 
 Equal grids are one object, which holds the index tables that calls made for it. The grids used
-longest ago lose theirs when all tables together exceed the limit.
+longest ago lose theirs when all tables together exceed the limit. Nothing that is made on the host
+waits for the device that it goes to: :func:`to_device`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from uhd_ops._checks import check_int
@@ -164,6 +166,39 @@ def _on_current_stream(owner: Any, found: _OnStream) -> Any:
         for tensor in _tensors(found.value):
             tensor.record_stream(stream)
     return found.value
+
+
+def to_device(table: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Move what was made on the host to a device, without waiting for what is queued there.
+
+    Args:
+        table: A tensor on the CPU, of the dtype that is wanted: CUDA converts in memory that it
+            would wait for.
+        device: Where it is needed.
+
+    Raises:
+        NotImplementedError: A CUDA graph is being captured.
+    """
+    return staged(table, device).to(device, non_blocking=True)
+
+
+def staged(table: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Return a table of the host where a CUDA device copies from on its own; see to_device.
+
+    torch gives such memory away again when the copy is done, on whatever stream that was queued.
+    """
+    if torch.device(device).type != "cuda" or table.device.type != "cpu":
+        return table
+    if torch.compiler.is_compiling() or isinstance(table, FakeTensor):
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        # Every replay would copy from memory that others have got since.
+        raise NotImplementedError(
+            "a CUDA graph is being captured, and what this call makes of its grids is not on "
+            f"{device} yet: make the same call once before capturing, with uhd_ops.set_cache_limit "
+            "high enough to keep it; PaddedGrids.update must be outside of the graph"
+        )
+    return table.pin_memory()
 
 
 def _size(value: Any) -> int:

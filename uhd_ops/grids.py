@@ -18,8 +18,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from uhd_ops import _native
-from uhd_ops._cache import Tables, kept, note, outlives_modes
+from uhd_ops import _view_tables
+from uhd_ops._cache import Tables, kept, note, outlives_modes, to_device
 from uhd_ops._checks import check_int, is_int
 
 if TYPE_CHECKING:
@@ -138,15 +138,53 @@ class PackedGrids:
         A row holds first token, height, width and first window of a view; the last row the totals.
         """
         if torch.compiler.is_compiling():
-            table = _table_of_rows(self._rows, window)
-            return table if device.type == "cpu" else table.to(device, non_blocking=True)
-        return kept(self, ("views", window, device), device, lambda: self._table(window, device))
+            return to_device(_view_tables.table_of_rows(self._rows_for(device), window), device)
 
-    def _table(self, window: int, device: torch.device) -> torch.Tensor:
-        table = _table_of_rows(self._rows, window)
-        if device.type == "cuda":
-            table = table.pin_memory()
-        return table.to(device, non_blocking=True)
+        def make() -> torch.Tensor:
+            return to_device(_view_tables.table_of_rows(self._rows, window), device)
+
+        return kept(self, ("views", window, device), device, make)
+
+    def to(self, device: torch.device | str) -> PackedGrids:
+        """Keep the sides on a device too, for functions that torch.compile has compiled.
+
+        All index tables in a graph are then computed there. Without it they are made on the CPU and
+        copied at every call, and torch makes no CUDA graph of what computes on the CPU. Grids that
+        are made inside of the graph are there already if they are of one ``(h, w)``. One graph
+        serves all grids that have been moved, and another one all that have not.
+
+        Args:
+            device: Where the tokens are. Other devices keep what they have.
+
+        Returns:
+            These grids, the one object for them. The copy is queued on the current stream, and as
+            for any tensor, another stream has to wait for it.
+
+        Raises:
+            NotImplementedError: A CUDA graph is being captured.
+
+        Example:
+            >>> compiled = torch.compile(uhd_ops.window_mean)
+            >>> grids = PackedGrids([(32, 32), (28, 36)]).to("cpu")  # "cuda", in earnest
+        """
+        if torch.compiler.is_compiling() or not self.is_kept:
+            return self
+        device = torch.empty(0, device=device).device  # with the index of the current one
+        if device.type != "cpu" and device not in self._moved:
+            with outlives_modes():
+                rows = to_device(self._rows, device)
+            rows._dynamo_weak_dynamic_indices = {0}
+            self._moved[device] = rows
+        return self
+
+    def _rows_for(self, device: torch.device) -> torch.Tensor:
+        """The sides for a table on a device: there, if they can be, or on the CPU."""
+        return self._moved.get(device, self._rows)
+
+    @property
+    def _any_rows(self) -> torch.Tensor:
+        """The sides where they are anyway."""
+        return next(iter(self._moved.values()), self._rows)
 
     def __getattr__(self, name: str) -> Any:
         # Counts of what torch.export traces are not there before somebody asks.
@@ -199,7 +237,7 @@ class TracedGrids(PackedGrids):
 
     def __init__(
         self,
-        rows: torch.Tensor | None,
+        rows: torch.Tensor | None = None,
         sides: tuple[tuple[int, int], ...] | None = None,
         counts: dict[int, int] | None = None,
         longest: dict[int, int] | None = None,
@@ -212,6 +250,7 @@ class TracedGrids(PackedGrids):
         self._given_rows, self._sides, self._source = rows, sides, source
         # The counts are so much less than those that are kept here.
         self._counts, self._longest, self._less = counts or {}, longest or {}, less
+        self._derived_rows: dict[torch.device, torch.Tensor] = {}
         self.is_known = sides is not None or (source is not None and source[0].is_known)
 
     @classmethod
@@ -223,14 +262,14 @@ class TracedGrids(PackedGrids):
             return grids._traced
         if isinstance(grids, PackedGrids) and torch.compiler.is_compiling():
             return cls.derived(grids, "merged", 1)
-        return cls(None, pairs_of(grids))
+        return cls(sides=pairs_of(grids))
 
     @classmethod
     def derived(cls, grids: PackedGrids, how: str, number: int) -> TracedGrids:
         """What a method called ``how`` makes of grids, in the graph where it can be."""
         if isinstance(grids, TracedGrids) and grids._sides is not None:
-            return cls(None, _DERIVED[how](grids._sides, number))
-        rows, less = grids._rows, 0
+            return cls(sides=_DERIVED[how](grids._sides, number))
+        less = 0
         if how == "merged":
             # ceil(ceil(h / a) / b) = ceil(h / (a * b))
             if grids.is_kept:
@@ -240,20 +279,28 @@ class TracedGrids(PackedGrids):
                 counts, longest, less = grids._counts, grids._longest, grids._less
             counts = {f // number: n for f, n in counts.items() if f % number == 0}
             longest = {f // number: n for f, n in longest.items() if f % number == 0}
-            rows = (rows + (number - 1)) // number
         else:
             counts = {1: grids.num_tokens + number * grids.num_views}
             longest = {1: grids.max_seqlen + number * (grids.num_views > 0)}
-            lengths = rows.prod(1) + number
-            lengths = torch.cat([lengths[:-1], lengths.new_zeros(1)])
-            rows = torch.stack([torch.ones_like(lengths), lengths], 1)
-        return cls(rows, None, counts, longest, (grids, how, number), less)
+        return cls(None, None, counts, longest, (grids, how, number), less)
 
     @property
     def _rows(self) -> torch.Tensor:
-        if self._given_rows is None:
+        return self._rows_for(_CPU)
+
+    @property
+    def _any_rows(self) -> torch.Tensor:
+        return self._given_rows if self._source is None else self._source[0]._any_rows
+
+    def _rows_for(self, device: torch.device) -> torch.Tensor:
+        if self._given_rows is not None:
+            return self._given_rows
+        if self._source is None:
             return self.view_table(1, _CPU)[:, 1:3].contiguous()
-        return self._given_rows
+        if device not in self._derived_rows:
+            grids, how, number = self._source
+            self._derived_rows[device] = _DERIVED_ROWS[how](grids._rows_for(device), number)
+        return self._derived_rows[device]
 
     @property
     def _pairs(self) -> tuple[tuple[int, int], ...]:
@@ -261,7 +308,8 @@ class TracedGrids(PackedGrids):
         if self._sides is not None:
             return self._sides
         rows = self._given_rows
-        if not torch.compiler.is_compiling() and not isinstance(rows, FakeTensor):
+        readable = rows is not None and not isinstance(rows, FakeTensor)
+        if readable and not torch.compiler.is_compiling():
             return pairs_of(rows[:-1])
         if self._source is None:
             raise NotImplementedError(
@@ -274,7 +322,7 @@ class TracedGrids(PackedGrids):
     @property
     def num_views(self) -> int:
         """As for PackedGrids."""
-        return self._rows.shape[0] - 1 if self._sides is None else len(self._sides)
+        return self._any_rows.shape[0] - 1 if self._sides is None else len(self._sides)
 
     @property
     def num_tokens(self) -> int:
@@ -319,13 +367,15 @@ class TracedGrids(PackedGrids):
     def view_table(self, window: int, device: torch.device, batch: int = 1) -> torch.Tensor:
         """As for PackedGrids; all views stand ``batch`` times."""
         if self._sides is not None:
-            table = _table_of_sides(self._sides, batch, window)
+            if len(self._sides) == 1 and device.type != "cpu":
+                return _view_tables.table_of_one(*self._sides[0], batch, window, device)
+            table = _view_tables.table_of_sides(self._sides, batch, window)
         else:
-            rows = self._rows
+            rows = self._rows_for(device)
             if not isinstance(batch, int) or batch != 1:
                 rows = torch.cat([rows[:-1].repeat(batch, 1), rows[-1:]])
-            table = _table_of_rows(rows, window)
-        return table if device.type == "cpu" else table.to(device, non_blocking=True)
+            table = _view_tables.table_of_rows(rows, window)
+        return to_device(table, device)
 
     __setattr__ = object.__setattr__
     __delattr__ = object.__delattr__
@@ -401,10 +451,10 @@ _known_lock = threading.Lock()
 def _of_pairs(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
     """Return the one object for these grids, or one for a trace where sides may be symbols."""
     if torch.compiler.is_compiling():
-        return TracedGrids(None, pairs)
+        return TracedGrids(sides=pairs)
     for pair in pairs:
         if type(pair[0]) is not int or type(pair[1]) is not int:  # a symbol has no hash
-            return TracedGrids(None, pairs)
+            return TracedGrids(sides=pairs)
     found = _known.get(pairs)
     if found is None:
         made = _make(pairs)
@@ -432,6 +482,7 @@ def _make(pairs: tuple[tuple[int, int], ...]) -> PackedGrids:
     put("max_seqlen", grids._longest[1])
     put("has_empty_views", any(0 in pair for pair in pairs))
     put("_rows", rows_of_views(pairs, (0, 0)))
+    put("_moved", {})
     put("_tables", Tables())
     return grids
 
@@ -458,6 +509,7 @@ def _sequence_pairs(pairs: Sequence[Sequence[int]], prefix: int) -> tuple[tuple[
 
 
 _DERIVED = {"merged": _merged_pairs, "sequences": _sequence_pairs}
+_DERIVED_ROWS = {"merged": _view_tables.merged_rows, "sequences": _view_tables.sequence_rows}
 
 
 def _count_windows(pairs: Sequence[Sequence[int]], window: int) -> int:
@@ -469,38 +521,6 @@ def _count_in(number: torch.Tensor) -> int:
     count = number.item()
     torch._check(count >= 0)
     return count
-
-
-def _table_of_sides(sides: Sequence[Sequence[int]], batch: int, window: int) -> torch.Tensor:
-    """The view table of sides that may be symbols."""
-    if _native.has_kernels(_CPU):
-        flat = [side for pair in sides for side in pair]
-        return torch.ops.uhd_ops._view_table(flat, batch, window)
-    pairs = [(int(height), int(width)) for height, width in sides] * int(batch)
-    return _table_of_rows(torch.tensor([*pairs, (0, 0)], dtype=torch.int64, device="cpu"), window)
-
-
-def _table_of_rows(rows: torch.Tensor, window: int) -> torch.Tensor:
-    """The view table of grids ``(S + 1, 2)``, whose last row does not matter."""
-    if _native.has_kernels(_CPU):
-        return torch.ops.uhd_ops._view_table_from_rows(rows, window)
-    sides = torch.cat([rows[:-1], rows.new_zeros((1, 2))])
-    windows = (sides + (window - 1)) // window
-    tokens, windows = (counts.prod(1) for counts in (sides, windows))
-    first = (counts.cumsum(0) - counts for counts in (tokens, windows))
-    first_token, first_window = first
-    return torch.stack([first_token, *sides.unbind(1), first_window], 1)
-
-
-if _native.status["cpu"] == "loaded":
-
-    @torch.library.register_fake("uhd_ops::_view_table")
-    def _(sides, repeat, window):
-        return torch.empty((len(sides) // 2 * repeat + 1, 4), dtype=torch.int64, device="cpu")
-
-    @torch.library.register_fake("uhd_ops::_view_table_from_rows")
-    def _(rows, window):
-        return rows.new_empty((rows.shape[0], 4))
 
 
 def _unflatten(leaves: Iterable[Any], context: None) -> PackedGrids:

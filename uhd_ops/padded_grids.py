@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from uhd_ops._cache import staged
 from uhd_ops._checks import check_int
 from uhd_ops.grids import Grids, PackedGrids, pairs_of
 
@@ -72,8 +73,8 @@ class PaddedGrids:
         """Make ``grids`` the current ones, without waiting for the device.
 
         On CUDA the copies are queued on the current stream, behind what already reads the old grids
-        there. On the CPU the tables are new ones, so that another thread's call goes on with those
-        that it started with.
+        there; as for any tensor, other streams have to be waited for. On the CPU the tables are new
+        ones, so that another thread's call goes on with those that it started with.
 
         Args:
             grids: Grids of the next batch, in any form that PackedGrids takes.
@@ -82,6 +83,7 @@ class PaddedGrids:
             TypeError: ``grids`` has no accepted form.
             ValueError: They need more tokens, views or windows than there is room for. Nothing is
                 changed then.
+            NotImplementedError: A CUDA graph is being captured. Likewise.
         """
         grids = PackedGrids(pairs_of(grids))
         self._check(grids)
@@ -156,11 +158,11 @@ class PaddedGrids:
         """Return the table with these rows: itself, where a CUDA graph has its address."""
         # The last row holds the totals: repeated, it describes views without tokens.
         with torch.no_grad(), torch.inference_mode(False):
-            padded = rows.new_empty(table.shape, pin_memory=self.device.type == "cuda")
+            padded = rows.new_empty(table.shape)
             padded[: len(rows)] = rows
             padded[len(rows) :] = rows[-1]
             if table.dim() == 2:
                 padded[len(rows) - 1 :, 1:3] = 0
             if self.device.type == "cpu":
                 return padded
-            return table.copy_(padded, non_blocking=True)
+            return table.copy_(staged(padded, self.device), non_blocking=True)

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from uhd_ops import _native
-from uhd_ops._cache import clock, kept
+from uhd_ops._cache import clock, kept, to_device
 from uhd_ops._checks import LARGEST_INT, check_positive_int, check_tensor
 from uhd_ops.grids import Grids, PackedGrids, TracedGrids, is_single_pair
 from uhd_ops.padded_grids import PaddedGrids
@@ -319,7 +319,7 @@ class Windows:
         raster = grouped.argsort()
         window_major = raster[window_of_token.argsort(stable=True)]
         pairs = (grouped, raster), (raster, grouped), (window_major, window_major.argsort())
-        moved = (tuple(self._narrow(i).to(self.device) for i in pair) for pair in pairs)
+        moved = (tuple(to_device(self._narrow(i), self.device) for i in pair) for pair in pairs)
         return sizes[by_length].tolist(), *moved
 
     def _ordered(self, order: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

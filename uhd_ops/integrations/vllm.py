@@ -134,7 +134,7 @@ class WindowAttentionMerger(Mixed):
         tokens = self.merge(_pack(hidden_states, grids), grids)
         lengths = [height * width for height, width in coarse]
         tokens = pad_sequence(tokens.split(lengths), batch_first=True)
-        sizes = tgt_sizes.new_tensor(list(coarse))
+        sizes = (tgt_sizes + (WINDOW - 1)) // WINDOW
         if attention_mask is None:
             return tokens, sizes, None
         ends = sizes.prod(1, keepdim=True)

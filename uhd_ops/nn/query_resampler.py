@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import nn
 
+from uhd_ops._cache import to_device
 from uhd_ops._checks import check_finite, check_positive_int
 from uhd_ops.grids import Grids, PackedGrids, is_single_pair
 from uhd_ops.windows import check_tokens
@@ -138,14 +139,18 @@ def sincos_2d(grid: tuple[int, int], dim: int, device: torch.device | str) -> to
     The first half of the channels embeds the column, the second the row; in each half sines come
     before cosines, of frequencies from 1 down to 1 / 10000.
     """
-    height, width = grid
-    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
-    columns = torch.arange(width, dtype=torch.float64).repeat(height)
     quarter = dim // 4
-    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = [index[:, None] * frequencies for index in (columns, rows)]
-    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
-    return table.to(device=device, dtype=torch.float32)
+    # Computed on the device, which nothing has to wait for; MPS knows no float64.
+    wide = {
+        "dtype": torch.float64,
+        "device": None if torch.device(device).type == "mps" else device,
+    }
+    frequencies = 10000.0 ** (-torch.arange(quarter, **wide) / quarter)
+    angles = (torch.arange(side, **wide)[:, None] * frequencies for side in grid)
+    axes = (torch.cat([angle.sin(), angle.cos()], 1).float() for angle in angles)
+    rows, columns = (to_device(axis, device) for axis in axes)
+    shape = *grid, 2 * quarter
+    return torch.cat([columns.expand(shape), rows[:, None].expand(shape)], 2).flatten(0, 1)
 
 
 def _padded(x: torch.Tensor, grids: PackedGrids) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,4 +160,4 @@ def _padded(x: torch.Tensor, grids: PackedGrids) -> tuple[torch.Tensor, torch.Te
         return x.new_zeros((0, 1, x.shape[-1])), None
     views = nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
     slots = torch.arange(views.shape[1], device=x.device)
-    return views, slots >= torch.tensor(lengths, device=x.device)[:, None]
+    return views, slots >= grids.cu_seqlens(x.device).diff()[:, None]

@@ -23,12 +23,12 @@ class ScoreBias(nn.Module):
         """Return the bias for queries ``(M, H, f², D)``: ``(..., f², f²)``, broadcast to (M, H)."""
         raise NotImplementedError
 
-    def _offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vertical and horizontal offset, query minus key plus f - 1, as ``(f², f²)`` indices."""
-        tokens = torch.arange(self.window**2)
-        rows, cols = tokens // self.window, tokens % self.window
-        shift = self.window - 1
-        return rows[:, None] - rows + shift, cols[:, None] - cols + shift
+    def _by_places(self, table: torch.Tensor, dim: int) -> torch.Tensor:
+        """Take ``(..., 2f - 1, ...)`` by offset to ``(..., f, ..., f)`` by query and key.
+
+        No index is needed, which would have to be on the device: the keys are the last dimension.
+        """
+        return table.unfold(dim, self.window, 1).flip(-1)
 
 
 class RelativePositionBias(ScoreBias):
@@ -67,8 +67,8 @@ class RelativePositionBias(ScoreBias):
 
     def forward(self, q: torch.Tensor) -> torch.Tensor:
         """Return ``(H, f², f²)``."""
-        rows, cols = (index.to(q.device) for index in self._offsets())
-        return self.table[:, rows, cols].to(q.dtype)
+        table = self._by_places(self._by_places(self.table, 1), 2)
+        return table.flatten(3).flatten(1, 2).to(q.dtype)
 
 
 class DecomposedPositionBias(ScoreBias):
@@ -107,6 +107,7 @@ class DecomposedPositionBias(ScoreBias):
 
     def forward(self, q: torch.Tensor) -> torch.Tensor:
         """Return ``(M, H, f², f²)``."""
-        rows, cols = (index.to(q.device) for index in self._offsets())
-        vectors = self.rows[rows] + self.cols[cols]  # (f², f², D)
+        rows, cols = (self._by_places(table, 0).mT for table in (self.rows, self.cols))
+        vectors = rows[:, None, :, None] + cols[:, None]  # (f, f, f, f, D)
+        vectors = vectors.flatten(2, 3).flatten(0, 1)
         return torch.einsum("mhqd,qkd->mhqk", q, vectors.to(q.dtype))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from uhd_ops._cache import to_device
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn.positions import Frequencies, Rotary, merge_table
 
@@ -39,8 +40,8 @@ class PaddedLayout:
         self.frequencies = frequencies
         valid = self._marks()
         self.full = bool(valid.all())
-        self.valid = valid.to(device, non_blocking=True)
-        self._rows = valid.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        self.valid = to_device(valid, device)
+        self._rows = to_device(valid.flatten().nonzero()[:, 0].contiguous(), device)
         self._merged: dict[int, PaddedLayout] = {}
 
     @classmethod
@@ -171,10 +172,11 @@ class PaddedLayout:
         tables = [x.new_zeros((*x.shape[:-2], merged.length, x.shape[-1])) for x in (sin, cos)]
         for grid in dict.fromkeys(self.grids):
             samples = [index for index, other in enumerate(self.grids) if other == grid]
-            fine = (x[samples][..., : grid[0] * grid[1], :] for x in (sin, cos))
+            index = to_device(torch.tensor(samples, device="cpu"), sin.device)
+            fine = (x.index_select(0, index)[..., : grid[0] * grid[1], :] for x in (sin, cos))
             parts = merge_table(*fine, grid, window, positions, self.frequencies)
             for table, part in zip(tables, parts, strict=True):
-                table[samples, ..., : part.shape[-2], :] = part
+                table[..., : part.shape[-2], :].index_copy_(0, index, part)
         return tables[0], tables[1]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uhd_ops._cache import kept
+from uhd_ops._cache import kept, to_device
 from uhd_ops.grids import PackedGrids
 from uhd_ops.nn import modules
 from uhd_ops.nn.early_compressor import CompressorConfig
@@ -162,7 +162,8 @@ def _neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor,
         too_far = (1 - ratio ** (old - 1)) / (1 - ratio) > new - 1
         low, high = (low, ratio) if too_far else (ratio, high)
     right = [*itertools.accumulate(ratio**step for step in range(old - 1))]
-    places = torch.tensor([*(-place for place in reversed(right)), 0, *right], device=device)
+    places = torch.tensor([*(-place for place in reversed(right)), 0, *right], device="cpu")
+    places = to_device(places, device)
     wanted = torch.arange(1.0 - new, new, device=device)
     behind = torch.bucketize(wanted, places).clamp(max=len(places) - 1)
     before = (behind - 1).clamp(min=0)

@@ -80,7 +80,7 @@ def frequencies_of(inverse: torch.Tensor) -> Frequencies:
     On small grids neighbours differ by more than pi: 4 pi over the side of the grid.
     """
     slowest = len(inverse) - 1
-    channels = torch.tensor([slowest, slowest + len(inverse)], device=inverse.device)
+    channels = torch.arange(1, 3, device=inverse.device) * len(inverse) - 1
     return Frequencies(
         (inverse / inverse[slowest]).repeat(4), channels.repeat_interleave(len(inverse)).repeat(2)
     )
