@@ -111,6 +111,7 @@ CALLS = {
 }
 
 
+@native_only("the definitions are made of tables on the host")
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_waits_for_a_copy(name, transfers):
     count, call = CALLS[name][0], CALLS[name][1]()
