@@ -122,8 +122,13 @@ def main(file: str, kind: str, columns: Mapping[str, Callable[[dict], str]]) -> 
         table.add_row(*(column(row) for column in columns.values()), end_section=True)
     Console(width=120).print(table)
     if code == 0 and not options:
-        facts = environment()
-        path = RESULTS / f"{kind}_{facts['cpu_isa']}_{facts['date']}_{facts['commit']}.json"
-        path.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
-        print(f"written: benchmarks/results/{path.name}")
+        store(kind, rows)
     return int(code)
+
+
+def store(kind: str, rows: list[dict]) -> None:
+    """Write rows under ``results/``, with what they belong to."""
+    facts = environment()
+    path = RESULTS / f"{kind}_{facts['cpu_isa']}_{facts['date']}_{facts['commit']}.json"
+    path.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
+    print(f"written: benchmarks/results/{path.name}")
