@@ -5,9 +5,10 @@
 // Both kinds of product leave us free to number columns as we like. In A B^T the channels are
 // summed over: place t takes 8 neighbouring channels of its rows, which are the fragments of two
 // steps of 16. In W X the channels are columns of the result: group g takes 8 neighbouring channels
-// and gives each to another product of 8 columns, and then every lane ends with 16 neighbouring
-// channels of its rows of the result. Head sizes that are no multiple of 32 or 64 end with a
-// narrower piece of the same form.
+// and gives each to another product of 8 columns, and then every lane ends with two times 8
+// neighbouring channels of its rows of the result. These are 32 channels apart, so that the four
+// lanes of a row store whole sectors of 32 bytes at a time. Head sizes that are no multiple of 32 or
+// 64 end with a narrower piece, whose channels are all neighbours.
 #pragma once
 #include "window_attention/small_weights.cuh"
 #include "window_attention/window_attention.h"
@@ -182,8 +183,8 @@ UHD_DEVICE void load_columns(const Mix<T>& mix, int begin, bool some, uint32_t s
   }
 }
 
-// Two rows of kEach products, scaled and rounded, as neighbouring channels: channel n of this lane
-// is column n / kEach of product n % kEach.
+// Two rows of kEach products, scaled and rounded: channel n of this lane is column n / kEach of
+// product n % kEach.
 template <class T, int kEach>
 UHD_DEVICE void narrow_rows(const float (&sum)[kEach][4], const RowScale& scale,
                             uint32_t (&word)[2][kEach]) {

@@ -28,7 +28,8 @@ class Budget:
 
 BUDGETS = (
     # window_attention: tensor cores, sides 1 to 4
-    Budget(rf"small_forward<{HALF}, (64|72|80|96|128)>", 96, (LOAD, STORE, MMA)),
+    Budget(rf"small_forward<{HALF}, (64|72|80|96)>", 96, (LOAD, STORE, MMA)),
+    Budget(rf"small_forward<{HALF}, 128>", 128, (LOAD, STORE, MMA)),  # 104 for compute 8.0
     Budget(rf"small_backward<{HALF}, (64|72|80)>", 128, (LOAD, STORE, MMA, MOVM)),
     Budget(rf"small_backward<{HALF}, (96|128)>", 168, (LOAD, STORE, MMA, MOVM)),
     # window_attention: tensor cores, sides 5 to 16; shared memory bounds the blocks first
@@ -39,7 +40,8 @@ BUDGETS = (
     # window_attention: the general kernel
     Budget(r"general_forward<Shape<\w+, [248], .*>", 128, (LOAD, STORE)),
     Budget(r"general_queries<Shape<\w+, [248], .*>", 168, (LOAD, STORE)),
-    Budget(r"general_keys<Shape<\w+, [248], .*>", 192, (LOAD, STORE)),
+    Budget(r"general_keys<Shape<(float|BFloat16|Float16), [48], .*>", 192, (LOAD, STORE)),
+    Budget(r"general_keys<Shape<double, 2, .*>", 255, (LOAD, STORE)),  # two blocks, as with 192
     Budget(r"general_(forward|queries)<Shape<\w+, 1, .*>", 128),
     Budget(r"general_keys<Shape<(float|BFloat16|Float16), 1, .*>", 128),
     Budget(r"general_keys<Shape<double, 1, .*>", 168),
