@@ -33,13 +33,22 @@ _captured: dict[int, Any] = {}
 
 
 class Tables(dict):
-    """The tables of one object, by key; how many bytes they have, and when one was used last."""
+    """The tables of one object, by key; how many bytes they have, and when one was used last.
 
-    __slots__ = ("bytes", "used")
+    Some of them are in ``last`` too, where who needs one most often finds it first.
+    """
+
+    __slots__ = ("bytes", "last", "used")
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes, self.used = 0, next(clock)
+        self.last: dict[Hashable, Any] = {}
+
+    def clear(self) -> None:
+        """Forget all tables."""
+        super().clear()
+        self.last.clear()
 
 
 class _OnStream(NamedTuple):

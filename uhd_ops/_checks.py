@@ -143,6 +143,13 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+def stay_as_they_are(*tensors: torch.Tensor | None) -> bool:
+    """Whether the tensors have one dtype, in which :func:`autocast` leaves them."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    dtype = _autocast_dtype(tensors[0])
+    return len(dtypes) == 1 and (dtype is None or dtypes <= {dtype, torch.float64})
+
+
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):

@@ -9,12 +9,14 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _DIRECTORY = Path(__file__).resolve().parent
 _LIBRARIES = {"cpu": "libuhd_cpu.so", "cuda": "libuhd_cuda.so"}
@@ -128,10 +130,11 @@ def has_kernels(device: torch.device) -> bool:
     """Whether the operators have native kernels for tensors on ``device``."""
     if _definitions_only:
         return False
-    if device.type == "cuda":
+    kind = device.type
+    if kind == "cuda":
         return status["cuda"] == "loaded" and _kernels_fit(device)
     # "meta" has no kernels, but shapes are computed by the fakes that accompany the CPU library.
-    return status.get("cpu" if device.type == "meta" else device.type) == "loaded"
+    return status.get("cpu" if kind == "meta" else kind) == "loaded"
 
 
 _OLDEST_GPU = (8, 0)  # compute capability; older ones run the definitions
@@ -160,6 +163,36 @@ def set_cpu_isa(name: str) -> None:
     torch.ops.uhd_ops._set_cpu_isa(name)
 
 
+operators = types.SimpleNamespace()
+"""The native operators by name, called as directly as a call allows; :func:`register` fills it."""
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
+
+
+# Each call asks; a name of this module is found faster.
+_is_compiling = torch.compiler.is_compiling
+_in_functorch = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_traced_by_jit = torch._C._get_tracing_state
+
+
+def is_eager() -> bool:
+    """Whether nothing but PyTorch's eager mode sees this call.
+
+    Not while torch.compile, torch.export or torch.jit trace, in torch.func, in forward-mode
+    differentiation, where a dispatch mode is on, that of fake tensors among them, and in
+    :func:`definitions`.
+    """
+    return not (
+        _is_compiling()
+        or _definitions_only
+        or _in_functorch()
+        or _dispatch_modes()
+        or _traced_by_jit()
+        or forward_ad._current_level >= 0
+    )
+
+
 def register(
     name: str,
     fake: Callable[..., Any],
@@ -170,6 +203,8 @@ def register(
     public: str | None = None,
 ) -> None:
     """Tell torch the shapes and the gradients of an operator, where it is there.
+
+    The operator, and ``_<name>_backward``, can be called in :data:`operators` then.
 
     Args:
         name: Name of the operator.
@@ -191,12 +226,69 @@ def register(
             f"uhd_ops.{public} has no second derivative; uhd_ops.reference.{public} has one"
         )
 
-    derivative = f"uhd_ops::_{name.lstrip('_')}_backward"
+    derivative = f"_{name.lstrip('_')}_backward"
+    again, setup_again = twice or (refuse, lambda ctx, inputs, output: None)
+    _register_one(name, fake, backward, setup_context)
+    _register_one(derivative, backward_fake, again, setup_again)
+
+
+def _register_one(name, fake, backward, setup_context) -> None:
     torch.library.register_fake(f"uhd_ops::{name}", fake)
-    torch.library.register_fake(derivative, backward_fake)
     torch.library.register_autograd(f"uhd_ops::{name}", backward, setup_context=setup_context)
-    again, setup_again = twice or (refuse, None)
-    torch.library.register_autograd(derivative, again, setup_context=setup_again)
+    operator = getattr(torch.ops.uhd_ops, name).default
+    setattr(operators, name, _eager_call(operator, backward, setup_context))
+
+
+def _eager_call(
+    operator: torch._ops.OpOverload,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> Callable[..., Any]:
+    """Return a function that calls an operator, in eager mode past what only tracing needs.
+
+    What register_autograd makes is Python that the dispatcher calls, for every call and whether
+    there are gradients or not. In eager mode the derivative is the same, by the same functions,
+    from a node that calls the operator's kernel below autograd. The attribute ``eager`` of the
+    function is for callers that know that the mode is eager and the tensors are no subclass.
+    """
+    below_autograd, native = torch._C._AutoDispatchBelowAutograd, operator._op
+    # Tables of views hold integers.
+    tensors = [
+        place
+        for place, argument in enumerate(operator._schema.arguments)
+        if "Tensor" in str(argument.type) and argument.name not in ("views", "rows")
+    ]
+
+    def forward(ctx, *args):
+        with below_autograd():
+            output = native(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    node = type(
+        f"{operator._opname}_eager",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+    apply, is_grad_enabled = node.apply, torch.is_grad_enabled
+
+    def eager(*args):
+        if is_grad_enabled():
+            for place in tensors:
+                x = args[place]
+                if x is not None and x.requires_grad:
+                    return apply(*args)
+        with below_autograd():
+            return native(*args)
+
+    def call(*args):
+        for place in tensors:
+            if type(args[place]) not in _PLAIN:
+                return operator(*args)
+        return eager(*args) if is_eager() else operator(*args)
+
+    call.eager = eager
+    return call
 
 
 def register_linear(name: str, fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> None:
@@ -206,14 +298,13 @@ def register_linear(name: str, fake: Callable[..., Any], backward_fake: Callable
     """
 
     def setup_context(ctx, inputs, output):
-        rows, views, ctx.side, _ = inputs
+        rows, ctx.views, ctx.side, _ = inputs
         ctx.num_rows = rows.shape[0]
-        ctx.save_for_backward(views)
 
     def by(operator: str) -> Callable[..., Any]:
         def backward(ctx, grad):
-            function = getattr(torch.ops.uhd_ops, operator)
-            return function(grad, *ctx.saved_tensors, ctx.side, ctx.num_rows), None, None, None
+            function = getattr(operators, operator)
+            return function(grad, ctx.views, ctx.side, ctx.num_rows), None, None, None
 
         return backward
 

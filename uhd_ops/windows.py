@@ -100,6 +100,15 @@ class Windows:
         kept = self.grids is not None and self.grids.is_kept
         return kept and not torch.compiler.is_compiling()
 
+    def direct(self, x: torch.Tensor) -> tuple[torch.Tensor, int, int] | None:
+        """What follows tokens in a call of a native operator: the table, the side, the windows.
+
+        None where ``x`` must be packed for the operator, or has none.
+        """
+        if self.batch is not None or not _native.has_kernels(x.device):
+            return None
+        return self.views, self.window, self.all_windows
+
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, h*w, ...)`` to ``(N, ...)``; packed tokens as they are."""
         return x if self.batch is None else x.reshape(self.all_tokens, *x.shape[2:])

@@ -54,15 +54,20 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
 }
 
-inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
-}
-
+// A contiguous tensor on the device of another. torch::stable::new_empty finds its operator by name
+// and passes arguments through the dispatcher's stack: half a microsecond for every result.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
                         ScalarType dtype) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
+                                                   static_cast<int64_t>(sizes.size()), &type,
+                                                   nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
+}
+
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_empty(like, sizes, like.scalar_type());
 }
 
 // Kernels read the elements of a row (the last dimension) side by side, at any stride between rows;

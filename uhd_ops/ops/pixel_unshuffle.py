@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from uhd_ops import _checks, _native, reference, windows
+from uhd_ops._plans import Checked, checked_once
 from uhd_ops.grids import Grids
 from uhd_ops.windows import TokenOrder
 
@@ -52,15 +53,23 @@ def pixel_unshuffle(
         tensor([[0., 1., 3., 4.],
                 [2., 2., 5., 5.]])
     """
+    (where, sides), rest = _check((x,), grids, (factor, order_in))
+    if rest is not None:
+        return _native.operators.pixel_unshuffle.eager(x, *rest)
+    if not _native.has_kernels(x.device):
+        return reference.pixel_unshuffle(x, grids, factor, order_in=order_in)
+    x, where = windows.arrange(where.pack(x), where, sides)
+    out = _native.operators.pixel_unshuffle(x, where.views, where.window, where.all_windows)
+    return where.unpack_windows(out)
+
+
+@checked_once
+def _check(x, grids, factor, order_in) -> Checked:
     _checks.check_tensor(x, "x")
     factor = _checks.check_positive_int(factor, "factor")
     sides = windows.check_order(order_in, "order_in", factor)
     where = windows.locate(x, "x", grids, factor, ("C",))
-    if not _native.has_kernels(x.device):
-        return reference.pixel_unshuffle(x, grids, factor, order_in=order_in)
-    x, where = windows.arrange(where.pack(x), where, sides)
-    out = torch.ops.uhd_ops.pixel_unshuffle(x, where.views, factor, where.all_windows)
-    return where.unpack_windows(out)
+    return (where, sides), where.direct(x) if not sides else None
 
 
 def _fake(x, views, factor, num_windows):

@@ -253,7 +253,7 @@ def unshuffle_norm(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = None if norm_weight is None else norm_weight.to(wide).contiguous()
     bias = None if norm_bias is None else norm_bias.to(wide).contiguous()
-    z, mean, *_ = torch.ops.uhd_ops._unshuffle_norm(
+    z, mean, *_ = _native.operators._unshuffle_norm(
         x, where.views, where.all_windows, weight, bias, eps, factor, residual
     )
     return z, mean
@@ -286,7 +286,7 @@ def _norm_setup_context(ctx, inputs, output):
 
 def _norm_backward(ctx, grad_z, grad_residual, *_):
     x, views, norm_weight, mean, rstd = ctx.saved_tensors
-    grad_x, *grad_norm = torch.ops.uhd_ops._unshuffle_norm_backward(
+    grad_x, *grad_norm = _native.operators._unshuffle_norm_backward(
         grad_z,
         grad_residual if ctx.residual else None,
         x,
@@ -332,7 +332,7 @@ def linear_activation(
     differentiated = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (z, weight, bias)
     )
-    hidden, _ = torch.ops.uhd_ops._linear_activation(
+    hidden, _ = _native.operators._linear_activation(
         z, weight, bias, activation, group, differentiated, _fused(z, activation, group)
     )
     return hidden
@@ -376,7 +376,7 @@ def _layer_backward(ctx, grad_h, _):
         u = z @ weight.mT
     shift = None if ctx.bias_in_products else bias
     needs_z, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_u, grad_bias = torch.ops.uhd_ops._linear_activation_backward(
+    grad_u, grad_bias = _native.operators._linear_activation_backward(
         grad_h, u, shift, ctx.activation, ctx.group, needs_bias
     )
     grad_z = grad_u @ weight if needs_z else None

@@ -111,7 +111,7 @@ def _tile(weight, tiles, mode):
     if not _native.has_kernels(weight.device):
         public = "tile_vector" if mode == "repeat" else f"tile_{mode}"
         return getattr(reference, public)(weight, tiles)
-    return torch.ops.uhd_ops.tile_weight(weight, tiles, mode)
+    return _native.operators.tile_weight(weight, tiles, mode)
 
 
 def _times(tiles, mode):
@@ -134,13 +134,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    grad_weight = torch.ops.uhd_ops._tile_weight_backward(grad_out, ctx.tiles, ctx.mode)
+    grad_weight = _native.operators._tile_weight_backward(grad_out, ctx.tiles, ctx.mode)
     return grad_weight, None, None
 
 
 # The operator is linear, so the derivative of its backward pass is its forward pass.
 def _double_backward(ctx, grad_grad_weight):
-    return torch.ops.uhd_ops.tile_weight(grad_grad_weight, ctx.tiles, ctx.mode), None, None
+    return _native.operators.tile_weight(grad_grad_weight, ctx.tiles, ctx.mode), None, None
 
 
 _native.register(

@@ -83,7 +83,7 @@ def attend_views(
         options = {} if scale is None else {"scale": scale}
         return _varlen_attn()(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     if torch.compiler.is_compiling():
-        return torch.ops.uhd_ops._view_attention(q, k, v, grids.rows, scale)
+        return _native.operators._view_attention(q, k, v, grids.rows, scale)
     return attend_by_length(q, k, v, [height * width for height, width in grids], scale)
 
 
@@ -252,7 +252,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    grads = torch.ops.uhd_ops._view_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    grads = _native.operators._view_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None
 
 

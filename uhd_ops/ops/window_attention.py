@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from uhd_ops import _checks, _native, reference, windows
+from uhd_ops._plans import Checked, checked_once
 from uhd_ops.grids import Grids
 from uhd_ops.ops.view_attention import attend_by_length
 from uhd_ops.windows import Permute, TokenOrder, Windows
@@ -71,6 +72,21 @@ def window_attention(
         >>> window_attention(*qkv.unbind(1), [(4, 6), (3, 5)]).shape
         torch.Size([39, 2, 8])
     """
+    found, rest = _check((q, k, v), grids, (window, scale, order, order_in))
+    if rest is not None:
+        return _native.operators.window_attention.eager(q, k, v, *rest)
+    where, scale, sides_in, sides = found
+    q, k, v = _checks.autocast(q, k, v)
+    if not _native.has_kernels(q.device):
+        return reference.window_attention(
+            q, k, v, grids, window, scale=scale, order=order, order_in=order_in
+        )
+    packed = [where.pack(q), where.pack(k), where.pack(v)]
+    return _attend(packed, None, where, scale, sides_in, sides)
+
+
+@checked_once
+def _check(q, k, v, grids, window, scale, order, order_in) -> Checked:
     _checks.check_tensor(q, "q")
     _checks.check_like(k, "k", q, "q")
     _checks.check_like(v, "v", q, "q")
@@ -81,13 +97,18 @@ def window_attention(
     sides = windows.check_order(order, "order", window)
     where = windows.locate(q, "q", grids, window, ("H", "D"))
     scale = _scale(scale, q)
-    q, k, v = _checks.autocast(q, k, v)
-    if not _native.has_kernels(q.device):
-        return reference.window_attention(
-            q, k, v, grids, window, scale=scale, order=order, order_in=order_in
-        )
-    packed = [where.pack(q), where.pack(k), where.pack(v)]
-    return _attend(packed, None, where, scale, sides_in, sides)
+    direct = _checks.stay_as_they_are(q, k, v)
+    rest = _direct(q, where, scale, sides_in, sides) if direct else None
+    return (where, scale, sides_in, sides), rest
+
+
+def _direct(q, where, scale, sides_in, sides) -> tuple | None:
+    """What follows the tensors in a call of the operator that nothing precedes or follows."""
+    window_order = sides == (where.window,)
+    if sides_in or (sides and not window_order) or suits_torch(q, where.window):
+        return None
+    rest = where.direct(q)
+    return None if rest is None else (*rest, scale, window_order)
 
 
 def window_attention_qkvpacked(
@@ -138,16 +159,11 @@ def window_attention_qkvpacked(
         >>> window_attention_qkvpacked(torch.randn(39, 4 + 2 * 2, 8), grids, num_heads=4).shape
         torch.Size([39, 4, 8])
     """
-    _checks.check_tensor(qkv, "qkv")
-    window = _checks.check_positive_int(window, "window")
-    sides_in = windows.check_order(order_in, "order_in", window)
-    sides = windows.check_order(order, "order", window)
-    form = ("3", "H", "D")
-    if num_heads is not None:
-        num_heads, form = _checks.check_positive_int(num_heads, "num_heads"), ("H + 2 * H_kv", "D")
-    where = windows.locate(qkv, "qkv", grids, window, form)
-    heads = _check_packed_heads(qkv, num_heads)
-    scale = _scale(scale, qkv)
+    found, rest = _check_packed((qkv,), grids, (window, num_heads, scale, order, order_in))
+    if rest is not None:
+        packed = qkv.flatten(1, 2) if num_heads is None else qkv
+        return _native.operators.window_attention_qkvpacked.eager(packed, *rest)
+    where, heads, scale, sides_in, sides = found
     (qkv,) = _checks.autocast(qkv)
     if not _native.has_kernels(qkv.device):
         return reference.window_attention_qkvpacked(
@@ -162,6 +178,24 @@ def window_attention_qkvpacked(
     packed = where.pack(qkv)
     packed = packed.flatten(1, 2) if num_heads is None else packed
     return _attend([packed], heads, where, scale, sides_in, sides)
+
+
+@checked_once
+def _check_packed(qkv, grids, window, num_heads, scale, order, order_in) -> Checked:
+    _checks.check_tensor(qkv, "qkv")
+    window = _checks.check_positive_int(window, "window")
+    sides_in = windows.check_order(order_in, "order_in", window)
+    sides = windows.check_order(order, "order", window)
+    form = ("3", "H", "D")
+    if num_heads is not None:
+        num_heads, form = _checks.check_positive_int(num_heads, "num_heads"), ("H + 2 * H_kv", "D")
+    where = windows.locate(qkv, "qkv", grids, window, form)
+    heads = _check_packed_heads(qkv, num_heads)
+    scale = _scale(scale, qkv)
+    direct = _checks.stay_as_they_are(qkv)
+    rest = _direct(qkv, where, scale, sides_in, sides) if direct else None
+    found = where, heads, scale, sides_in, sides
+    return found, None if rest is None else (heads, *rest)
 
 
 def _scale(scale: float | None, q: torch.Tensor) -> float:
@@ -225,11 +259,11 @@ def _attend(
             packed = packed[0].split([num_heads, others, others], 1)
         out = _attend_on_torch(*packed, where, scale, window_order)
     elif num_heads is None:
-        out = torch.ops.uhd_ops.window_attention(
+        out = _native.operators.window_attention(
             *packed, views, window, where.all_windows, scale, window_order
         )
     else:
-        out = torch.ops.uhd_ops.window_attention_qkvpacked(
+        out = _native.operators.window_attention_qkvpacked(
             *packed, num_heads, views, window, where.all_windows, scale, window_order
         )
     if sides_out != sides:
@@ -272,16 +306,14 @@ def _backward_fake(grad_out, q, k, v, views, window, num_windows, scale, window_
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, views, ctx.window, ctx.num_windows, ctx.scale, ctx.window_order = inputs
-    ctx.save_for_backward(q, k, v, views)
+    q, k, v, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v)
 
 
 def _backward(ctx, grad_out):
-    q, k, v, views = ctx.saved_tensors
-    grad_q, grad_k, grad_v = torch.ops.uhd_ops._window_attention_backward(
-        grad_out, q, k, v, views, ctx.window, ctx.num_windows, ctx.scale, ctx.window_order
-    )
-    return grad_q, grad_k, grad_v, None, None, None, None, None
+    derivative = _native.operators._window_attention_backward
+    grads = derivative(grad_out, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None, None
 
 
 _native.register("window_attention", _fake, _backward_fake, _backward, _setup_context)
@@ -296,16 +328,13 @@ def _packed_backward_fake(grad_out, qkv, *sizes):
 
 
 def _packed_setup_context(ctx, inputs, output):
-    qkv, ctx.num_heads, views, *ctx.sizes = inputs
-    ctx.save_for_backward(qkv, views)
+    qkv, *ctx.options = inputs
+    ctx.save_for_backward(qkv)
 
 
 def _packed_backward(ctx, grad_out):
-    qkv, views = ctx.saved_tensors
-    grad = torch.ops.uhd_ops._window_attention_qkvpacked_backward(
-        grad_out, qkv, ctx.num_heads, views, *ctx.sizes
-    )
-    return grad, *[None] * 6
+    derivative = _native.operators._window_attention_qkvpacked_backward
+    return derivative(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 _native.register(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from uhd_ops import _checks, _native, reference, windows
+from uhd_ops._plans import Checked, checked_once
 from uhd_ops.grids import Grids
 from uhd_ops.windows import TokenOrder
 
@@ -46,15 +47,23 @@ def window_mean(
         tensor([[2.0000],
                 [3.5000]])
     """
+    (where, sides), rest = _check((x,), grids, (window, order_in))
+    if rest is not None:
+        return _native.operators.window_mean.eager(x, *rest)
+    if not _native.has_kernels(x.device):
+        return reference.window_mean(x, grids, window, order_in=order_in)
+    x, where = windows.arrange(where.pack(x), where, sides)
+    out = _native.operators.window_mean(x, where.views, where.window, where.all_windows)
+    return where.unpack_windows(out)
+
+
+@checked_once
+def _check(x, grids, window, order_in) -> Checked:
     _checks.check_tensor(x, "x")
     window = _checks.check_positive_int(window, "window")
     sides = windows.check_order(order_in, "order_in", window)
     where = windows.locate(x, "x", grids, window, ("C",))
-    if not _native.has_kernels(x.device):
-        return reference.window_mean(x, grids, window, order_in=order_in)
-    x, where = windows.arrange(where.pack(x), where, sides)
-    out = torch.ops.uhd_ops.window_mean(x, where.views, window, where.all_windows)
-    return where.unpack_windows(out)
+    return (where, sides), where.direct(x) if not sides else None
 
 
 def _fake(x, views, window, num_windows):

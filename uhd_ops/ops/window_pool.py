@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from uhd_ops import _checks, _native, reference, windows
+from uhd_ops._plans import Checked, checked_once
 from uhd_ops.grids import Grids
 from uhd_ops.windows import TokenOrder
 
@@ -61,19 +62,28 @@ def window_pool(
         tensor([[2.],
                 [5.]])
     """
+    (where, sides), rest = _check((x, logits), grids, (window, order_in))
+    if rest is not None:
+        return _native.operators.window_pool.eager(x, logits, *rest)
+    logits = logits.to(x.dtype)
+    if not _native.has_kernels(x.device):
+        return reference.window_pool(x, logits, grids, window, order_in=order_in)
+    x, arranged = windows.arrange(where.pack(x), where, sides)
+    logits, _ = windows.arrange(where.pack(logits), where, sides)
+    out = _native.operators.window_pool(x, logits, arranged.views, where.window, where.all_windows)
+    return where.unpack_windows(out)
+
+
+@checked_once
+def _check(x, logits, grids, window, order_in) -> Checked:
     _checks.check_tensor(x, "x")
     _checks.check_like(logits, "logits", x, "x")
     window = _checks.check_positive_int(window, "window")
     sides = windows.check_order(order_in, "order_in", window)
     where = windows.locate(x, "x", grids, window, ("C",))
     _checks.check_same_shape(logits, "logits", x, "x")
-    logits = logits.to(x.dtype)
-    if not _native.has_kernels(x.device):
-        return reference.window_pool(x, logits, grids, window, order_in=order_in)
-    x, arranged = windows.arrange(where.pack(x), where, sides)
-    logits, _ = windows.arrange(where.pack(logits), where, sides)
-    out = torch.ops.uhd_ops.window_pool(x, logits, arranged.views, window, where.all_windows)
-    return where.unpack_windows(out)
+    direct = sides == () and logits.dtype == x.dtype
+    return (where, sides), where.direct(x) if direct else None
 
 
 def _fake(x, logits, views, window, num_windows):
@@ -85,16 +95,14 @@ def _backward_fake(grad_out, x, logits, views, window):
 
 
 def _setup_context(ctx, inputs, output):
-    x, logits, views, ctx.window, _ = inputs
-    ctx.save_for_backward(x, logits, views)
+    x, logits, ctx.views, ctx.window, _ = inputs
+    ctx.save_for_backward(x, logits)
 
 
 def _backward(ctx, grad_out):
-    x, logits, views = ctx.saved_tensors
-    grad_x, grad_logits = torch.ops.uhd_ops._window_pool_backward(
-        grad_out, x, logits, views, ctx.window
-    )
-    return grad_x, grad_logits, None, None, None
+    derivative = _native.operators._window_pool_backward
+    grads = derivative(grad_out, *ctx.saved_tensors, ctx.views, ctx.window)
+    return *grads, None, None, None
 
 
 _native.register("window_pool", _fake, _backward_fake, _backward, _setup_context)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call like an earlier one: what it goes through, and what it must not take for granted."""
+
+import gc
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from battery import assert_same_bits
+from battery.marks import native_only
+from torch.autograd import forward_ad
+from torch.profiler import ProfilerActivity, profile
+
+import uhd_ops
+from uhd_ops import PackedGrids
+
+PAIRS = [(4, 6), (3, 5)]
+TOKENS, HEADS, CHANNELS = 39, 2, 16
+OPS = {
+    "window_attention": (3, (HEADS, 8)),
+    "window_mean": (1, (CHANNELS,)),
+    "window_pool": (2, (CHANNELS,)),
+    "pixel_unshuffle": (1, (CHANNELS,)),
+}
+every_op = pytest.mark.parametrize("name", OPS)
+pytestmark = native_only("definitions keep nothing")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    uhd_ops.clear_caches()
+    yield
+    uhd_ops.clear_caches()
+
+
+def tensors_of(name, requires_grad=False):
+    count, trailing = OPS[name]
+    return [torch.randn(TOKENS, *trailing, requires_grad=requires_grad) for _ in range(count)]
+
+
+def called(function):
+    """The functions of this package that a call goes through, and the operators it runs."""
+    frames, package = [], str(Path(uhd_ops.__file__).parent)
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            frames.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        function()
+    return frames, [event.name for event in watched.events() if "::" in event.name]
+
+
+@every_op
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_second_call_goes_straight_to_its_operator(name, requires_grad):
+    grids, function = PackedGrids(PAIRS), getattr(uhd_ops, name)
+    tensors = tensors_of(name, requires_grad)
+    for _ in range(2):
+        expected = function(*tensors, grids)
+    frames, operators = called(lambda: function(*tensors, grids))
+    below = ["forward", frames[-1]] if requires_grad else []
+    assert frames == [name, "find", "is_eager", "eager", *below]
+    assert frames[-1].endswith("setup_context") == requires_grad
+    assert operators[0] == f"uhd_ops::{name}"
+    # Nothing but memory for results and for the threads' sums.
+    assert {*operators[1:]} <= {"aten::new_empty", "aten::empty"}
+    assert_same_bits(function(*tensors, grids), expected)
+
+
+BAD = {
+    "a float for a window": lambda t: (t, {"window": 2.0}, TypeError),
+    "a bool for a window": lambda t: (t, {"window": True}, TypeError),
+    "no order": lambda t: (t, {"order_in": "columns"}, ValueError),
+    "a side that is no int": lambda t: (t, {"order_in": (4.0, 2)}, TypeError),
+    "fewer tokens": lambda t: ([x[1:] for x in t], {}, ValueError),
+    "more dimensions": lambda t: ([x[None, None] for x in t], {}, ValueError),
+    "integers": lambda t: ([x.int() for x in t], {}, TypeError),
+    "another dtype": lambda t: ([*t[:-1], t[-1].double()], {}, TypeError),
+    "another device": lambda t: ([*t[:-1], t[-1].to("meta")], {}, ValueError),
+    "a sparse tensor": lambda t: ([*t[:-1], t[-1].to_sparse()], {}, NotImplementedError),
+    "a list": lambda t: ([*t[:-1], t[-1].tolist()], {}, TypeError),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("name", ["window_attention", "window_pool"])
+def test_what_equals_an_accepted_call_is_refused_as_ever(name, case):
+    function, good = getattr(uhd_ops, name), tensors_of(name)
+    window = {"a bool for a window": 1}.get(case, 2)
+    order_in = (4, 2) if case == "a side that is no int" else "raster"
+    tensors, options, error = BAD[case](good)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(error) as raised:
+            function(*tensors, PackedGrids(PAIRS), **options)
+        messages.append(str(raised.value))
+        for _ in range(2):
+            function(*good, PackedGrids(PAIRS), window, order_in=order_in)
+    assert messages[0] == messages[1]
+
+
+@every_op
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_transformations_and_modes_are_seen(name):
+    grids, function = PackedGrids(PAIRS), getattr(uhd_ops, name)
+    tensors = tensors_of(name)
+    for _ in range(2):
+        expected = function(*tensors, grids)
+    with pytest.raises(NotImplementedError, match=r"uhd_ops\.reference"):
+        torch.func.grad(lambda x: function(x, *tensors[1:], grids).sum())(tensors[0])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        function(*(forward_ad.make_dual(x, x) for x in tensors), grids)
+    batched = torch.vmap(lambda *x: function(*x, grids))(*(x[None] for x in tensors))
+    assert_same_bits(batched[0], expected)
+    with uhd_ops.definitions():
+        assert called(lambda: function(*tensors, grids))[1][0].startswith("aten::")
+    traced = torch.jit.trace(lambda *x: function(*x, grids), tensors, check_trace=False)
+    assert f"uhd_ops::{name}" in str(traced.graph)
+
+
+def test_autocast_casts_what_was_taken_as_it_is():
+    grids, tensors = PackedGrids(PAIRS), tensors_of("window_attention")
+    mixed = [tensors[0], tensors[1].bfloat16(), tensors[2]]
+    for _ in range(2):
+        assert uhd_ops.window_attention(*tensors, grids).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert uhd_ops.window_attention(*tensors, grids).dtype == torch.bfloat16
+            assert uhd_ops.window_attention(*mixed, grids).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.float16):
+            assert uhd_ops.window_attention(*tensors, grids).dtype == torch.float16
+        with pytest.raises(TypeError, match="k must have the dtype of q"):
+            uhd_ops.window_attention(*mixed, grids)
+
+
+@every_op
+def test_a_call_under_inference_mode_serves_one_with_gradients(name):
+    grids, function = PackedGrids(PAIRS), getattr(uhd_ops, name)
+    with torch.inference_mode():
+        for _ in range(2):
+            function(*tensors_of(name), grids)
+    tensors = tensors_of(name, requires_grad=True)
+    function(*tensors, grids).sum().backward()
+    assert all(x.grad is not None for x in tensors)
+
+
+def test_sizes_take_turns():
+    grids = PackedGrids(PAIRS)
+    for channels in (3, 5, 3, 5):
+        x = torch.randn(TOKENS, channels)
+        assert_same_bits(uhd_ops.window_mean(x, grids), uhd_ops.window_mean(x, PAIRS))
+    assert {key[0].__name__ for key in grids._tables if len(key) == 2} == {"_check"}
+
+
+def test_no_tensor_is_kept_and_nothing_outlives_its_grids():
+    grids = PackedGrids(PAIRS)
+    tensors = tensors_of("window_attention")
+    for _ in range(2):
+        uhd_ops.window_attention(*tensors, grids)
+    watched = [weakref.ref(x) for x in (*tensors, grids.view_table(2, torch.device("cpu")))]
+    del tensors
+    assert [x() is None for x in watched] == [True, True, True, False]
+    uhd_ops.clear_caches()
+    assert not grids._tables
+    assert not grids._tables.last
+    gc.collect()
+    assert watched[-1]() is None
