@@ -180,7 +180,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         sizes, views = ctx.saved_tensors
-        means = torch.ops.uhd_ops.window_mean(grad, views, ctx.window, sizes.shape[0])
+        means = _native.operators.window_mean(grad, views, ctx.window, sizes.shape[0])
         return (means * sizes[:, None]).to(grad.dtype), None, None, None, None
 
 
