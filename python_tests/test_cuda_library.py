@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 import torch
-from battery.cuda_binary import LIBRARY, asked_for, contents, kernels
+from battery.cuda_binary import LIBRARY, asked_for, assembled, contents, kernels
 from battery.cuda_budgets import BUDGETS
 from specs import SPECS
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -67,6 +67,20 @@ def test_kernels(arch):
                 if not any(re.match(opcode, code) for code in kernel.opcodes):
                     bad.append(f"{kernel.name} has no {opcode} instruction")
     bad += [f"no kernel has the name {row.name}" for row in set(BUDGETS) - used]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None and not REQUIRED, reason=WHY)
+@pytest.mark.parametrize("arch", ["sm_100", "sm_120"])
+def test_later_generations_take_the_kernels(arch, tmp_path):
+    """Their machine code is in releases; here the assembler makes it of the library's PTX."""
+    found, bad = assembled(arch, tmp_path), []
+    assert found
+    for name, (registers, stack) in found.items():
+        bad += budgets_of(name, registers)[1]
+        if stack:
+            bad.append(f"{name} spills: {stack} bytes")
     assert not bad, "\n".join(bad)
 
 

@@ -199,6 +199,15 @@ UHD_DEVICE float reciprocal_approximate(float x) {
 #endif
 }
 
+// 1 / sqrt(x), to the last bit or two.
+#ifdef UHD_EMULATED
+UHD_DEVICE float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
+UHD_DEVICE double reciprocal_root(double x) { return 1.0 / std::sqrt(x); }
+#else
+UHD_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
+UHD_DEVICE double reciprocal_root(double x) { return rsqrt(x); }
+#endif
+
 // Both halves of `trace` plus 0 times those of `pair`: once an infinity or NaN was among the pairs,
 // (trace & 0x7fff7fff) is not zero.
 template <class T>

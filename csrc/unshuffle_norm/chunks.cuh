@@ -36,10 +36,12 @@ UHD_DEVICE uint4 load_16_once(const void* from) {
 #endif
 }
 
-// The bits of `size` elements, zeros after them. Packed, they wait in half the registers.
+// The bits of `size` elements, zeros after them; a whole chunk if `vector`, also where size is 0,
+// as it is in a thread without channels, which stays at channel 0 and adds and stores nothing.
+// Packed, they wait in half the registers.
 template <class T>
 UHD_DEVICE uint4 load_chunk(const T* from, int size, bool vector) {
-  if (vector) return size > 0 ? load_16_once(from) : make_uint4(0, 0, 0, 0);
+  if (vector) return load_16_once(from);
   Chunk<T> chunk = Chunk<T>::zero();
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) {
@@ -74,7 +76,7 @@ UHD_DEVICE Chunk<T> load_parameter(const void* vector_of_s, int64_t k, int size,
                                    S otherwise) {
   Chunk<T> chunk;
   const S* from = static_cast<const S*>(vector_of_s) + k;
-  if (vector_of_s == nullptr || (vector && size == 0)) {
+  if (vector_of_s == nullptr) {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) chunk.value[i] = otherwise;
   } else if (vector) {
@@ -120,8 +122,8 @@ struct Means {
 template <class S>
 UHD_DEVICE Means<S> means_over_block(S (&sums)[2], const UnshuffleNorm& args, S* shared) {
   block_sum(sums, shared);
-  const S count = S(args.merged_channels());
-  return {sums[0] / count, sums[1] / count};
+  const S share = S(1) / S(args.merged_channels());
+  return {sums[0] * share, sums[1] * share};
 }
 
 // ---- windows of any side, read several times
@@ -160,32 +162,48 @@ UHD_DEVICE void for_chunks(int64_t rows, int64_t channels, Body&& body) {
   }
 }
 
-// ---- windows of 2 x 2 tokens, held in registers: a thread owns a chunk column of all four slots
+// ---- windows of 2 x 2 tokens, held in registers
 
 constexpr int kSlots = 4;
 
-template <class T>
-inline int64_t threads_for_columns(int64_t channels) {
-  return ceil_div(ceil_div(channels, kPack<T>), kWarp) * kWarp;
-}
+// The windows blockIdx.x + turn * gridDim.x of a block, turn after turn. To find a window costs a
+// warp a hundred instructions; here its lanes find one each, for as many turns.
+class WindowWalk {
+ public:
+  UHD_DEVICE explicit WindowWalk(const ViewTable& views)
+      : views_(views), num_windows_(int(views.num_windows())) {}
 
-// Whether those kernels take a call. float64 has two channels a chunk, too few to be worth it.
-template <class T>
-inline bool holds_windows(const UnshuffleNorm& args, int max_threads) {
-  return sizeof(T) <= 4 && args.views.window == 2 &&
-         threads_for_columns<T>(args.channels) <= max_threads;
-}
+  // There are fewer than 2^31 windows, and blocks.
+  UHD_DEVICE unsigned index(int turn) const { return blockIdx.x + unsigned(turn) * gridDim.x; }
+  UHD_DEVICE bool holds(int turn) const { return index(turn) < unsigned(num_windows_); }
+  UHD_DEVICE int num_windows() const { return num_windows_; }
 
+  // By whole warps, with turns in their order. Only what is needed of 2 x 2 tokens is set.
+  UHD_DEVICE DeviceWindow at(int turn) {
+    if (turn % kWarp == 0) {
+      const int mine = turn + int(threadIdx.x % kWarp);
+      if (int64_t(mine) * gridDim.x + blockIdx.x < num_windows_) {
+        const DeviceWindow found = window_at(views_, int(index(mine)));
+        first_ = found.first;
+        // Two rows are less than 2^31 tokens.
+        shape_ = (found.rows > 1 ? 2 * found.row_stride : 0) + (found.cols > 1 ? 1 : 0);
+      }
+    }
+    const int first = __shfl_sync(kFullWarp, first_, turn % kWarp);
+    const int shape = __shfl_sync(kFullWarp, shape_, turn % kWarp);
+    return {first, shape / 2, shape > 1 ? 2 : 1, 1 + shape % 2, 0};
+  }
+
+ private:
+  const ViewTable& views_;
+  int num_windows_;
+  int first_ = 0, shape_ = 0;
+};
+
+// Whole warps for so many columns of chunks.
 template <class T>
-UHD_DEVICE void load_slots(uint4 (&bits)[kSlots], const UnshuffleNorm& args,
-                           const DeviceWindow& window, int64_t c, int size, bool vector) {
-  const T* first = static_cast<const T*>(args.x) + window.first * args.x_stride + c;
-  const int64_t right = window.cols > 1 ? args.x_stride : 0;
-  const int64_t down = window.rows > 1 ? window.row_stride * args.x_stride : 0;
-  bits[0] = load_chunk<T>(first, size, vector);
-  bits[1] = load_chunk<T>(first + right, size, vector);
-  bits[2] = load_chunk<T>(first + down, size, vector);
-  bits[3] = load_chunk<T>(first + down + right, size, vector);
+inline int64_t threads_for_columns(int64_t channels, int64_t columns_each = 1) {
+  return ceil_div(columns_each * ceil_div(channels, kPack<T>), kWarp) * kWarp;
 }
 
 // One over the number of tokens present, 1, 2 or 4: to multiply by it is to divide.

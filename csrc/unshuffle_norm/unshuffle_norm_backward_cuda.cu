@@ -13,10 +13,10 @@ namespace uhd {
 namespace {
 
 struct PartialTraits {
-  // A row of partials is as large as x and grad_z of two windows of half types: eight
-  // windows or more pay for it. 264 blocks are two for each SM of an H100; with the next window
-  // under way in each, that is 36 KB, twice what keeps the memory busy.
-  static constexpr int kWindowsPerBlock = 8;
+  // 264 blocks are two for each SM of an H100, as many as it holds. A row of partials is as large
+  // as x and grad_z of two windows of half types, so fewer windows would not pay for it; calls of
+  // fewer than 528 windows have blocks of two, so that 1024 tokens use 128 SMs.
+  static constexpr int kWindowsPerBlock = 2;
   static constexpr int kMaxBlocks = 264;
   // Warps that share the rows of partials: 264 / 16 dependent additions, not 264.
   static constexpr int kSumWarps = 16;
@@ -50,13 +50,13 @@ __global__ void __launch_bounds__(PartialTraits::kSumWarps* kWarp)
   *(k < merged ? weight + k : bias + k - merged) = sum;
 }
 
-// Two pairs of sums per warp in shared memory: see block_sum.
+// Shared memory holds so many bytes per thread, and two pairs of sums per warp: see block_sum.
 template <class T, class... Parameters, class... Arguments>
 const char* launch_windows(void (*kernel)(Parameters...), const UnshuffleNorm& args, int threads,
-                           int pack, void* stream, Arguments... arguments) {
+                           size_t bytes_each, int pack, void* stream, Arguments... arguments) {
   using S = AccumulateT<T>;
   const int64_t blocks = cuda::unshuffle_norm_blocks(args);
-  const size_t shared = 4 * size_t(threads / kWarp) * sizeof(S);
+  const size_t shared = threads * bytes_each + 4 * size_t(threads / kWarp) * sizeof(S);
   const char* error = launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), shared,
                              stream, args, arguments...);
   if (error != nullptr || args.partials == nullptr) return error;
@@ -84,12 +84,18 @@ const char* unshuffle_norm_backward(const UnshuffleNorm& args, void* stream) {
     using T = decltype(element);
     constexpr bool kVector = width > 1;
     if constexpr (sizeof(T) <= 4) {
-      if (holds_windows<T>(args, HeldTraits::kMaxThreads)) {
-        const int threads = int(threads_for_columns<T>(args.channels));
-        return launch_windows<T>(backward_2x2<T, kVector>, args, threads, width, stream);
+      constexpr int kUsual = HeldTraits::kUsualThreads(sizeof(T)), kMost = HeldTraits::kMaxThreads;
+      const int64_t threads = threads_for_columns<T>(args.channels, 2);
+      if (args.views.window == 2 && threads <= kMost) {
+        auto kernel = backward_2x2<T, kVector, kMost>;
+        if constexpr (kVector) {
+          if (threads <= kUsual) kernel = backward_2x2<T, kVector, kUsual>;
+        }
+        return launch_windows<T>(kernel, args, int(threads), NormGradient<T>::kBytes, width,
+                                 stream);
       }
     }
-    return launch_windows<T>(backward_any<T>, args, LoopTraits::kThreads, 1, stream, kVector);
+    return launch_windows<T>(backward_any<T>, args, LoopTraits::kThreads, 0, 1, stream, kVector);
   });
 }
 

@@ -46,6 +46,13 @@ def tool(name: str) -> str:
     return found
 
 
+def nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        raise FileNotFoundError("nvcc is neither on PATH nor in /usr/local/cuda/bin")
+    return found
+
+
 def run(*command: str, cwd: Path | None = None) -> str:
     """Return what a program prints. The disassembler is found beside cuobjdump."""
     folders = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ.get("PATH", "")])
@@ -83,6 +90,18 @@ def kernels(arch: str) -> tuple[Kernel, ...]:
     return tuple(
         Kernel(plain[symbol], arch, *usage[symbol], opcodes[symbol]) for symbol in sorted(usage)
     )
+
+
+def assembled(arch: str, folder: Path) -> dict[str, tuple[int, int]]:
+    """Assemble the library's PTX for ``arch``; return the registers and stack of each kernel."""
+    run(tool("cuobjdump"), "-xptx", "all", str(LIBRARY), cwd=folder)
+    usage: dict[str, tuple[int, int, int]] = {}
+    for ptx in sorted(folder.glob("*.ptx")):
+        cubin = ptx.with_suffix(".cubin")
+        run(nvcc(), "-cubin", f"-arch={arch}", "-o", str(cubin), str(ptx))
+        usage |= _usage(run(tool("cuobjdump"), "--dump-resource-usage", str(cubin)))
+    plain = _demangled(list(usage))
+    return {plain[symbol]: (row[0], row[1]) for symbol, row in usage.items()}
 
 
 def _usage(listing: str) -> dict[str, tuple[int, int, int]]:

@@ -46,19 +46,21 @@ BUDGETS = (
     Budget(r"general_keys<Shape<(float|BFloat16|Float16), 1, .*>", 128),
     Budget(r"general_keys<Shape<double, 1, .*>", 168),
     # unshuffle_norm
-    Budget(r"forward_2x2<(float|BFloat16|Float16), true>", 84, (LOAD, STORE)),
+    Budget(r"forward_2x2<(float|BFloat16|Float16), true>", 96, (LOAD, STORE)),
     Budget(r"forward_2x2<(float|BFloat16|Float16), false>", 128),
-    Budget(r"backward_2x2<(float|BFloat16|Float16), true>", 168, (LOAD, STORE)),
-    Budget(r"backward_2x2<(float|BFloat16|Float16), false>", 168),
+    Budget(rf"backward_2x2<{HALF}, true, 288>", 72, (LOAD, STORE)),  # 27 warps
+    Budget(r"backward_2x2<float, true, 576>", 56, (LOAD, STORE)),  # 36 warps
+    Budget(r"backward_2x2<(float|BFloat16|Float16), (true|false), 768>", 80),
     Budget(r"forward_any<\w+>", 64),
     Budget(r"backward_any<\w+>", 128),
-    Budget(r"sum_partials<(float|double)>", 32),
+    Budget(r"sum_partials<(float|double)>", 40),
     # linear_activation; a width above 1 is the 16-byte path
     Budget(rf"activation_forward<.*, {HALF}, 8>", 64, (LOAD, STORE)),
     Budget(r"activation_forward<.*, (float, 4|double, 2)>", 64, (LOAD, STORE)),
     Budget(r"activation_forward<.*, 1>", 64),
     Budget(rf"activation_backward<.*, {HALF}, 8>", 88, (LOAD, STORE)),
-    Budget(r"activation_backward<.*, (float, 4|double, 2)>", 88, (LOAD, STORE)),
+    Budget(r"activation_backward<.*, float, 4>", 88, (LOAD, STORE)),
+    Budget(r"activation_backward<.*, double, 2>", 96, (LOAD, STORE)),
     Budget(r"activation_backward<.*, 1>", 88),
     Budget(r"column_sums<(float|double)>", 32),
     # window_mean, pixel_unshuffle
