@@ -160,6 +160,27 @@ def test_a_call_under_inference_mode_serves_one_with_gradients(name):
     assert all(x.grad is not None for x in tensors)
 
 
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_second_mlp_checks_nothing(biases):
+    grids, x = PackedGrids(PAIRS), torch.randn(TOKENS, CHANNELS)
+    fc1, fc2 = torch.randn(5, CHANNELS), torch.randn(CHANNELS, 5)
+    vectors = (torch.randn(5), torch.randn(CHANNELS)) if biases else (None, None)
+    mlp = fc1, vectors[0], fc2, vectors[1]
+    for _ in range(2):
+        uhd_ops.pixel_unshuffle_mlp(x, grids, *mlp)
+    frames, operators = called(lambda: uhd_ops.pixel_unshuffle_mlp(x, grids, *mlp))
+    assert not [name for name in frames if name.startswith(("check", "_check"))]
+    named = [name for name in operators if name.startswith("uhd_ops::")]
+    assert named == ["uhd_ops::_unshuffle_norm", "uhd_ops::_linear_activation"]
+    assert not {"aten::to", "aten::contiguous", "aten::clone"} & {*operators}
+    for bad in (x.double(), x[1:], x.int()):
+        with pytest.raises((TypeError, ValueError)):
+            uhd_ops.pixel_unshuffle_mlp(bad, grids, *mlp)
+    for options in ({"residual": 1}, {"factor": 2.0}, {"eps": True}, {"activation": "none"}):
+        with pytest.raises((TypeError, ValueError)):
+            uhd_ops.pixel_unshuffle_mlp(x, grids, *mlp, **options)
+
+
 def test_sizes_take_turns():
     grids = PackedGrids(PAIRS)
     for channels in (3, 5, 3, 5):

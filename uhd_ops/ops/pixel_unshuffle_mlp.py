@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from uhd_ops import _checks, _native, reference, windows
+from uhd_ops._plans import Checked, checked_once
 from uhd_ops.grids import Grids
 from uhd_ops.windows import TokenOrder, Windows
 
@@ -118,12 +119,15 @@ def pixel_unshuffle_mlp(
         >>> pixel_unshuffle_mlp(x, grids, fc1.weight, fc1.bias, fc2.weight, fc2.bias).shape
         torch.Size([12, 8])
     """
-    factor = _check_options(eps, factor, activation, residual)
-    _checks.check_tensor(x, "x")
-    sides = windows.check_order(order_in, "order_in", factor)
-    where = windows.locate(x, "x", grids, factor, ("C",))
     mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    form = _check_parameters(x, mlp, (norm_weight, norm_bias), factor, residual)
+    found, direct = _check(
+        (x, *mlp, norm_weight, norm_bias), grids, (eps, factor, activation, residual, order_in)
+    )
+    where, sides, form = found
+    if direct is not None:
+        z, mean = unshuffle_norm(x, where, norm_weight, norm_bias, eps, factor, residual)
+        y = _mlp(z, *mlp, form, factor, activation)
+        return y + mean if residual else y
     if not _native.has_kernels(x.device):
         return reference.pixel_unshuffle_mlp(
             x,
@@ -138,10 +142,24 @@ def pixel_unshuffle_mlp(
             order_in=order_in,
         )
     x, where = windows.arrange(where.pack(x), where, sides)
-    z, mean = unshuffle_norm(x, where, norm_weight, norm_bias, float(eps), factor, residual)
-    y = _mlp(*_checks.autocast(z, *mlp), form, factor, activation)
+    z, mean = unshuffle_norm(x, where, norm_weight, norm_bias, eps, where.window, residual)
+    y = _mlp(*_checks.autocast(z, *mlp), form, where.window, activation)
     y = y.to(x.dtype) + mean if residual else y
     return where.unpack_windows(where.zero_padding(y))
+
+
+def _check(x, *arguments) -> Checked:
+    *mlp, norm_weight, norm_bias, grids, eps, factor, activation, residual, order_in = arguments
+    factor = _check_options(eps, factor, activation, residual)
+    _checks.check_tensor(x, "x")
+    sides = windows.check_order(order_in, "order_in", factor)
+    where = windows.locate(x, "x", grids, factor, ("C",))
+    form = _check_parameters(x, mlp, (norm_weight, norm_bias), factor, residual)
+    direct = sides == () and _checks.stay_as_they_are(x, *mlp)
+    return (where, sides, form), where.direct(x) if direct else None
+
+
+_check = checked_once(_check, optional=True)
 
 
 def mlp_form(fc1_weight: torch.Tensor, channels: int, factor: int) -> str | None:
@@ -251,12 +269,18 @@ def unshuffle_norm(
     float32, float64 for float64. The means are empty unless ``residual``.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = None if norm_weight is None else norm_weight.to(wide).contiguous()
-    bias = None if norm_bias is None else norm_bias.to(wide).contiguous()
-    z, mean, *_ = _native.operators._unshuffle_norm(
-        x, where.views, where.all_windows, weight, bias, eps, factor, residual
+    weight, bias = _in_dtype(norm_weight, wide), _in_dtype(norm_bias, wide)
+    z, mean, _, _ = _native.operators._unshuffle_norm(
+        x, where.views, where.all_windows, weight, bias, float(eps), factor, residual
     )
     return z, mean
+
+
+def _in_dtype(vector: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A contiguous vector in this dtype: itself, nearly always."""
+    if vector is None or (vector.dtype == dtype and vector.is_contiguous()):
+        return vector
+    return vector.to(dtype).contiguous()
 
 
 def _norm_fake(x, views, num_windows, norm_weight, norm_bias, eps, factor, residual):
@@ -327,10 +351,10 @@ def linear_activation(
         from the products in the dtype of ``z``, and rounded once. Where cuBLASLt is
         enabled, the products need not have been rounded before.
     """
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else _in_dtype(bias, bias.dtype)
     # The products are kept for the backward pass only: without it no (R, O) tensor is made.
-    differentiated = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (z, weight, bias)
+    differentiated = torch.is_grad_enabled() and (
+        z.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     hidden, _ = _native.operators._linear_activation(
         z, weight, bias, activation, group, differentiated, _fused(z, activation, group)
