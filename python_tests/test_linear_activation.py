@@ -84,6 +84,27 @@ def test_edge_values(isa, width, activation, dtype):
     assert (grad_u[[0, 10]] == 0).all()
 
 
+# CUDA kernels take the reciprocals of two neighbours in one, unless the product is too large: of
+# moderate numbers always, up to its limit of 2^126 (-43.6 twice); beside the others never.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (-43.6, -43.0, -20.0, -6.5, -1e-3, 0.0, 0.7, 30.0),
+        (-INF, INF, NAN, -750.0, -88.0, -44.0, -3.0, 1e30),
+    ],
+    ids=["moderate", "extreme"],
+)
+def test_neighbours(numbers, activation, dtype):
+    pairs = torch.cartesian_prod(*2 * [torch.tensor(numbers, dtype=torch.float64)])
+    weight, z = pairs.flatten()[:, None].to(dtype), torch.ones(4, 1, dtype=dtype)
+    for isa in ISAS:
+        with using_isa(isa):
+            h, products = forward(z, weight, None, activation, 4)
+        assert_value(h, products, None, activation, 4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_nan_stays_in_its_row_and_output(dtype):
     grad_h, u, bias = random_rows(72, 4, dtype)

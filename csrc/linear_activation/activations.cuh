@@ -3,8 +3,9 @@
 // formulas are those of activations.h, and the reasons for their form are given there.
 //
 // tanh.approx has no place here: its error of 2^-11 is a rounding of float16 by itself, and more
-// than the result where 1 + tanh has cancelled. The sigmoid form takes two instructions of the
-// special function unit instead of one and is exact almost to the last bit of a float.
+// than the result where 1 + tanh has cancelled. The sigmoid form is exact almost to the last bit of
+// a float. It takes two instructions of the special function unit, one and a half where neighbours
+// share a reciprocal; with two, that unit would be nearly as slow as memory in the forward pass.
 #pragma once
 #include <cmath>
 
@@ -40,14 +41,48 @@ struct Arithmetic {
   }
 };
 
+// x[i] becomes 1 / x[i], of numbers that are at least one, or NaN. Two of a half type share the
+// reciprocal of their product, unless it is too large for a float's normal numbers; what is not
+// finite stays alone, so that it reaches no neighbour.
+template <class T, int kWidth, class S = AccumulateT<T>>
+UHD_DEVICE void invert(S (&x)[kWidth]) {
+  if constexpr (Arithmetic<T>::kHalf && kWidth % 2 == 0) {
+    S product[kWidth / 2];
+    bool moderate = true;
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) {
+      product[i] = x[2 * i] * x[2 * i + 1];
+      moderate = moderate && product[i] <= 0x1p126f;
+    }
+    if (moderate) {
+#pragma unroll
+      for (int i = 0; i < kWidth / 2; ++i) {
+        const S both = Arithmetic<T>::reciprocal(product[i]), first = x[2 * i];
+        x[2 * i] = both * x[2 * i + 1];
+        x[2 * i + 1] = both * first;
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (S& value : x) value = Arithmetic<T>::reciprocal(value);
+}
+
 // x sigmoid(gate(x)): the tanh form of GELU, its quick form, and SiLU.
 template <class T, class Gate>
 struct Gated {
   using Math = Arithmetic<T>;
   using S = typename Math::S;
 
-  UHD_DEVICE static S value(S x) {
-    return x * Math::reciprocal(1 + Math::exp(Gate::times(x, -Math::kUnit)));
+  // Adds the values at x to sums.
+  template <int kWidth>
+  UHD_DEVICE static void add_values(S (&sums)[kWidth], const S (&x)[kWidth]) {
+    S sigmoid[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sigmoid[i] = 1 + Math::exp(Gate::times(x[i], -Math::kUnit));
+    invert<T>(sigmoid);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[i] += x[i] * sigmoid[i];
   }
 
   // With e = exp(-gate) and s = 1 / (1 + e), 1 - s is e s to the last digits, and the derivative is
@@ -94,16 +129,22 @@ struct Normal {
   S below, x_density;
 };
 
-template <class T>
-UHD_DEVICE Normal<AccumulateT<T>> normal(AccumulateT<T> x) {
-  using S = AccumulateT<T>;
+// What its polynomial is in: t = 1 / (1 + 0.475 |x| / sqrt(2)) for half types and float.
+template <class T, int kWidth, class S = AccumulateT<T>>
+UHD_DEVICE void normal_argument(const S (&x)[kWidth], S (&t)[kWidth]) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) t[i] = 1 + std::fabs(x[i]) * S(0.33587572f);
+  if constexpr (sizeof(T) < 8) invert<T>(t);
+}
+
+template <class T, class S = AccumulateT<T>>
+UHD_DEVICE Normal<S> normal(S x, S t) {
   // Zero where x is infinite, and so is its product with x.
   const S bell = Arithmetic<T>::exp(x * x * S(-0.5 * Arithmetic<T>::kUnit));
   const S x_density = bell > 0 ? x * bell * S(0.39894228040143268) : bell;
   if constexpr (sizeof(T) == 8) {
     return {0.5 * std::erfc(-x * 0.70710678118654752), x_density};
   } else {
-    const float t = Arithmetic<T>::reciprocal(1 + std::fabs(x) * 0.33587572f);
     float p = -0.04808206856250763f;
     p = p * t + 0.26686200499534607f;
     p = p * t - 0.5442104339599609f;
@@ -118,7 +159,7 @@ UHD_DEVICE Normal<AccumulateT<T>> normal(AccumulateT<T> x) {
   }
 }
 
-// ---- value(x) and slope(x), the derivative, of each function
+// ---- the values and slope(x), the derivative, of each function
 
 template <class T>
 using GeluTanh = Gated<T, CubicGate<AccumulateT<T>>>;
@@ -126,9 +167,17 @@ using GeluTanh = Gated<T, CubicGate<AccumulateT<T>>>;
 template <class T>
 struct Gelu {
   using S = AccumulateT<T>;
-  UHD_DEVICE static S value(S x) { return x * normal<T>(x).below; }
+  template <int kWidth>
+  UHD_DEVICE static void add_values(S (&sums)[kWidth], const S (&x)[kWidth]) {
+    S t[kWidth];
+    normal_argument<T>(x, t);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[i] += x[i] * normal<T>(x[i], t[i]).below;
+  }
   UHD_DEVICE static S slope(S x) {
-    const Normal<S> n = normal<T>(x);
+    S argument[1] = {x}, t[1];
+    normal_argument<T>(argument, t);
+    const Normal<S> n = normal<T>(x, t[0]);
     return n.below + n.x_density;
   }
 };
@@ -142,7 +191,11 @@ using Silu = Gated<T, LinearGate<AccumulateT<T>, 1000>>;
 template <class T>
 struct Relu {
   using S = AccumulateT<T>;
-  UHD_DEVICE static S value(S x) { return x < 0 ? S(0) : x; }  // a NaN stays
+  template <int kWidth>
+  UHD_DEVICE static void add_values(S (&sums)[kWidth], const S (&x)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[i] += x[i] < 0 ? S(0) : x[i];  // a NaN stays
+  }
   UHD_DEVICE static S slope(S x) { return x > 0 ? S(1) : S(0); }
 };
 

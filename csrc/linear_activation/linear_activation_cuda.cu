@@ -17,7 +17,7 @@ struct Traits {
   // memory of an H200 needs. In float64 arithmetic takes longer than memory, and its erfc needs the
   // registers.
   static constexpr int kRowsInFlight(size_t element) { return element == 8 ? 1 : 4; }
-  static constexpr int kForwardBlocks(size_t element) { return element == 8 ? 4 : 8; }
+  static constexpr int kForwardBlocks(size_t element) { return element == 8 ? 4 : 6; }
   static constexpr int kBackwardBlocks(size_t element) { return element == 8 ? 4 : 6; }
   // Rows of products per warp in the forward pass: enough to repay the load of the bias, few enough
   // for 5000 warps of an image of 70 x 70 tokens.
@@ -106,9 +106,10 @@ __global__ void __launch_bounds__(Traits::kWarps* kWarp, Traits::kForwardBlocks(
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       if (j >= left) break;
-      const Chunk x = loaded[j].widened();
+      Chunk x = loaded[j].widened();
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum.value[i] += Activate::value(x.value[i] + shift.value[i]);
+      for (int i = 0; i < kWidth; ++i) x.value[i] += shift.value[i];
+      Activate::add_values(sum.value, x.value);
       if (++in_group < group) continue;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) sum.value[i] *= scale;

@@ -55,7 +55,7 @@ BUDGETS = (
     Budget(r"backward_any<\w+>", 128),
     Budget(r"sum_partials<(float|double)>", 40),
     # linear_activation; a width above 1 is the 16-byte path
-    Budget(rf"activation_forward<.*, {HALF}, 8>", 64, (LOAD, STORE)),
+    Budget(rf"activation_forward<.*, {HALF}, 8>", 80, (LOAD, STORE)),  # 24 warps
     Budget(r"activation_forward<.*, (float, 4|double, 2)>", 64, (LOAD, STORE)),
     Budget(r"activation_forward<.*, 1>", 64),
     Budget(rf"activation_backward<.*, {HALF}, 8>", 88, (LOAD, STORE)),
