@@ -3,10 +3,13 @@
 
 import pytest
 import torch
-from battery import assert_same_bits
+from battery import ISAS, assert_same_bits, using_isa
+from battery.marks import native_only
 from torch.nn import functional
 
-from uhd_ops import window_mean
+from uhd_ops import pixel_unshuffle_mlp, window_mean, window_pool
+
+kernels_only = native_only("the definitions add as torch does")
 
 
 def test_ragged_windows_average_the_tokens_present():
@@ -33,6 +36,33 @@ def test_equals_average_pooling(height, width, window):
     expected = functional.avg_pool2d(image, window, ceil_mode=True)[0].flatten(1).T
     bound = window**2 * torch.finfo(x.dtype).eps * x.abs().max()
     assert (window_mean(x, (height, width), window) - expected).abs().max() <= bound
+
+
+def drift_of(call, value=0.1):
+    """By how many half units in the last place a large window of equal tokens is off, relatively.
+
+    Each of 4 levels adds 31 terms of one sign to a first one, each addition off by half a unit.
+    """
+    x = torch.full((1024 * 1024, 2), value)
+    exact = x[0, 0].double()
+    return ((call(x, (1024, 1024)).double() - exact).abs().max() / exact * 2**24).item()
+
+
+@kernels_only
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_of_large_windows_do_not_drift(isa):
+    def pool(x, grids):
+        return window_pool(x, torch.zeros_like(x), grids, 1024)
+
+    def merged(x, grids):
+        layer = torch.zeros(1, 2), None, torch.zeros(2, 1), None
+        return pixel_unshuffle_mlp(x, grids, *layer, factor=1024)
+
+    with using_isa(isa):
+        # And the division.
+        assert drift_of(lambda x, grids: window_mean(x, grids, 1024)) <= 4 * 31 + 1
+        assert drift_of(merged) <= 4 * 31 + 1
+        assert drift_of(pool) <= 2 * 4 * 31 + 1  # of the weights too, which are equal
 
 
 def test_gradient_is_shared_by_the_tokens_present():

@@ -111,6 +111,11 @@ struct Elements {
     for (int i = 0; i < kWidth; ++i) x.value[i] = S(0);
     return x;
   }
+  UHD_DEVICE Elements& operator+=(const Elements& other) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) value[i] += other.value[i];
+    return *this;
+  }
   UHD_DEVICE static Elements load(const T* from) {
     Elements x;
     if constexpr (kWidth == 1) {

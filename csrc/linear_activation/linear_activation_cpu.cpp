@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors run along the outputs of the layer.
+#include "common/blocked_sum.h"
 #include "common/sums.h"
 #include "common/vec.h"
 #include "linear_activation/activations.h"
@@ -15,11 +16,11 @@ void forward_row(const LinearActivation& args, const T* u, T* h) {
   const T* bias = static_cast<const T*>(args.bias);
   for_channels<T>(args.width, [&](int64_t c, auto load, auto store) {
     const Vec<S> shift = bias ? load(bias + c) : Vec<S>{};
-    Vec<S> sum = {};
+    BlockedSum<Vec<S>> sum;
     for (int64_t i = 0; i < args.group; ++i) {
-      sum += Function::template value<S>(load(u + i * args.width + c) + shift);
+      sum.add(Function::template value<S>(load(u + i * args.width + c) + shift));
     }
-    store(h + c, sum / static_cast<S>(args.group));
+    store(h + c, sum.total() / static_cast<S>(args.group));
   });
 }
 
@@ -30,14 +31,14 @@ void backward_row(const LinearActivation& args, const T* grad_h, const T* u, T* 
   for_channels<T>(args.width, [&](int64_t c, auto load, auto store) {
     const Vec<S> shift = bias ? load(bias + c) : Vec<S>{};
     const Vec<S> share = load(grad_h + c) / static_cast<S>(args.group);
-    Vec<S> sum = {};
+    BlockedSum<Vec<S>> sum;
     for (int64_t i = 0; i < args.group; ++i) {
       const int64_t at = i * args.width + c;
       const Vec<S> grad = share * Function::template slope<S>(load(u + at) + shift);
       store(grad_u + at, grad);
-      sum += grad;
+      sum.add(grad);
     }
-    if (partial) store(partial + c, load(partial + c) + sum);
+    if (partial) store(partial + c, load(partial + c) + sum.total());
   });
 }
 

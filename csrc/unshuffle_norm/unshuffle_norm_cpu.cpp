@@ -3,6 +3,7 @@
 // So the variance is the mean of the centred squares, as exact as a second pass can make it.
 #include <type_traits>
 
+#include "common/blocked_sum.h"
 #include "common/sums.h"
 #include "common/vec.h"
 #include "unshuffle_norm/unshuffle_norm.h"
@@ -92,11 +93,11 @@ template <class T>
 void store_mean(const UnshuffleNorm& args, const SlotRows<T>& x, const Window& window, T* out) {
   using S = AccumulateT<T>;
   for_channels<T>(args.channels, [&](int64_t c, auto load, auto store) {
-    Vec<S> sum = {};
+    BlockedSum<Vec<S>> sum;
     for (int64_t i = 0; i < window.rows; ++i) {
-      for (int64_t j = 0; j < window.cols; ++j) sum += load(x.token(i, j) + c);
+      for (int64_t j = 0; j < window.cols; ++j) sum.add(load(x.token(i, j) + c));
     }
-    store(out + c, sum / static_cast<S>(window.size()));
+    store(out + c, sum.total() / static_cast<S>(window.size()));
   });
 }
 

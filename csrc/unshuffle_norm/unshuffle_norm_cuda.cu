@@ -7,6 +7,7 @@
 // windows are read from memory, then from the caches.
 #include <cmath>
 
+#include "common/blocked_sum.h"
 #include "unshuffle_norm/chunks.cuh"
 
 namespace uhd {
@@ -197,14 +198,13 @@ __global__ void __launch_bounds__(Traits::kBound(kVector)) forward_2x2(const Uns
 template <class T>
 UHD_DEVICE Chunk<T> mean_of_tokens(const SlotRows<T>& x, int64_t c, int size, bool vector) {
   using S = AccumulateT<T>;
-  Chunk<T> mean = Chunk<T>::zero();
+  BlockedSum<Chunk<T>> sum;
   for (int row = 0; row < x.window.rows; ++row) {
     for (int col = 0; col < x.window.cols; ++col) {
-      const Chunk<T> token = unpacked<T>(load_chunk(x.token(row, col) + c, size, vector));
-#pragma unroll
-      for (int i = 0; i < kPack<T>; ++i) mean.value[i] += token.value[i];
+      sum.add(unpacked<T>(load_chunk(x.token(row, col) + c, size, vector)));
     }
   }
+  Chunk<T> mean = sum.total();
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) mean.value[i] /= S(x.window.size());
   return mean;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors run along the channels; the tokens of a window are added in raster order.
+// Vectors run along the channels; the tokens of a window are added in raster order, in blocks.
+#include "common/blocked_sum.h"
 #include "common/vec.h"
 #include "window_mean/window_mean.h"
 
@@ -16,13 +17,13 @@ void forward_window(const WindowMean& args, const Window& window, T* out) {
   const T* first = static_cast<const T*>(args.x) + window.first * args.x_stride;
   const int64_t down = window.row_stride * args.x_stride;
   for_channels<T>(args.channels, [&](int64_t channel, auto load, auto store) {
-    Vec<S> sum = {};
+    BlockedSum<Vec<S>> sum;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < cols; ++c) {
-        sum += load(first + r * down + c * args.x_stride + channel);
+        sum.add(load(first + r * down + c * args.x_stride + channel));
       }
     }
-    store(out + channel, sum / count);
+    store(out + channel, sum.total() / count);
   });
 }
 

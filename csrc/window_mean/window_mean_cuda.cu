@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One warp per window; its lanes lie side by side along the channels, 16 bytes each. The tokens of
-// a window are added in raster order, as on the CPU.
+// a window are added in raster order, in blocks, as on the CPU.
+#include "common/blocked_sum.h"
 #include "common/windows.cuh"
 #include "window_mean/window_mean.h"
 
@@ -32,17 +33,16 @@ UHD_DEVICE void forward_window(const WindowMean& args, const DeviceWindow& windo
   const T* first = static_cast<const T*>(args.x) + window.first * args.x_stride;
   const int64_t down = window.row_stride * args.x_stride;
   for (int64_t c = threadIdx.x % kWarp * kWidth; c < args.channels; c += kWarp * kWidth) {
-    Chunk sum = Chunk::zero();
+    BlockedSum<Chunk> sum;
     for (int row = 0; row < rows; ++row) {
       for (int col = 0; col < cols; ++col) {
-        const Chunk token = Chunk::load(first + row * down + col * args.x_stride + c);
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) sum.value[i] += token.value[i];
+        sum.add(Chunk::load(first + row * down + col * args.x_stride + c));
       }
     }
+    Chunk mean = sum.total();
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum.value[i] /= count;
-    sum.store(out + c);
+    for (int i = 0; i < kWidth; ++i) mean.value[i] /= count;
+    mean.store(out + c);
   }
 }
 

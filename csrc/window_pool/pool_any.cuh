@@ -2,16 +2,27 @@
 // A chunk of channels of any other window, larger or ragged: its rows are read again, from the
 // caches, where they are needed, and its weights are computed again.
 #pragma once
+#include "common/blocked_sum.h"
 #include "window_pool/places.cuh"
 
 namespace uhd {
 namespace {
 
+// Of some or all tokens of a window: the sum of the weights, and that of the weighted tokens.
+template <class T, int kWidth>
+struct Sums {
+  Elements<T, kWidth> weights, tokens;
+  UHD_DEVICE Sums& operator+=(const Sums& other) {
+    weights += other.weights;
+    tokens += other.tokens;
+    return *this;
+  }
+};
+
 template <class T, int kWidth>
 struct Pooled {
   using Chunk = Elements<T, kWidth>;
-  // Largest logit, sum of the weights, sum of the weighted tokens.
-  Chunk largest, sum = Chunk::zero(), total = Chunk::zero();
+  Chunk largest, sum, total;  // largest logit, sum of the weights, sum of the weighted tokens
 
   UHD_DEVICE Pooled(const Place<T, kWidth>& place, AccumulateT<T> scale)
       : largest(Chunk::load(place.logits.first)) {
@@ -22,15 +33,17 @@ struct Pooled {
         if (logits.value[c] > largest.value[c]) largest.value[c] = logits.value[c];
       }
     });
+    BlockedSum<Sums<T, kWidth>> sums;
     place.for_tokens([&](int row, int col) {
       const Chunk weights = this->weights(place, scale, row, col);
-      const Chunk token = Chunk::load(place.x.at(row, col));
+      Chunk token = Chunk::load(place.x.at(row, col));
 #pragma unroll
-      for (int c = 0; c < kWidth; ++c) {
-        sum.value[c] += weights.value[c];
-        total.value[c] += weights.value[c] * token.value[c];
-      }
+      for (int c = 0; c < kWidth; ++c) token.value[c] *= weights.value[c];
+      sums.add({weights, token});
     });
+    const Sums<T, kWidth> all = sums.total();
+    sum = all.weights;
+    total = all.tokens;
   }
 
   UHD_DEVICE Chunk weights(const Place<T, kWidth>& place, AccumulateT<T> scale, int row,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors run along the channels. The weights of a 2 x 2 window stay in registers; those of other
 // windows, larger or ragged, are computed again where they are needed.
+#include "common/blocked_sum.h"
 #include "common/vec.h"
 #include "window_pool/window_pool.h"
 
@@ -106,6 +107,17 @@ void backward_2x2(const WindowPool& args, const Window& window, const T* grad_ou
 
 // ---- other windows
 
+// Of some or all tokens of a window: the sum of the weights, and that of the weighted tokens.
+template <class S>
+struct Sums {
+  Vec<S> weights, tokens;
+  Sums& operator+=(const Sums& other) {
+    weights += other.weights;
+    tokens += other.tokens;
+    return *this;
+  }
+};
+
 template <class S>
 struct Pooled {
   Vec<S> largest, sum, total;  // largest logit, sum of the weights, sum of the weighted tokens
@@ -120,15 +132,15 @@ inline Pooled<S> pool_any(const Inputs<T>& in, S scale, int64_t c, Load load) {
       largest = max<S>(load(logits.at(row, col) + c), largest);
     }
   }
-  Vec<S> sum = {}, total = {};
+  BlockedSum<Sums<S>> sums;
   for (int64_t row = 0; row < x.rows; ++row) {
     for (int64_t col = 0; col < x.cols; ++col) {
       const Vec<S> weight = exp(load(logits.at(row, col) + c) - largest) * scale;
-      sum += weight;
-      total += weight * load(x.at(row, col) + c);
+      sums.add({weight, weight * load(x.at(row, col) + c)});
     }
   }
-  return {largest, sum, total};
+  const Sums<S> all = sums.total();
+  return {largest, all.weights, all.tokens};
 }
 
 template <class T>

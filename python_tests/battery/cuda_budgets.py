@@ -72,7 +72,7 @@ BUDGETS = (
     Budget(r"unshuffle_backward<\w+, 1>", 64),
     # window_pool; the 16-byte path holds 8 or 9 chunks
     Budget(r"pool_(forward|backward)<\w+, [248]>", 128, (LOAD, STORE)),
-    Budget(r"pool_forward<\w+, 1>", 96),
+    Budget(r"pool_forward<\w+, 1>", 112),
     Budget(r"pool_backward<\w+, 1>", 128),
     # weight tiling
     Budget(r"tile_(shares|sums)<\w+, [248]>", 48, (LOAD, STORE)),
