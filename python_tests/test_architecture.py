@@ -406,5 +406,5 @@ def test_what_a_newcomer_walks_through():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     (insertion, files), (forward, files_of_forward) = json.loads(result.stdout)
     assert 50 < insertion <= 197
-    assert 50 < forward <= 117
+    assert 50 < forward <= 110
     assert max(files, files_of_forward) <= 12

@@ -202,3 +202,20 @@ def test_no_tensor_is_kept_and_nothing_outlives_its_grids():
     assert not grids._tables.last
     gc.collect()
     assert watched[-1]() is None
+
+
+def test_what_does_nothing_is_left_out_until_somebody_looks():
+    compressor = uhd_ops.nn.EarlyCompressor(CHANNELS, HEADS, form="tied").eval()
+    grids, x = PackedGrids(PAIRS), torch.randn(TOKENS, CHANNELS)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = compressor(x, grids)
+        frames, operators = called(lambda: compressor(x, grids))
+    assert len(frames) <= 61
+    assert "aten::unbind" not in operators
+    seen = []
+    for part in (compressor.attn.q_norm, compressor.attn.inner_norm, compressor.attn.post):
+        assert type(part) is torch.nn.Identity
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert torch.allclose(compressor(x, grids), expected)
+    assert seen == [(TOKENS, HEADS, 8), (TOKENS, CHANNELS), (TOKENS, CHANNELS)]

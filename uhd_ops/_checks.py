@@ -179,6 +179,17 @@ def is_plain(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
     return not [p for p in module._parameters.values() if hasattr(type(p), _WRAPS)]
 
 
+def does_nothing(*modules: torch.nn.Module | None) -> bool:
+    """Whether each is None or returns what it is given, so that nobody notices if it is left out.
+
+    An Identity with a hook is called: somebody looks at what passes there.
+    """
+    for module in modules:
+        if module is not None and not is_plain(module, torch.nn.Identity):
+            return False
+    return True
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds its numbers itself: quantised and sharded ones wrap others."""
     return not hasattr(type(tensor), _WRAPS)

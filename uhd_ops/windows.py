@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from uhd_ops import _native
 from uhd_ops._cache import clock, kept, to_device
 from uhd_ops._checks import LARGEST_INT, check_positive_int, check_tensor
+from uhd_ops._plans import Checked, checked_once
 from uhd_ops.grids import Grids, PackedGrids, TracedGrids, is_single_pair
 from uhd_ops.padded_grids import PaddedGrids
 
@@ -488,11 +489,16 @@ def _padded_windows(
 
 def check_tokens(x: object, grids: Grids, window: int, channels: int) -> Windows:
     """``x`` holds the tokens of ``grids`` with so many channels; returns where they are."""
+    return _check_tokens((x,), grids, (window, channels))[0]
+
+
+@checked_once
+def _check_tokens(x, grids, window, channels) -> Checked:
     check_tensor(x, "x")
     where = locate(x, "x", grids, window, ("C",))
     if x.shape[-1] != channels:
         raise ValueError(f"x must have C = {channels} channels, got shape {tuple(x.shape)}")
-    return where
+    return where, None
 
 
 # -------------------------------------------------------------------------------- moving tokens

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from uhd_ops._checks import does_nothing
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.positions import Rotary, rotate
 from uhd_ops.ops.view_attention import attend_views, by_group
@@ -44,11 +45,11 @@ def run_attention(
         positions: Rotary embeddings of the tokens, or None.
         training: Whether dropout acts.
     """
-    tokens = x if part.norm is None else part.norm(x)
+    tokens, projections = x if part.norm is None else part.norm(x), part.projections
     dropout = part.attention_dropout if training else 0.0
-    norms = (part.q_norm, part.k_norm, part.v_norm)
-    if len(part.projections) == 1 and norms == (None, None, None) and positions is None:
-        qkv = part.projections[0](tokens).unflatten(-1, (3, part.num_heads, part.head_dim))
+    unnormed = does_nothing(part.q_norm, part.k_norm, part.v_norm)
+    if len(projections) == 1 and unnormed and positions is None:
+        qkv = projections[0](tokens).unflatten(-1, (3, part.num_heads, part.head_dim))
         y = scope.attend_packed(qkv, scale=part.scale, dropout=dropout)
     else:
         q, k, v = _prepared(part, tokens, positions)
@@ -57,11 +58,13 @@ def run_attention(
             k, v = _repeated(groups, k, v)
         y = scope.attend(q, k, v, scale=part.scale, dropout=dropout)
     y = y.flatten(-2)
-    if part.inner_norm is not None:
+    if not does_nothing(part.inner_norm):
         y = part.inner_norm(y)
     if part.gate is not None:
         y = y * scope.pick(part.gate(tokens).sigmoid())
-    y = functional.dropout(part.proj(y), part.proj_dropout, training)
+    y = part.proj(y)
+    if training:
+        y = functional.dropout(y, part.proj_dropout)
     return end_branch(part, y, scope, training)
 
 
@@ -116,10 +119,11 @@ def run_own_attention(
 
 def end_branch(part: Any, y: torch.Tensor, scope: Scope, training: bool) -> torch.Tensor:
     """Apply what follows the last layer of any branch: ``post`` and drop path."""
-    if isinstance(part.post, torch.Tensor):
-        y = y * part.post
-    elif part.post is not None:
-        y = part.post(y)
+    post = part.post
+    if isinstance(post, torch.Tensor):
+        y = y * post
+    elif not does_nothing(post):
+        y = post(y)
     return scope.drop(y, part.drop_path) if training and part.drop_path else y
 
 
