@@ -116,6 +116,15 @@ UHD_DEVICE int64_t wide_product(int a, int b) {
 #endif
 }
 
+// x, of which the compiler knows nothing any more: what is computed from it is computed where it is
+// written, and takes no register from the last place or loop where the same was computed.
+UHD_DEVICE int opaque(int x) {
+#ifndef UHD_EMULATED
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // The sum over the lanes of a warp, the same bits in each; the order of additions is fixed.
 template <class S>
 UHD_DEVICE S warp_sum(S value) {

@@ -40,6 +40,9 @@ UHD_DEVICE uint32_t movmatrix(uint32_t a) { return emulator::movmatrix(a); }
 UHD_DEVICE void cp_async_16(void* shared, const void* global) {
   emulator::cp_async_16(shared, global);
 }
+UHD_DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool copy) {
+  emulator::cp_async_16(shared, global, copy ? 16 : 0);
+}
 UHD_DEVICE void cp_async_commit() { emulator::cp_async_commit(); }
 template <int kLeft>
 UHD_DEVICE void cp_async_wait() {
@@ -134,6 +137,12 @@ UHD_DEVICE uint32_t movmatrix(uint32_t a) {
 UHD_DEVICE void cp_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                "l"(global)
+               : "memory");
+}
+// The same, or 16 bytes of zeros, and then the source is not touched.
+UHD_DEVICE void cp_async_16_or_zero(void* shared, const void* global, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(copy ? 16 : 0)
                : "memory");
 }
 UHD_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

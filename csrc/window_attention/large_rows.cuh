@@ -33,23 +33,33 @@ class TokenMap {
 // The rows of one head in a tensor.
 template <class T>
 struct HeadRows {
-  T* base;  // the head in token 0
-  int64_t token_stride;
+  T* base;          // the head in token 0
+  int token_bytes;  // so that an address is one instruction: see kLargestStride
   TokenMap tokens;
 
-  UHD_DEVICE T* operator[](int i) const { return base + tokens[i] * token_stride; }
+  UHD_DEVICE T* operator[](int i) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) +
+                                wide_product(tokens[i], token_bytes));
+  }
+  // The same from a column on.
+  UHD_DEVICE HeadRows from(int column) const { return {base + column, token_bytes, tokens}; }
 };
+
+// Strides between tokens in bytes fit in 32 bits.
+constexpr int64_t kLargestStride = INT32_MAX / 2;
 
 template <class T>
 UHD_DEVICE HeadRows<const T> input_rows(const void* data, TokenStrides strides, TokenMap tokens,
                                         int head) {
-  return {static_cast<const T*>(data) + head * strides.head, strides.token, tokens};
+  return {static_cast<const T*>(data) + head * strides.head, int(strides.token * sizeof(T)),
+          tokens};
 }
 
 // The heads of a token lie side by side, and tokens so many elements apart.
 template <class T, int kDim>
 UHD_DEVICE HeadRows<T> output_rows(void* data, int64_t token_stride, TokenMap tokens, int head) {
-  return {static_cast<T*>(data) + head * kDim, token_stride, tokens};
+  return {static_cast<T*>(data) + head * kDim, int(token_stride * sizeof(T)), tokens};
 }
 
 // What a block works on.
@@ -71,35 +81,48 @@ UHD_DEVICE bool find_window(const WindowAttention& args, WindowAndHead& work) {
   return true;
 }
 
+// Threads that share out rows: each keeps to one chunk of 16 bytes, and goes down `step` rows at a
+// time. So nothing is divided on the way; a few threads that would be in no whole row have none.
+template <int kDim>
+struct ChunkWalk {
+  int row, column, step;
+
+  UHD_DEVICE ChunkWalk(int thread, int threads) {
+    constexpr int kChunks = Row<kDim>::kChunks;
+    thread = opaque(thread);  // the products in between need all registers
+    step = threads / kChunks;
+    row = thread / kChunks;
+    column = (thread - row * kChunks) * 8;
+    if (row >= step) row = kMostTokens;
+  }
+  static constexpr int kMostTokens = 256;
+};
+
 // Starts to copy `rows` rows from the begin-th on; those beyond the last token become zeros.
-// Threads first, first + step, ... share the work.
 template <class T, int kDim>
 UHD_DEVICE void load_rows(T* shared, const HeadRows<const T>& from, int begin, int rows, int tokens,
-                          int first, int step) {
-  constexpr int kChunks = Row<kDim>::kChunks;
+                          ChunkWalk<kDim> at) {
+  T* to = shared + at.row * Row<kDim>::kStride + at.column;
+  const HeadRows<const T> rows_from = from.from(at.column);
 #pragma unroll 1  // several rows' addresses at once would cost the registers of a whole strip
-  for (int i = first; i < rows * kChunks; i += step) {
-    const int row = i / kChunks, column = i % kChunks * 8;
-    T* to = shared + row * Row<kDim>::kStride + column;
-    if (begin + row < tokens) {
-      cp_async_16(to, from[begin + row] + column);
-    } else {
-      store_16(to, make_uint4(0, 0, 0, 0));
-    }
+  for (; at.row < rows; at.row += at.step) {
+    cp_async_16_or_zero(to, rows_from[begin + at.row], begin + at.row < tokens);
+    to += at.step * Row<kDim>::kStride;
   }
 }
 
 // The same for all rows of a window, by all threads of the block.
 template <class T, int kDim>
 UHD_DEVICE void load_window(T* shared, const HeadRows<const T>& from, const WindowAndHead& work) {
-  load_rows<T, kDim>(shared, from, 0, work.padded_tokens, work.tokens, threadIdx.x, blockDim.x);
+  load_rows<T, kDim>(shared, from, 0, work.padded_tokens, work.tokens,
+                     {int(threadIdx.x), int(blockDim.x)});
 }
 
 // The same for one strip, by one warp.
 template <class T, int kDim>
 UHD_DEVICE void load_strip(T* shared, const HeadRows<const T>& from, int begin,
                            const WindowAndHead& work) {
-  load_rows<T, kDim>(shared, from, begin, kStrip, work.tokens, threadIdx.x % kWarp, kWarp);
+  load_rows<T, kDim>(shared, from, begin, kStrip, work.tokens, {int(threadIdx.x % kWarp), kWarp});
 }
 
 // Rounds a strip of accumulators, each row times its factor, and writes the rows that are tokens.
@@ -122,11 +145,9 @@ UHD_DEVICE void store_strip(T* shared, const float (&strip)[kDim / 8][4], const 
   }
   __syncwarp();
 #pragma unroll 1  // as above
-  for (int i = lane; i < kStrip * kChunks; i += kWarp) {
-    const int row = i / kChunks, column = i % kChunks * 8;
-    if (begin + row < tokens) {
-      store_16(to[begin + row] + column, load_16(shared + row * kStride + column));
-    }
+  for (ChunkWalk<kDim> at(lane, kWarp); at.row < min(kStrip, tokens - begin); at.row += at.step) {
+    const T* from = shared + at.row * kStride + at.column;
+    store_16(to[begin + at.row] + at.column, load_16(from));
   }
   __syncwarp();  // the next copy may come
 }

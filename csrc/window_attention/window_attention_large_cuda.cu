@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward pass for windows of up to 16 x 16 tokens. One block per window and head: k and v lie in
 // shared memory, every warp takes strips of 16 queries over all keys.
+#include <cstdlib>
+
 #include "window_attention/large_softmax.cuh"
 #include "window_attention/large_windows.h"
 
@@ -92,16 +94,17 @@ __global__ void __launch_bounds__(Traits::kThreads(kDim), 1)
 }
 
 template <class T>
-bool aligned(const WindowAttention& args) {
+bool rows_fit(const WindowAttention& args) {
   const auto input = [](const void* data, TokenStrides strides) {
-    return aligned_16<T>({data, strides.token}) && aligned_16<T>({data, strides.head});
+    return aligned_16<T>({data, strides.token}) && aligned_16<T>({data, strides.head}) &&
+           std::abs(strides.token) <= kLargestStride;
   };
-  const auto output = [](const void* data, int64_t stride = 0) {
-    return aligned_16<T>({data, stride});
+  const auto output = [](const void* data, int64_t stride) {
+    return aligned_16<T>({data, stride}) && stride <= kLargestStride;
   };
   return input(args.q, args.q_strides) && input(args.k, args.k_strides) &&
          input(args.v, args.v_strides) && input(args.grad_out, args.grad_out_strides) &&
-         output(args.out) && output(args.grad_q, args.grad_q_stride) &&
+         output(args.out, args.heads * args.head_dim) && output(args.grad_q, args.grad_q_stride) &&
          output(args.grad_k, args.grad_kv_stride) && output(args.grad_v, args.grad_kv_stride);
 }
 
@@ -116,7 +119,7 @@ bool large_windows_fit(const WindowAttention& args) {
   if (args.grad_out && args.group > 1) return false;
   bool head_dim = false;
   for (const int dim : {64, 72, 80, 96, 128}) head_dim = head_dim || args.head_dim == dim;
-  if (!head_dim || !aligned<BFloat16>(args) || large_blocks(args) > INT32_MAX) return false;
+  if (!head_dim || !rows_fit<BFloat16>(args) || large_blocks(args) > INT32_MAX) return false;
   return (args.grad_out ? plan_backward(args) : plan_forward(args)).warps > 0;
 }
 
