@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole vision tower of MiniCPM-V 4.6 on the CPU: transformers' own against accelerate().
+"""The whole vision tower of MiniCPM-V 4.6: transformers' own against accelerate().
 
     python benchmarks/bench_tower.py             all cases; prints times and ratios, writes results/
     python benchmarks/bench_tower.py -k merger   some cases; writes nothing
+    python benchmarks/bench_tower.py --device cuda   on a GPU; writes nothing either, as
+                                                     bench_gpu.py has the times that are kept
 
 The tower has the sizes of SigLIP2-so400m at 980 px, which LLaVA-UHD v4 and MiniCPM-V build on: 27
 layers, C = 1152, 16 heads, hidden size 4304, patch 14, the compressor after layer 6; its weights
@@ -13,7 +15,10 @@ scaled_dot_product_attention for each window; the tower spends most of its time 
 
 from __future__ import annotations
 
+import argparse
 import copy
+import os
+import sys
 
 import harness
 import pytest
@@ -54,6 +59,8 @@ COLUMNS = {
     "ratio": lambda row: f"{row['ratios']['transformers, sdpa']:.2f}x",
 }
 
+# The variable that tells pytest's copy of this file where to run.
+DEVICE = "UHD_OPS_BENCH_DEVICE"
 ROWS: list[dict] = []
 
 
@@ -101,6 +108,11 @@ def providers(part, views, dtype, device="cpu", grid=GRID, sizes=SIZES):
     ]
 
 
+def until_done(provider):
+    """Return what also waits for the device."""
+    return lambda: (provider(), torch.cuda.synchronize())
+
+
 @pytest.mark.parametrize(
     ("part", "views", "dtype", "rounds"),
     CASES,
@@ -108,13 +120,20 @@ def providers(part, views, dtype, device="cpu", grid=GRID, sizes=SIZES):
 )
 @torch.no_grad()
 def test_tower(benchmark, part, views, dtype, rounds):
-    ours, original = providers(part, views, DTYPES[dtype])
+    device = os.environ.get(DEVICE, "cpu")
+    ours, original = providers(part, views, DTYPES[dtype], device)
     expected = original().double()
     error = (ours().double() - expected).norm() / expected.norm()
     assert error < SAME[DTYPES[dtype]], f"relative difference {error:.2e}"
+    if device == "cuda":
+        ours, original = map(until_done, (ours, original))
     result = harness.interleave(benchmark, ours, {"transformers, sdpa": original}, rounds)
     ROWS.append({"case": part, "views": views, "dtype": dtype, "rounds": rounds, **result})
 
 
 if __name__ == "__main__":
-    raise SystemExit(harness.main(__file__, "tower", COLUMNS))
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options, sys.argv[1:] = parser.parse_known_args()
+    os.environ[DEVICE] = options.device
+    raise SystemExit(harness.main(__file__, "tower", COLUMNS, keep=options.device == "cpu"))

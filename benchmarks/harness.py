@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def environment() -> dict[str, object]:
     """Machine, versions and commit that the numbers of this process belong to."""
 
     def command(*words: str) -> str:
+        if shutil.which(words[0]) is None:  # git is not on every machine with a GPU
+            return ""
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
@@ -99,13 +102,16 @@ def copy_of(num_bytes: int) -> Provider:
     return lambda: target.copy_(source)
 
 
-def main(file: str, kind: str, columns: Mapping[str, Callable[[dict], str]]) -> int:
+def main(
+    file: str, kind: str, columns: Mapping[str, Callable[[dict], str]], keep: bool = True
+) -> int:
     """Run a file of benchmarks, print its rows, and store them under ``results/``.
 
     Args:
         file: Its path. Its ``ROWS`` gets a row for every case.
         kind: What the name of the result begins with.
         columns: The table's columns, each a function of a row.
+        keep: Store the rows, if all of them were asked for.
     """
     from rich.console import Console  # here, because the benchmark on a GPU does without
     from rich.table import Table
@@ -121,7 +127,7 @@ def main(file: str, kind: str, columns: Mapping[str, Callable[[dict], str]]) -> 
     for row in rows:
         table.add_row(*(column(row) for column in columns.values()), end_section=True)
     Console(width=120).print(table)
-    if code == 0 and not options:
+    if code == 0 and not options and keep:
         store(kind, rows)
     return int(code)
 

@@ -74,7 +74,7 @@ def gpu_block(path: Path | None, root: Path = ROOT) -> str:
         "| case, type, tokens | ours | rate | of the measured ceiling | strongest rival |",
         "|---|---|---|---|---|",
     ]
-    for case, us, _, _, rate, share, rival, _ in map(gpu_all.cells, shown):
+    for case, us, _, _, _, rate, share, rival, _ in map(gpu_all.cells, shown):
         lines.append(f"| {case} | {us} µs | {rate} | {share} | {rival} |")
     ceilings = " and ".join(f"{most:.0f} {unit}" for unit, most in shown[0]["ceilings"].items())
     lines += [

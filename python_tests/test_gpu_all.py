@@ -131,21 +131,76 @@ def test_verdicts_on_the_sanitizer(monkeypatch, tmp_path, said, code, expected):
     assert gpu_all.attempt(commands, 0.0, tmp_path / "log")["status"] == expected
 
 
+def files_of(step):
+    (command,) = step[1]
+    return {Path(word) for word in command if str(word).endswith(".py")}
+
+
 @pytest.mark.parametrize(("capability", "arch"), [(80, "80-real"), (90, "90a-real"), (120, "120a")])
 def test_what_is_planned(tmp_path, capability, arch):
     planned = gpu_all.steps(tmp_path, capability)
     shares = [share for share, _ in planned.values()]
     assert shares == sorted(shares)
     assert shares[-1] < 1
-    assert list(planned)[:4] == ["build", "smoke", "tests", "key cases"]
+    assert list(planned)[:5] == ["build", "driver", "smoke", "equality", "key cases"]
     assert any(f"-DUHD_CUDA_ARCHS={arch}" in word for word in map(str, planned["build"][1][1]))
-    (command,) = planned["tests"][1]
-    files = {Path(word) for word in command if str(word).endswith(".py")}
+    files = files_of(planned["equality"])
+    assert {"test_battery_values.py", "test_battery_gradients.py"} <= {path.name for path in files}
+    assert not files & files_of(planned["other tests"])
+    files |= files_of(planned["other tests"])
     assert len(files) > 5
     # A test with the mark in another file would not be run.
     folder = ROOT / "python_tests"
     marked = {p for p in folder.glob("test_*.py") if re.search(r"mark\.cuda\b", p.read_text())}
     assert marked - {Path(__file__)} <= files
+
+
+def test_a_rehearsal_has_the_same_steps_without_a_gpu(tmp_path):
+    planned, rehearsed = (gpu_all.steps(tmp_path, 90, rehearse) for rehearse in (False, True))
+    left_out = {"driver", "memcheck", "racecheck", "initcheck", "synccheck"}
+    assert list(rehearsed) == [name for name in planned if name not in left_out]
+    for name in ("equality", "other tests"):
+        (command,) = rehearsed[name][1]
+        assert "--collect-only" in command
+        assert files_of(rehearsed[name]) == files_of(planned[name])
+    words = [
+        [str(word) for word in command] for _, several in rehearsed.values() for command in several
+    ]
+    assert not any("--build" in command or "cuda" in command for command in words)
+    assert not any(str(gpu_all.BUILD) in command for command in words)
+    benchmarks = [command for command in words if "benchmarks/bench_gpu.py" in command]
+    assert len(benchmarks) == 3
+    assert all("--rehearse" in command for command in benchmarks)
+
+
+def rehearse(monkeypatch, tmp_path, capsys, *commands):
+    planned = {"build": (0.5, [python("")]), "key cases": (0.9, list(commands))}
+    monkeypatch.setattr(gpu_all, "steps", lambda *_: planned)
+    monkeypatch.setattr(gpu_all, "DESCRIBE", "print('{}')")
+    monkeypatch.setattr(gpu_all.signal, "signal", lambda *_: None)  # of this process
+    monkeypatch.setattr(sys, "argv", ["gpu_all.py", "--rehearse", "--out", str(tmp_path)])
+    return gpu_all.main(), capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_rehearsal_fails_where_anything_is_left_out(monkeypatch, tmp_path, capsys):
+    write = """import pathlib; pathlib.Path({!r}).write_text('{{"case": "a tower"{}}}')"""
+    rows, not_run = str(tmp_path / "rows.jsonl"), ', "not_run": "no module"'
+    answers = [
+        rehearse(monkeypatch, tmp_path, capsys, *commands)
+        for commands in (
+            [python(write.format(rows, ""))],
+            [python(write.format(rows, not_run))],
+            [["a tool that is not there"]],
+            [python("raise SystemExit(1)")],
+        )
+    ]
+    assert answers == [
+        (0, "not rehearsed: nothing"),
+        (1, "not rehearsed: a tower"),
+        (1, "not rehearsed: key cases"),
+        (1, "not rehearsed: key cases"),
+    ]
+    assert not list(tmp_path.glob("gpu_*.json"))
 
 
 # ---- the whole call
@@ -175,7 +230,7 @@ def test_without_a_gpu_it_ends_and_says_why(tmp_path):
 
 def row(case, us, others, **facts):
     times = {name: {"us": t, "ratio": t / us} for name, t in others.items()}
-    ours = {"us": us, "graph_us": us - 1, "host_us": 20.0}
+    ours = {"us": us, "graph_us": us - 1, "eager_us": us + 1, "host_us": 20.0}
     row = {"case": case, "group": "key", "ours": ours, "spread": 0.02, "rivals": times}
     return {**row, "rate": 2745.4, "unit": "GB/s", "of_ceiling": 0.92, **facts}
 
@@ -187,7 +242,9 @@ def test_lines_of_the_table():
     head, *lines, last = gpu_all.table(rows).splitlines()
     assert head.startswith("case      us     graph")
     assert lines[0].split("  ")[0] == "a, 32768"
-    assert lines[0].endswith("110.0  109.0  20.0  2745 GB/s  92%         2.00x (a)        faster")
+    assert lines[0].endswith(
+        "110.0  109.0  111.0  20.0  2745 GB/s  92%         2.00x (a)        faster"
+    )
     assert lines[1].endswith("0.90x (c)        LOSES")
     assert lines[2].endswith("no rival")
     assert last == "x  ours: wrong"
