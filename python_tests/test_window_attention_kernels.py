@@ -222,6 +222,17 @@ def test_the_order_of_threads_changes_nothing(side, order, monkeypatch):
     assert_same_bits(grads, wanted[1], "gradient")
 
 
+@pytest.mark.parametrize("head_dim", [80, 96, 128])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_little_shared_memory(dtype, head_dim, monkeypatch):
+    # Only the emulator reads the variable: 99 KB, which k and v of 16 x 16 tokens exceed.
+    call = make([(17, 21), (16, 3)], dtype, head_dim, 16)
+    wanted = uhd_ops.window_attention(*call.args, **call.kwargs)
+    monkeypatch.setitem(os.environ, "UHD_EMULATOR_SHARED_KB", "99")
+    out, _ = check(call, "99 KB")
+    assert_same_bits(out, wanted)
+
+
 @pytest.mark.parametrize("side", [2, 3])
 def test_runs_of_heads(side):
     # Large calls give a warp several heads, the last warp fewer; room for many windows does too.

@@ -29,7 +29,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // Bytes of shared memory that one block may ask for on the current device.
 inline size_t shared_memory_limit() {
 #ifdef UHD_EMULATED
-  return 163 * 1024;  // of compute capability 8.0, the smallest that the kernels are compiled for
+  return emulator::shared_memory_limit();
 #else
   int device = 0, bytes = 48 * 1024;  // what every device has
   if (cudaGetDevice(&device) == cudaSuccess) {

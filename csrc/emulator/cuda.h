@@ -16,6 +16,8 @@
 //                         thread gets its turn. greedy, greedy-descending and greedy-<seed> let the
 //                         warp that runs go on for as long as it can, past collectives that others
 //                         have not reached, until it waits in __syncthreads.
+//   UHD_EMULATOR_SHARED_KB  shared memory of a block: 163 (default), as compute capability 8.0 has,
+//                           99 as 8.6, 8.9 and 12.0
 //   UHD_EMULATOR_THREADS  host threads that share the blocks of a grid (default 1)
 //
 // What it cannot prove: that no barrier is missing (fibers switch at barriers and collectives only,

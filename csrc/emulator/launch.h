@@ -70,6 +70,14 @@ inline Options options_from_environment() {
   return options;
 }
 
+// Bytes of shared memory that kernels believe a block may have.
+inline size_t shared_memory_limit() {
+  const char* kilobytes = std::getenv("UHD_EMULATOR_SHARED_KB");
+  if (kilobytes == nullptr || !*kilobytes) return 163 * 1024;
+  return 1024 * parse_option("UHD_EMULATOR_SHARED_KB", kilobytes, 0, 48, 227,
+                             "from 48 to 227 KB of shared memory");
+}
+
 constexpr int64_t kMaxBlocks = int64_t{1} << 31;  // so that products of two block numbers fit
 
 // One call of launch, shared by its host threads.

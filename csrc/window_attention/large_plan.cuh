@@ -26,6 +26,7 @@ struct Row {
 struct LargePlan {
   int warps;
   int padded_tokens;  // of the largest window, in whole strips
+  int column_tokens;  // of these in the columns at a time: all, or fewer where memory is short
   // Backward: the strips of all warps are the whole tensors, so the second phase finds everything
   // in shared memory with the roles of rows and columns exchanged, and loads nothing.
   bool resident;
@@ -36,7 +37,8 @@ struct LargePlan {
 struct PlanTraits {
   // More warps could not have the 255 registers each that the backward pass of head size 128 takes.
   static constexpr int kMaxWarps = 8;
-  static constexpr int kStatistics = 3;  // floats per token that the backward pass keeps
+  static constexpr int kStatistics = 3;     // floats per token that the backward pass keeps
+  static constexpr int kColumnTokens = 64;  // what the forward pass takes in one step
 };
 
 inline size_t row_bytes(int64_t head_dim) { return size_t((head_dim / 8 | 1) * 16); }
@@ -47,7 +49,7 @@ inline LargePlan plan_warps(const WindowAttention& args) {
   const int side = int(args.views.window);
   const int strips = int(ceil_div(side * side, kStrip));
   plan.warps = int(ceil_div(strips, ceil_div(strips, PlanTraits::kMaxWarps)));
-  plan.padded_tokens = strips * kStrip;
+  plan.padded_tokens = plan.column_tokens = strips * kStrip;
   plan.scale = float(args.scale);
   plan.exponent_scale = float(args.scale * 1.4426950408889634);  // log2(e)
   return plan;
@@ -62,11 +64,16 @@ inline LargePlan fit_warps(LargePlan plan, size_t fixed_bytes, size_t bytes_per_
   return plan;
 }
 
-// Columns: k and v. Rows: q, and then the output on its way to memory.
+// Columns: k and v. Rows: q, and then the output on its way to memory. Where k and v do not fit
+// (16 x 16 tokens with large heads, in the 99 KB of compute capability 8.6, 8.9 and 12.0), they
+// come kColumnTokens tokens at a time, for all warps together.
 inline LargePlan plan_forward(const WindowAttention& args) {
-  const LargePlan plan = plan_warps(args);
+  LargePlan plan = plan_warps(args);
   const size_t row = row_bytes(args.head_dim);
-  return fit_warps(plan, 2 * plan.padded_tokens * row, kStrip * row);
+  const LargePlan whole = fit_warps(plan, 2 * plan.padded_tokens * row, kStrip * row);
+  if (whole.warps > 0) return whole;
+  plan.column_tokens = PlanTraits::kColumnTokens;
+  return fit_warps(plan, 2 * plan.column_tokens * row, kStrip * row);
 }
 
 // First phase: columns k and v, rows q and grad_out. Second phase: the other way round. A gradient

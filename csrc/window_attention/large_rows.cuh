@@ -125,6 +125,12 @@ UHD_DEVICE void load_strip(T* shared, const HeadRows<const T>& from, int begin,
   load_rows<T, kDim>(shared, from, begin, kStrip, work.tokens, {int(threadIdx.x % kWarp), kWarp});
 }
 
+// For the copies of this thread; those of others need a barrier behind it.
+UHD_DEVICE void wait_for_loads() {
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
 // Rounds a strip of accumulators, each row times its factor, and writes the rows that are tokens.
 // They pass through kStrip rows of shared memory of this warp, so that memory sees 16 bytes at a
 // time.

@@ -7,8 +7,8 @@
 // steps of 16. In W X the channels are columns of the result: group g takes 8 neighbouring channels
 // and gives each to another product of 8 columns, and then every lane ends with two times 8
 // neighbouring channels of its rows of the result. These are 32 channels apart, so that the four
-// lanes of a row store whole sectors of 32 bytes at a time. Head sizes that are no multiple of 32 or
-// 64 end with a narrower piece, whose channels are all neighbours.
+// lanes of a row store whole sectors of 32 bytes at a time. Head sizes that are no multiple of 32
+// or 64 end with a narrower piece, whose channels are all neighbours.
 #pragma once
 #include "window_attention/small_weights.cuh"
 #include "window_attention/window_attention.h"

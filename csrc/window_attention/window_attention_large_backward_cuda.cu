@@ -65,11 +65,6 @@ struct Pair {
   }
 };
 
-UHD_DEVICE void wait_for_loads() {
-  cp_async_commit();
-  cp_async_wait<0>();
-}
-
 // The shared memory of the block, as seen by one warp (see plan_backward).
 template <class T, int kDim>
 struct Shared {

@@ -33,8 +33,8 @@ BUDGETS = (
     Budget(rf"small_backward<{HALF}, (64|72|80)>", 128, (LOAD, STORE, MMA, MOVM)),
     Budget(rf"small_backward<{HALF}, (96|128)>", 168, (LOAD, STORE, MMA, MOVM)),
     # window_attention: tensor cores, sides 5 to 16; shared memory bounds the blocks first
-    Budget(rf"large_forward<{HALF}, (64|72|80|96)>", 128, (COPY, STORE, MMA, LDSM)),
-    Budget(rf"large_forward<{HALF}, 128>", 168, (COPY, STORE, MMA, LDSM)),
+    Budget(rf"large_forward<{HALF}, (64|72|80|96), \w+>", 128, (COPY, STORE, MMA, LDSM)),
+    Budget(rf"large_forward<{HALF}, 128, \w+>", 168, (COPY, STORE, MMA, LDSM)),
     Budget(rf"large_backward<{HALF}, (64|72|80)>", 168, (COPY, STORE, MMA, LDSM)),
     Budget(rf"large_backward<{HALF}, (96|128)>", 255, (COPY, STORE, MMA, LDSM)),
     # window_attention: the general kernel
