@@ -97,7 +97,7 @@ def backward_of(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
-def measure(device: str = "cpu", rounds: int = 60, repeat: int = 50) -> list[dict]:
+def measure(device: str = "cpu", rounds: int = 60, repeat: int = 150) -> list[dict]:
     """Return a row for every call in every group, with its ratio to what it is compared with."""
     with_gradients = calls(device, gradients=True)
     groups = {

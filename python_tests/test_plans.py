@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 import uhd_ops
-from uhd_ops import PackedGrids
+from uhd_ops import PackedGrids, _native, _plans
 
 PAIRS = [(4, 6), (3, 5)]
 TOKENS, HEADS, CHANNELS = 39, 2, 16
@@ -158,6 +158,29 @@ def test_a_call_under_inference_mode_serves_one_with_gradients(name):
     tensors = tensors_of(name, requires_grad=True)
     function(*tensors, grids).sum().backward()
     assert all(x.grad is not None for x in tensors)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", [*OPS, "pixel_unshuffle_mlp"])
+def test_a_table_that_changes_before_the_backward_pass_is_an_error(name, eager, monkeypatch):
+    """On CUDA, ``PaddedGrids.update`` changes tables in place."""
+    if not eager:  # what torch.compile sees
+        monkeypatch.setattr(_native, "is_eager", lambda: False)
+        monkeypatch.setattr(_plans, "is_eager", lambda: False)
+    grids, function = PackedGrids(PAIRS), getattr(uhd_ops, name)
+    if name in OPS:
+        arguments = *tensors_of(name, requires_grad=True), grids
+    else:
+        x = torch.randn(TOKENS, CHANNELS, requires_grad=True)
+        arguments = x, grids, torch.randn(5, CHANNELS), None, torch.randn(CHANNELS, 5), None
+    views = grids.view_table(2, torch.device("cpu"))
+    for _ in range(3):
+        function(*arguments).sum().backward()
+        out = function(*arguments)
+        assert out.grad_fn is not None
+        views.add_(0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
 
 
 @pytest.mark.parametrize("biases", [False, True])

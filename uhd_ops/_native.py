@@ -298,13 +298,14 @@ def register_linear(name: str, fake: Callable[..., Any], backward_fake: Callable
     """
 
     def setup_context(ctx, inputs, output):
-        rows, ctx.views, ctx.side, _ = inputs
+        rows, views, ctx.side, _ = inputs
         ctx.num_rows = rows.shape[0]
+        ctx.save_for_backward(views)  # not as an attribute: PaddedGrids.update changes it in place
 
     def by(operator: str) -> Callable[..., Any]:
         def backward(ctx, grad):
             function = getattr(operators, operator)
-            return function(grad, ctx.views, ctx.side, ctx.num_rows), None, None, None
+            return function(grad, *ctx.saved_tensors, ctx.side, ctx.num_rows), None, None, None
 
         return backward
 

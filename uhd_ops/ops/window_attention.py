@@ -306,8 +306,8 @@ def _backward_fake(grad_out, q, k, v, views, window, num_windows, scale, window_
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v)
+    ctx.options = inputs[4:]
+    ctx.save_for_backward(*inputs[:4])
 
 
 def _backward(ctx, grad_out):
@@ -328,13 +328,14 @@ def _packed_backward_fake(grad_out, qkv, *sizes):
 
 
 def _packed_setup_context(ctx, inputs, output):
-    qkv, *ctx.options = inputs
-    ctx.save_for_backward(qkv)
+    qkv, ctx.num_heads, views, *ctx.options = inputs
+    ctx.save_for_backward(qkv, views)
 
 
 def _packed_backward(ctx, grad_out):
+    qkv, views = ctx.saved_tensors
     derivative = _native.operators._window_attention_qkvpacked_backward
-    return derivative(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 6
+    return derivative(grad_out, qkv, ctx.num_heads, views, *ctx.options), *[None] * 6
 
 
 _native.register(

@@ -95,13 +95,13 @@ def _backward_fake(grad_out, x, logits, views, window):
 
 
 def _setup_context(ctx, inputs, output):
-    x, logits, ctx.views, ctx.window, _ = inputs
-    ctx.save_for_backward(x, logits)
+    x, logits, views, ctx.window, _ = inputs
+    ctx.save_for_backward(x, logits, views)
 
 
 def _backward(ctx, grad_out):
     derivative = _native.operators._window_pool_backward
-    grads = derivative(grad_out, *ctx.saved_tensors, ctx.views, ctx.window)
+    grads = derivative(grad_out, *ctx.saved_tensors, ctx.window)
     return *grads, None, None, None
 
 
