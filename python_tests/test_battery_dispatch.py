@@ -33,9 +33,13 @@ from uhd_ops import PackedGrids, _native
 kernels_only = native_only("without the native library nothing is registered")
 _ROWS = torch.tensor([(4, 6), (3, 5), (0, 0)])
 _HEADS = [torch.randn(39, 2, 8) for _ in range(4)]
+_TABLE = torch.tensor([(0, 4, 6, 0), (24, 3, 5, 6), (39, 0, 0, 12)])
+_ROTARY = (2, torch.randn(39, 1, 8), torch.randn(39, 1, 8), 1, _TABLE, 2, 12, 0.3, False)
 HELPERS = {  # operators that no call of a SPEC reaches, with arguments to check them on
     "_view_attention": (*_HEADS[:3], _ROWS, None),
     "_view_attention_backward": (*_HEADS, _ROWS, 0.3),
+    "_window_attention_rotary": (*_HEADS[:3], *_ROTARY),
+    "_window_attention_rotary_backward": (*_HEADS, *_ROTARY),
     "_view_table": ([4, 6, 3, 5], 2, 2),
     "_view_table_from_rows": (_ROWS, 2),
 }

@@ -192,6 +192,28 @@ def test_grids_and_tokens_on_different_devices_are_refused():
         uhd_ops.window_attention(q.cuda(), q, q.cuda(), GRIDS)
 
 
+@pytest.mark.parametrize("window", [2, 8, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotary_is_that_of_the_cpu(dtype, window):
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(h * w for h, w in MANY)
+    qkv = torch.randn(tokens, 3, 2, 72, generator=generator).to(dtype)
+    angles = torch.randn(tokens, 72, generator=generator)
+    rotary, grad_out = (angles.cos(), angles.sin()), torch.randn(tokens, 2, 72, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = qkv.to(device).requires_grad_()
+        tables = tuple(table.to(device) for table in rotary)
+        out = uhd_ops.window_attention_qkvpacked(leaf, MANY, window, rotary=tables)
+        (grad,) = torch.autograd.grad(out, leaf, grad_out.to(out))
+        results.append((out.detach().cpu().double(), grad.cpu().double()))
+    # Rotated queries and keys are rounded on CUDA: a score is off by 2 sqrt(D) half epsilons, and
+    # so is a probability; results and gradients are rounded twice on either side.
+    allowed = (2 * 72**0.5 + 4) * torch.finfo(dtype).eps
+    for here, there in zip(*results, strict=True):
+        assert (here - there).abs().max() <= allowed * here.abs().max()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_second_device():
     x = torch.randn(39, 8)
@@ -204,7 +226,7 @@ def test_the_second_device():
 # ---- CUDA graphs, very many windows, offsets beyond 32 bits ------------------------------------
 
 GRIDDED_KERNELS = ["pixel_unshuffle", "pixel_unshuffle_mlp"]
-GRIDDED_KERNELS += ["window_attention", "window_mean", "window_pool"]
+GRIDDED_KERNELS += ["window_attention", "window_attention_qkvpacked", "window_mean", "window_pool"]
 BATCHES = [[(4, 6), (3, 5)], [(8, 8)], [(1, 1), (0, 3), (6, 9)], [(2, 2)] * 4]
 MAX_TOKENS, MAX_VIEWS = 80, 6
 

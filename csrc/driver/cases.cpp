@@ -124,8 +124,9 @@ void run_attention(Side& side, const Views& views, int64_t heads, int64_t kv_hea
   args.v = side.at(args.k, kv_width);
   args.q_strides = args.k_strides = args.v_strides = {all, head_dim};
   args.out = side.output("out", rows * width);
+  args.out_stride = width;
   std::vector<double> scratch(
-      static_cast<size_t>(window_attention_scratch(views.side * views.side, head_dim)));
+      static_cast<size_t>(window_attention_scratch(args, views.side * views.side)));
   const auto with_scratch = [&](auto* kernel) {
     return [&scratch, kernel](const WindowAttention& host, int64_t begin, int64_t end) {
       kernel(host, begin, end, scratch.data());

@@ -32,13 +32,21 @@ class Rows {
 // Where a window's tokens are in a tensor that is in window-major order.
 Window in_window_order(const Window& w) { return {w.compact, w.cols, w.rows, w.cols, w.compact}; }
 
-template <class T>
+// Where the tokens of a window are.
+struct Place {
+  Window qk, v, out;  // in q, k and their gradients; in v and its gradient; in out and its gradient
+  int64_t grad_k_stride;
+};
+
+// The rows of a head; those of q and k have the type Q.
+template <class T, class Q>
 struct Head {
-  Rows<const T> q, k, v;
-  Head(const WindowAttention& args, const Window& w, int64_t head)
-      : q(static_cast<const T*>(args.q), args.q_strides, w, head),
-        k(static_cast<const T*>(args.k), args.k_strides, w, head / args.group),
-        v(static_cast<const T*>(args.v), args.v_strides, w, head / args.group) {}
+  Rows<const Q> q, k;
+  Rows<const T> v;
+  Head(const WindowAttention& args, const Place& at, int64_t head)
+      : q(static_cast<const Q*>(args.q), args.q_strides, at.qk, head),
+        k(static_cast<const Q*>(args.k), args.k_strides, at.qk, head / args.group),
+        v(static_cast<const T*>(args.v), args.v_strides, at.v, head / args.group) {}
 };
 
 // The four rows of a full 2 x 2 window, head after head, each head `group` times. Finding them

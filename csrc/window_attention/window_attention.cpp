@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "window_attention/window_attention.h"
 
+#include <optional>
+
 #include "common/glue.h"
 
 #ifndef UHD_WITH_CUDA  // the CPU library alone defines the schemas
@@ -18,6 +20,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(uhd_ops, m) {
   m.def(
       "_window_attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, SymInt num_heads, "
       "Tensor views, SymInt window, SymInt num_windows, float scale, bool window_order) -> Tensor");
+  m.def(
+      "_window_attention_rotary(Tensor q, Tensor? k, Tensor? v, SymInt num_heads, Tensor cos, "
+      "Tensor sin, SymInt parts, Tensor views, SymInt window, SymInt num_windows, float scale, "
+      "bool window_order) -> Tensor");
+  m.def(
+      "_window_attention_rotary_backward(Tensor grad_out, Tensor q, Tensor? k, Tensor? v, "
+      "SymInt num_heads, Tensor cos, Tensor sin, SymInt parts, Tensor views, SymInt window, "
+      "SymInt num_windows, float scale, bool window_order) -> (Tensor, Tensor, Tensor)");
 }
 #endif
 
@@ -135,7 +145,7 @@ int64_t largest_window(const ViewTable& views) {
 template <class Kernel>
 void run(const WindowAttention& args, const Tensor& like, Kernel&& kernel) {
   if (args.views.num_tokens() == 0 || args.heads == 0 || args.head_dim == 0) return;
-  const int64_t each = window_attention_scratch(largest_window(args.views), args.head_dim);
+  const int64_t each = window_attention_scratch(args, largest_window(args.views));
   const bool wide = args.dtype == DType::kFloat64;
   Tensor scratch =
       new_empty(like, {max_chunks() * each}, wide ? ScalarType::Double : ScalarType::Float);
@@ -152,6 +162,7 @@ void run(const WindowAttention& args, const Tensor& like, Kernel&& kernel) {
 Tensor forward(WindowAttention& args, const Tensor& like) {
   Tensor out = new_empty(like, {like.size(0), args.heads, args.head_dim});
   args.out = out.mutable_data_ptr();
+  args.out_stride = args.heads * args.head_dim;
 #ifdef UHD_CUDA_KERNELS
   launch_on(like, cuda::window_attention_forward, args);
 #else
@@ -191,18 +202,9 @@ void zero_padding([[maybe_unused]] Tensor& grad, [[maybe_unused]] const WindowAt
 #endif
 }
 
-Tensor separate_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& views,
-                        int64_t window, int64_t num_windows, double scale, bool window_order) {
-  Separate call(q, k, v, views, window, num_windows, scale, window_order);
-  return forward(call.args, call.q);
-}
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor> separate_backward(const Tensor& grad_out, const Tensor& q,
-                                                     const Tensor& k, const Tensor& v,
-                                                     const Tensor& views, int64_t window,
-                                                     int64_t num_windows, double scale,
-                                                     bool window_order) {
-  Separate call(q, k, v, views, window, num_windows, scale, window_order);
+Gradients backward(Separate& call, const Tensor& grad_out) {
   WindowAttention& args = call.args;
   const int64_t tokens = call.q.size(0);
   Tensor grad_q = new_empty(call.q, {tokens, args.heads, args.head_dim});
@@ -218,16 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> separate_backward(const Tensor& grad_out, con
   return {grad_q, grad_k, grad_v};
 }
 
-Tensor packed_forward(const Tensor& qkv, int64_t num_heads, const Tensor& views, int64_t window,
-                      int64_t num_windows, double scale, bool window_order) {
-  Packed call(qkv, num_heads, views, window, num_windows, scale, window_order);
-  return forward(call.args, call.qkv);
-}
-
-Tensor packed_backward(const Tensor& grad_out, const Tensor& qkv, int64_t num_heads,
-                       const Tensor& views, int64_t window, int64_t num_windows, double scale,
-                       bool window_order) {
-  Packed call(qkv, num_heads, views, window, num_windows, scale, window_order);
+Tensor backward(Packed& call, const Tensor& grad_out) {
   WindowAttention& args = call.args;
   const int64_t all_heads = call.qkv.size(1), dim = args.head_dim;
   Tensor grad = new_empty(call.qkv, {call.qkv.size(0), all_heads, dim});
@@ -240,6 +233,126 @@ Tensor packed_backward(const Tensor& grad_out, const Tensor& qkv, int64_t num_he
   return grad;
 }
 
+Tensor separate_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& views,
+                        int64_t window, int64_t num_windows, double scale, bool window_order) {
+  Separate call(q, k, v, views, window, num_windows, scale, window_order);
+  return forward(call.args, call.q);
+}
+
+Gradients separate_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                            const Tensor& v, const Tensor& views, int64_t window,
+                            int64_t num_windows, double scale, bool window_order) {
+  Separate call(q, k, v, views, window, num_windows, scale, window_order);
+  return backward(call, grad_out);
+}
+
+Tensor packed_forward(const Tensor& qkv, int64_t num_heads, const Tensor& views, int64_t window,
+                      int64_t num_windows, double scale, bool window_order) {
+  Packed call(qkv, num_heads, views, window, num_windows, scale, window_order);
+  return forward(call.args, call.qkv);
+}
+
+Tensor packed_backward(const Tensor& grad_out, const Tensor& qkv, int64_t num_heads,
+                       const Tensor& views, int64_t window, int64_t num_windows, double scale,
+                       bool window_order) {
+  Packed call(qkv, num_heads, views, window, num_windows, scale, window_order);
+  return backward(call, grad_out);
+}
+
+// The rotary embedding of a call, for as long as the arguments point into its tensors. On CUDA a
+// kernel of its own rotates q and k, and their gradients back.
+class Rotary {
+ public:
+  Rotary(WindowAttention& args, const Tensor& like, const Tensor& cos, const Tensor& sin,
+         int64_t parts)
+      : cos_(torch::stable::contiguous(cos)), sin_(torch::stable::contiguous(sin)), like_(like) {
+    const ScalarType wide =
+        like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    for (const Tensor* table : {&cos_, &sin_}) {
+      STD_TORCH_CHECK(table->dim() == 3 && table->size(0) == like.size(0) &&
+                          (table->size(1) == 1 || table->size(1) == args.heads) &&
+                          table->size(1) == cos_.size(1) && table->size(2) == args.head_dim &&
+                          table->scalar_type() == wide,
+                      "window_attention: a rotary table must be (N, 1 or H, D)");
+    }
+    const bool shared = cos_.size(1) == 1;
+    STD_TORCH_CHECK(shared || args.group == 1,
+                    "window_attention: rotary tables per head need as many heads of k");
+    STD_TORCH_CHECK(parts >= 0 && args.head_dim % (parts == 0 ? 2 : 2 * parts) == 0,
+                    "window_attention: channels cannot pair in ", parts, " parts");
+    args.cos = cos_.const_data_ptr();
+    args.sin = sin_.const_data_ptr();
+    args.table_strides = {cos_.size(1) * args.head_dim, shared ? 0 : args.head_dim};
+    args.rotary_parts = parts;
+#ifdef UHD_CUDA_KERNELS
+    q_ = new_empty(like, {like.size(0), args.heads, args.head_dim});
+    k_ = new_empty(like, {like.size(0), args.kv_heads, args.head_dim});
+    rotate(args, args.heads, args.q, args.q_strides, q_.mutable_data_ptr(), strides_of(q_), false);
+    rotate(args, args.kv_heads, args.k, args.k_strides, k_.mutable_data_ptr(), strides_of(k_),
+           false);
+    args.q = q_.const_data_ptr();
+    args.k = k_.const_data_ptr();
+    args.q_strides = strides_of(q_);
+    args.k_strides = strides_of(k_);
+#endif
+  }
+  void turn_back([[maybe_unused]] const WindowAttention& args) const {
+#ifdef UHD_CUDA_KERNELS
+    const TokenStrides q = {args.grad_q_stride, args.head_dim};
+    const TokenStrides k = {args.grad_kv_stride, args.head_dim};
+    rotate(args, args.heads, args.grad_q, q, args.grad_q, q, true);
+    rotate(args, args.kv_heads, args.grad_k, k, args.grad_k, k, true);
+#endif
+  }
+
+ private:
+#ifdef UHD_CUDA_KERNELS
+  void rotate(const WindowAttention& args, int64_t heads, const void* x, TokenStrides strides,
+              void* out, TokenStrides out_strides, bool back) const {
+    launch_on(like_, cuda::rotate_heads,
+              {args.views, args.dtype, heads, args.head_dim, args.rotary_parts, x, strides,
+               args.cos, args.sin, args.table_strides, out, out_strides.token, back});
+  }
+
+  Tensor q_, k_;
+#endif
+  Tensor cos_, sin_, like_;
+};
+
+// q, k and v; or q alone, which then holds all three.
+Tensor rotary_forward(const Tensor& q, std::optional<Tensor> k, std::optional<Tensor> v,
+                      int64_t num_heads, const Tensor& cos, const Tensor& sin, int64_t parts,
+                      const Tensor& views, int64_t window, int64_t num_windows, double scale,
+                      bool window_order) {
+  if (k && v) {
+    Separate call(q, *k, *v, views, window, num_windows, scale, window_order);
+    const Rotary rotary(call.args, call.q, cos, sin, parts);
+    return forward(call.args, call.q);
+  }
+  Packed call(q, num_heads, views, window, num_windows, scale, window_order);
+  const Rotary rotary(call.args, call.qkv, cos, sin, parts);
+  return forward(call.args, call.qkv);
+}
+
+// Three gradients; or one, and two that hold nothing.
+Gradients rotary_backward(const Tensor& grad_out, const Tensor& q, std::optional<Tensor> k,
+                          std::optional<Tensor> v, int64_t num_heads, const Tensor& cos,
+                          const Tensor& sin, int64_t parts, const Tensor& views, int64_t window,
+                          int64_t num_windows, double scale, bool window_order) {
+  if (k && v) {
+    Separate call(q, *k, *v, views, window, num_windows, scale, window_order);
+    const Rotary rotary(call.args, call.q, cos, sin, parts);
+    const Gradients grads = backward(call, grad_out);
+    rotary.turn_back(call.args);
+    return grads;
+  }
+  Packed call(q, num_heads, views, window, num_windows, scale, window_order);
+  const Rotary rotary(call.args, call.qkv, cos, sin, parts);
+  const Tensor grad = backward(call, grad_out);
+  rotary.turn_back(call.args);
+  return {grad, new_empty(call.qkv, {0}), new_empty(call.qkv, {0})};
+}
+
 }  // namespace
 }  // namespace uhd
 
@@ -248,4 +361,6 @@ STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
   m.impl("_window_attention_backward", TORCH_BOX(&uhd::separate_backward));
   m.impl("window_attention_qkvpacked", TORCH_BOX(&uhd::packed_forward));
   m.impl("_window_attention_qkvpacked_backward", TORCH_BOX(&uhd::packed_backward));
+  m.impl("_window_attention_rotary", TORCH_BOX(&uhd::rotary_forward));
+  m.impl("_window_attention_rotary_backward", TORCH_BOX(&uhd::rotary_backward));
 }

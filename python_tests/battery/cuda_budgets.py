@@ -45,6 +45,8 @@ BUDGETS = (
     Budget(r"general_(forward|queries)<Shape<\w+, 1, .*>", 128),
     Budget(r"general_keys<Shape<(float|BFloat16|Float16), 1, .*>", 128),
     Budget(r"general_keys<Shape<double, 1, .*>", 168),
+    # window_attention: rotary embedding in front of it
+    Budget(r"rotate_rows<\w+>", 48),
     # unshuffle_norm
     Budget(r"forward_2x2<(float|BFloat16|Float16), true>", 96, (LOAD, STORE)),
     Budget(r"forward_2x2<(float|BFloat16|Float16), false>", 128),

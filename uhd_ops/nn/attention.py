@@ -20,7 +20,11 @@ from uhd_ops._checks import does_nothing
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.positions import Rotary, rotate
 from uhd_ops.ops.view_attention import attend_views, by_group
-from uhd_ops.ops.window_attention import window_attention, window_attention_qkvpacked
+from uhd_ops.ops.window_attention import (
+    LARGEST_OWN,
+    window_attention,
+    window_attention_qkvpacked,
+)
 from uhd_ops.ops.window_mean import window_mean
 from uhd_ops.windows import Windows, locate
 
@@ -47,16 +51,21 @@ def run_attention(
     """
     tokens, projections = x if part.norm is None else part.norm(x), part.projections
     dropout = part.attention_dropout if training else 0.0
+    options = {"scale": part.scale, "dropout": dropout}
+    if positions is not None and scope.rotates(positions, tokens, dropout):
+        options["rotary"] = (positions.cos, positions.sin)
+        options["rotate_half"] = int(part.rotate_half)
+        positions = None
     unnormed = does_nothing(part.q_norm, part.k_norm, part.v_norm)
     if len(projections) == 1 and unnormed and positions is None:
         qkv = projections[0](tokens).unflatten(-1, (3, part.num_heads, part.head_dim))
-        y = scope.attend_packed(qkv, scale=part.scale, dropout=dropout)
+        y = scope.attend_packed(qkv, **options)
     else:
         q, k, v = _prepared(part, tokens, positions)
         groups = q.shape[-2] // k.shape[-2]
         if groups > 1 and not scope.shares_heads:
             k, v = _repeated(groups, k, v)
-        y = scope.attend(q, k, v, scale=part.scale, dropout=dropout)
+        y = scope.attend(q, k, v, **options)
     y = y.flatten(-2)
     if not does_nothing(part.inner_norm):
         y = part.inner_norm(y)
@@ -136,6 +145,10 @@ class Scope:
 
     shares_heads = False
 
+    def rotates(self, positions: Rotary, tokens: torch.Tensor, dropout: float) -> bool:
+        """Whether :meth:`attend` takes rotary tables, as ``rotary`` and ``rotate_half``."""
+        return False
+
     def attend(
         self,
         q: torch.Tensor,
@@ -189,6 +202,19 @@ class WindowScope(Scope):
     def __init__(self, grids: Grids, window: int, score_bias: nn.Module | None = None) -> None:
         self.grids, self.window, self.score_bias = grids, window, score_bias
 
+    def rotates(self, positions: Rotary, tokens: torch.Tensor, dropout: float) -> bool:
+        """The operator does, for tables that are not learned, in windows of its own kernels."""
+        if self.score_bias is not None or dropout:
+            return False
+        if tokens.device.type == "cuda" and self.window > LARGEST_OWN:
+            return False
+        learned = torch.is_grad_enabled() and any(table.requires_grad for table in positions)
+        dtypes = {torch.float32}
+        if not torch.is_autocast_enabled(tokens.device.type):
+            dtypes.add(tokens.dtype)
+        known = all(table.dtype in dtypes for table in positions)
+        return known and not learned
+
     def attend(
         self,
         q: torch.Tensor,
@@ -197,10 +223,11 @@ class WindowScope(Scope):
         *,
         scale: float | None,
         dropout: float,
+        **rotary: Any,
     ) -> torch.Tensor:
         """Attend in windows, by the operator where it has all that is asked for."""
         if self.score_bias is None and not dropout:
-            return window_attention(q, k, v, self.grids, self.window, scale=scale)
+            return window_attention(q, k, v, self.grids, self.window, scale=scale, **rotary)
         return gathered_window_attention(
             q,
             k,
@@ -213,11 +240,11 @@ class WindowScope(Scope):
         )
 
     def attend_packed(
-        self, qkv: torch.Tensor, *, scale: float | None, dropout: float
+        self, qkv: torch.Tensor, *, scale: float | None, dropout: float, **rotary: Any
     ) -> torch.Tensor:
         """As in the base class, with one gradient for all three."""
         if self.score_bias is None and not dropout:
-            return window_attention_qkvpacked(qkv, self.grids, self.window, scale=scale)
+            return window_attention_qkvpacked(qkv, self.grids, self.window, scale=scale, **rotary)
         return super().attend_packed(qkv, scale=scale, dropout=dropout)
 
     def run_module(

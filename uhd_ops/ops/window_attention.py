@@ -22,6 +22,8 @@ def window_attention(
     scale: float | None = None,
     order: TokenOrder = "raster",
     order_in: TokenOrder = "raster",
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotate_half: int = 1,
 ) -> torch.Tensor:
     """Attend inside each window only: ``softmax(scale * q kᵀ) v`` over the tokens of the window.
 
@@ -35,7 +37,8 @@ def window_attention(
 
     On CUDA, half types in windows larger than 16 go to torch's ``scaled_dot_product_attention``
     instead, window by window: it copies the tokens into that order and back, and what it promises
-    about determinism is what holds then. Under torch.compile, and with PaddedGrids, they do not.
+    about determinism is what holds then. Under torch.compile, with PaddedGrids and with ``rotary``
+    they do not.
 
     Args:
         q: Queries ``(N, H, D)`` for packed tokens, or ``(B, h*w, H, D)`` with one ``(h, w)`` grid.
@@ -54,6 +57,13 @@ def window_attention(
         order_in: Order of the tokens of q, k and v, likewise. Tokens that lie window by window,
             whatever the order inside a window, are read where they are; in other orders but raster
             order they are copied into raster order first.
+        rotary: Cosines and sines of the rotary embedding that q and k get first, each ``(N, D)``
+            for all heads, or ``(N, H, D)``, one row for each row of q; batched q share them, or
+            ``(B, h*w, H, D)`` gives each its own. In float32 or the dtype of q. On the CPU the
+            rotated numbers have the type that sums are computed in, on CUDA that of q. The tables
+            get no gradient.
+        rotate_half: How channels pair. 1: a channel of the first half with the one half a head
+            further on; 2 or more: likewise in each of so many equal parts of a head; 0: neighbours.
 
     Returns:
         Tensor with the shape and dtype of ``q``, contiguous.
@@ -63,6 +73,7 @@ def window_attention(
             wrong type.
         ValueError: Shapes, devices or grids do not fit, ``window < 1``, ``scale`` is not finite, or
             ``order`` or ``order_in`` is no token order.
+        NotImplementedError: A table in ``rotary`` requires a gradient.
 
     Source:
         LLaVA-UHD v4, section 3.2: the window attention of the intra-ViT compressor.
@@ -73,15 +84,28 @@ def window_attention(
         torch.Size([39, 2, 8])
     """
     found, rest = _check((q, k, v), grids, (window, scale, order, order_in))
-    if rest is not None:
+    if rest is not None and rotary is None:
         return _native.operators.window_attention.eager(q, k, v, *rest)
     where, scale, sides_in, sides = found
+    if rotary is not None:
+        tables = _check_rotary(rotary, rotate_half, q, k.shape[-2])
     q, k, v = _checks.autocast(q, k, v)
     if not _native.has_kernels(q.device):
         return reference.window_attention(
-            q, k, v, grids, window, scale=scale, order=order, order_in=order_in
+            q,
+            k,
+            v,
+            grids,
+            window,
+            scale=scale,
+            order=order,
+            order_in=order_in,
+            rotary=rotary,
+            rotate_half=rotate_half,
         )
     packed = [where.pack(q), where.pack(k), where.pack(v)]
+    if rotary is not None:
+        return _attend_rotated(packed, None, tables, rotate_half, where, scale, sides_in, sides)
     return _attend(packed, None, where, scale, sides_in, sides)
 
 
@@ -120,6 +144,8 @@ def window_attention_qkvpacked(
     scale: float | None = None,
     order: TokenOrder = "raster",
     order_in: TokenOrder = "raster",
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotate_half: int = 1,
 ) -> torch.Tensor:
     """:func:`uhd_ops.window_attention` of a packed projection, with one gradient for all of it.
 
@@ -140,6 +166,8 @@ def window_attention_qkvpacked(
         order: Order of the output tokens inside each view, as for
             :func:`uhd_ops.window_attention`.
         order_in: Order of the tokens of qkv, likewise.
+        rotary: Cosines and sines for queries and keys, as for :func:`uhd_ops.window_attention`.
+        rotate_half: How channels pair, likewise.
 
     Returns:
         Tensor ``(N, H, D)`` or ``(B, h*w, H, D)`` with the dtype of ``qkv``, contiguous.
@@ -148,6 +176,7 @@ def window_attention_qkvpacked(
         TypeError: ``qkv`` has none of the four dtypes, or an argument has the wrong type.
         ValueError: Shape, number of heads or grids do not fit, ``window < 1``, ``scale`` is not
             finite, or ``order`` or ``order_in`` is no token order.
+        NotImplementedError: A table in ``rotary`` requires a gradient.
 
     Source:
         LLaVA-UHD v4, section 3.2: the window attention of the intra-ViT compressor.
@@ -160,10 +189,14 @@ def window_attention_qkvpacked(
         torch.Size([39, 4, 8])
     """
     found, rest = _check_packed((qkv,), grids, (window, num_heads, scale, order, order_in))
-    if rest is not None:
+    if rest is not None and rotary is None:
         packed = qkv.flatten(1, 2) if num_heads is None else qkv
         return _native.operators.window_attention_qkvpacked.eager(packed, *rest)
     where, heads, scale, sides_in, sides = found
+    if rotary is not None:
+        kv_heads = heads if num_heads is None else (qkv.shape[-2] - heads) // 2
+        like = qkv[..., 0, :, :] if num_heads is None else qkv[..., :heads, :]
+        tables = _check_rotary(rotary, rotate_half, like, kv_heads, "qkv")
     (qkv,) = _checks.autocast(qkv)
     if not _native.has_kernels(qkv.device):
         return reference.window_attention_qkvpacked(
@@ -174,9 +207,13 @@ def window_attention_qkvpacked(
             scale=scale,
             order=order,
             order_in=order_in,
+            rotary=rotary,
+            rotate_half=rotate_half,
         )
     packed = where.pack(qkv)
     packed = packed.flatten(1, 2) if num_heads is None else packed
+    if rotary is not None:
+        return _attend_rotated([packed], heads, tables, rotate_half, where, scale, sides_in, sides)
     return _attend([packed], heads, where, scale, sides_in, sides)
 
 
@@ -235,6 +272,92 @@ def _can_share(heads: int, kv_heads: int) -> bool:
     return heads == kv_heads or (heads > 0 and kv_heads > 0 and heads % kv_heads == 0)
 
 
+def _check_rotary(
+    rotary: object, rotate_half: object, q: torch.Tensor, kv_heads: int, name: str = "q"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tables as ``(N, 1 or H, D)`` for packed tokens."""
+    if not isinstance(rotary, tuple) or len(rotary) != 2:
+        raise TypeError(f"rotary must be a tuple of cosines and sines, got {type(rotary).__name__}")
+    parts = _checks.check_int(rotate_half, "rotate_half", 0)
+    heads, dim = q.shape[-2:]
+    if dim % (2 * parts or 2):
+        raise ValueError(
+            f"D must be a multiple of {2 * parts or 2} for rotate_half = {parts}, "
+            f"got shape {tuple(q.shape)}"
+        )
+    tables = []
+    for label, table in zip(("cosines", "sines"), rotary, strict=True):
+        what = f"the {label} in rotary"
+        _checks.check_tensor(table, what)
+        if table.dtype not in (torch.float32, q.dtype):
+            raise TypeError(f"{what} must be float32 or {q.dtype} like {name}, got {table.dtype}")
+        if table.device != q.device:
+            raise ValueError(
+                f"{what} must be on the device of {name}, {q.device}, got {table.device}"
+            )
+        if table.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{what} must not require a gradient: rotate q and k before the call"
+            )
+        whole = table.unsqueeze(-2) if table.dim() == 2 else table
+        rows, missing = whole.shape[:-2], q.dim() - whole.dim()
+        fits = (
+            0 <= missing < q.dim() - 2
+            and whole.shape[-1] == dim
+            and (whole.shape[-2] == 1 or (whole.shape[-2] == heads == kv_heads))
+            and rows[-1] == q.shape[-3]
+            and all(
+                size in (1, batch)
+                for size, batch in zip(rows[:-1], q.shape[missing:-3], strict=True)
+            )
+            and (not tables or whole.shape[-2] == tables[0].shape[-2])
+        )
+        if not fits:
+            raise ValueError(
+                f"{what} must be (N, D), or (N, H, D) where keys have H heads, for {name} with "
+                f"(..., N, H, D) = {tuple(q.shape)}, got shape {tuple(table.shape)}"
+            )
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        shape = (*q.shape[:-2], *whole.shape[-2:])
+        tables.append(whole.detach().to(wide).expand(shape).reshape(-1, *shape[-2:]))
+    return tables[0], tables[1]
+
+
+def _attend_rotated(
+    packed: list[torch.Tensor],
+    num_heads: int | None,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    parts: int,
+    where: Windows,
+    scale: float,
+    sides_in: tuple[int, ...],
+    sides: tuple[int, ...],
+) -> torch.Tensor:
+    """:func:`_attend` with rotary tables ``(N, 1 or H, D)``."""
+    if sides_in:
+        *packed, cos, sin = (windows.reorder(x, where, sides_in, ()) for x in (*packed, *tables))
+        tables = cos, sin
+    q, k, v = packed if num_heads is None else (*packed, None, None)
+    window_order = sides == (where.window,)
+    heads = q.shape[1] if num_heads is None else num_heads
+    out = _native.operators._window_attention_rotary(
+        q,
+        k,
+        v,
+        heads,
+        *tables,
+        int(parts),
+        where.views,
+        where.window,
+        where.all_windows,
+        scale,
+        window_order,
+    )
+    if sides and not window_order:
+        out = windows.reorder(out, where, (), sides)
+    return where.unpack_tokens(out)
+
+
 def _attend(
     packed: list[torch.Tensor],
     num_heads: int | None,
@@ -272,7 +395,7 @@ def _attend(
 
 
 # The largest window that our kernels on tensor cores hold.
-_LARGEST_OWN = 16
+LARGEST_OWN = 16
 
 
 def suits_torch(q: torch.Tensor, window: int) -> bool:
@@ -281,7 +404,7 @@ def suits_torch(q: torch.Tensor, window: int) -> bool:
     The sides of the views have no say: what is computed for one must not depend on the others.
     """
     halves = (torch.bfloat16, torch.float16)
-    return q.device.type == "cuda" and q.dtype in halves and window > _LARGEST_OWN
+    return q.device.type == "cuda" and q.dtype in halves and window > LARGEST_OWN
 
 
 def _attend_on_torch(q, k, v, where: Windows, scale: float, window_order: bool) -> torch.Tensor:
@@ -344,4 +467,42 @@ _native.register(
     _packed_backward_fake,
     _packed_backward,
     _packed_setup_context,
+)
+
+
+def _rotary_fake(q, k, v, num_heads, cos, sin, parts, views, *sizes):
+    return q.new_empty((q.shape[0], num_heads, q.shape[2]))
+
+
+def _rotary_backward_fake(grad_out, q, k, v, *options):
+    nothing = (0,)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(nothing if k is None else k.shape),
+        q.new_empty(nothing if v is None else v.shape),
+    )
+
+
+def _rotary_setup_context(ctx, inputs, output):
+    q, k, v, ctx.num_heads, cos, sin, *ctx.options = inputs
+    ctx.packed = k is None
+    ctx.save_for_backward(q, cos, sin, *(() if ctx.packed else (k, v)))
+
+
+def _rotary_backward(ctx, grad_out):
+    q, cos, sin, *others = ctx.saved_tensors
+    k, v = others or (None, None)
+    grads = _native.operators._window_attention_rotary_backward(
+        grad_out, q, k, v, ctx.num_heads, cos, sin, *ctx.options
+    )
+    return grads[0], *((None, None) if ctx.packed else grads[1:]), *[None] * 9
+
+
+_native.register(
+    "_window_attention_rotary",
+    _rotary_fake,
+    _rotary_backward_fake,
+    _rotary_backward,
+    _rotary_setup_context,
+    public="window_attention",
 )
