@@ -222,6 +222,21 @@ def test_second_derivatives_are_refused(packed):
         grad.sum().backward()
 
 
+@native_only("the definition makes its own tables")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_table_that_changes_before_the_backward_pass_is_an_error(packed):
+    # PaddedGrids change theirs in place on CUDA.
+    grids, rotary = uhd_ops.PackedGrids([(2, 4)]), tables(8, 8)
+    tensors = [x.requires_grad_() for x in heads(torch.float64, tokens=8)]
+    if packed:
+        out = window_attention_qkvpacked(torch.stack(tensors, 1), grids, rotary=rotary)
+    else:
+        out = window_attention(*tensors, grids, rotary=rotary)
+    grids.view_table(2, torch.device("cpu")).add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 @native_only("PaddedGrids need the kernels")
 def test_padded_grids_leave_zeros():
     padded = PaddedGrids(TOKENS + 6, 8, windows=(2,), device="cpu")

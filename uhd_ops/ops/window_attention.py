@@ -484,18 +484,16 @@ def _rotary_backward_fake(grad_out, q, k, v, *options):
 
 
 def _rotary_setup_context(ctx, inputs, output):
-    q, k, v, ctx.num_heads, cos, sin, *ctx.options = inputs
-    ctx.packed = k is None
-    ctx.save_for_backward(q, cos, sin, *(() if ctx.packed else (k, v)))
+    q, k, v, ctx.num_heads, cos, sin, ctx.parts, views, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, cos, sin, views)
 
 
 def _rotary_backward(ctx, grad_out):
-    q, cos, sin, *others = ctx.saved_tensors
-    k, v = others or (None, None)
+    q, k, v, cos, sin, views = ctx.saved_tensors
     grads = _native.operators._window_attention_rotary_backward(
-        grad_out, q, k, v, ctx.num_heads, cos, sin, *ctx.options
+        grad_out, q, k, v, ctx.num_heads, cos, sin, ctx.parts, views, *ctx.options
     )
-    return grads[0], *((None, None) if ctx.packed else grads[1:]), *[None] * 9
+    return grads[0], *((None, None) if k is None else grads[1:]), *[None] * 9
 
 
 _native.register(
