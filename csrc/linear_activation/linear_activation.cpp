@@ -59,6 +59,11 @@ void linear_into(const Tensor& out, const Tensor& a, const Tensor& weight,
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference that the call returned
 }
 
+// So many rows from `begin` on; the tensor itself where those are all, as in most calls.
+Tensor rows_of(Tensor x, int64_t begin, int64_t count) {
+  return count == x.size(0) ? x : torch::stable::narrow(x, 0, begin, count);
+}
+
 // Without gradients the products of this many rows share one buffer.
 #ifdef UHD_CUDA_KERNELS
 // Here the block bounds the memory only, 141 MB for 4304 outputs in bfloat16. The GEMM of a block
@@ -85,10 +90,9 @@ void forward_in_blocks(LinearActivation args, const Tensor& z, const Tensor& wei
   const bool keep = u.numel() > 0;
   Tensor products = keep ? u : new_empty(z, {step, args.width});
   for (int64_t begin = 0; begin < rows; begin += step) {
-    Tensor all = z;
     const int64_t count = std::min(step, rows - begin);
-    const Tensor block = torch::stable::narrow(products, 0, keep ? begin : 0, count);
-    linear_into(block, torch::stable::narrow(all, 0, begin, count), weight, bias);
+    const Tensor block = rows_of(products, keep ? begin : 0, count);
+    linear_into(block, rows_of(z, begin, count), weight, bias);
     args.u = block.const_data_ptr();
     args.h = static_cast<char*>(h.mutable_data_ptr()) + begin / args.group * bytes;
 #ifdef UHD_CUDA_KERNELS
