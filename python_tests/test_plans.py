@@ -54,7 +54,7 @@ def called(function):
         function()
     finally:
         sys.setprofile(None)
-    with profile(activities=[ProfilerActivity.CPU]) as watched:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as watched:
         function()
     return frames, [event.name for event in watched.events() if "::" in event.name]
 
