@@ -147,6 +147,17 @@ def test_misaligned_products(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_misaligned_bias(activation, dtype):
+    """Kernels may take neighbours together; where the bias lies must not say whether they do."""
+    z, weight = (torch.randn(64, 1) * 3).to(dtype), torch.ones(72, 1, dtype=dtype)  # z, 72 times
+    bias = torch.randn(72).to(dtype)
+    elsewhere = torch.empty(73, dtype=dtype)[1:].copy_(bias)
+    h, _ = forward(z, weight, bias, activation, 4)
+    assert_same_bits(forward(z, weight, elsewhere, activation, 4)[0], h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 4, 9])
 def test_a_row_does_not_depend_on_the_others(group, dtype):
     grad_h, u, bias = random_rows(40, group, dtype)

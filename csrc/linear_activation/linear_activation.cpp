@@ -117,6 +117,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& weight,
                       z.scalar_type() == weight.scalar_type(),
                   "linear_activation: z (R, I) and weight (O, I) do not fit");
   const int64_t rows = z.size(0), width = weight.size(0);
+#ifdef UHD_CUDA_KERNELS
+  // Neighbours share a reciprocal where 16 bytes are read at once. A bias that lies between such
+  // boundaries is copied, so that no bit of a result depends on where an argument lies.
+  if (bias && reinterpret_cast<uintptr_t>(bias->const_data_ptr()) % 16 != 0) {
+    bias = torch::stable::clone(*bias);
+  }
+#endif
   LinearActivation args = arguments(z, bias, width, activation, group);
   STD_TORCH_CHECK(rows % group == 0, "linear_activation: group must divide the rows of z");
   Tensor h = new_empty(z, {rows / group, width});
