@@ -136,6 +136,7 @@ def devices():
 
     yield seen, aot_autograd(fw_compiler=record, bw_compiler=record)
     torch._dynamo.reset()
+    uhd_ops.clear_caches()  # grids that were moved stay so, which others' graphs would notice
 
 
 def step(x, grids):

@@ -285,6 +285,27 @@ def _window_attention_qkvpacked_backward(
     return _window_attention_qkvpacked(*args) // 2 * 5
 
 
+def _window_attention_rotary(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    num_heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    parts: int,
+    *args: Any,
+    out_val: Any = None,
+) -> int:
+    # The products of the attention; as for any elementwise operation, the rotation counts nothing.
+    return _window_attention_qkvpacked(q, num_heads, *args)
+
+
+def _window_attention_rotary_backward(
+    grad_out: torch.Tensor, *args: Any, out_val: Any = None
+) -> int:
+    return _window_attention_rotary(*args) // 2 * 5
+
+
 def _linear_activation(
     z: torch.Tensor, weight: torch.Tensor, *args: Any, out_val: Any = None
 ) -> int:
@@ -296,6 +317,8 @@ _FORMULAS = {
     "_window_attention_backward": _window_attention_backward,
     "window_attention_qkvpacked": _window_attention_qkvpacked,
     "_window_attention_qkvpacked_backward": _window_attention_qkvpacked_backward,
+    "_window_attention_rotary": _window_attention_rotary,
+    "_window_attention_rotary_backward": _window_attention_rotary_backward,
     "_linear_activation": _linear_activation,
 }
 

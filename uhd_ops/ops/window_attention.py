@@ -87,6 +87,7 @@ def window_attention(
     if rest is not None and rotary is None:
         return _native.operators.window_attention.eager(q, k, v, *rest)
     where, scale, sides_in, sides = found
+    tables = None
     if rotary is not None:
         tables = _check_rotary(rotary, rotate_half, q, k.shape[-2])
     q, k, v = _checks.autocast(q, k, v)
@@ -104,7 +105,7 @@ def window_attention(
             rotate_half=rotate_half,
         )
     packed = [where.pack(q), where.pack(k), where.pack(v)]
-    if rotary is not None:
+    if tables is not None:
         return _attend_rotated(packed, None, tables, rotate_half, where, scale, sides_in, sides)
     return _attend(packed, None, where, scale, sides_in, sides)
 
@@ -193,6 +194,7 @@ def window_attention_qkvpacked(
         packed = qkv.flatten(1, 2) if num_heads is None else qkv
         return _native.operators.window_attention_qkvpacked.eager(packed, *rest)
     where, heads, scale, sides_in, sides = found
+    tables = None
     if rotary is not None:
         kv_heads = heads if num_heads is None else (qkv.shape[-2] - heads) // 2
         like = qkv[..., 0, :, :] if num_heads is None else qkv[..., :heads, :]
@@ -212,7 +214,7 @@ def window_attention_qkvpacked(
         )
     packed = where.pack(qkv)
     packed = packed.flatten(1, 2) if num_heads is None else packed
-    if rotary is not None:
+    if tables is not None:
         return _attend_rotated([packed], heads, tables, rotate_half, where, scale, sides_in, sides)
     return _attend([packed], heads, where, scale, sides_in, sides)
 
