@@ -102,7 +102,7 @@ def test_registering_is_lazy_and_repeatable():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
-    expected = 5 if _native.status["cpu"] == "loaded" else 0
+    expected = 7 if _native.status["cpu"] == "loaded" else 0
     assert result.stdout == f"{expected}\n", result.stderr
 
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import uhd_ops
 from uhd_ops import PaddedGrids, window_attention, window_attention_qkvpacked
+from uhd_ops.nn.attention import WindowScope
 from uhd_ops.nn.positions import Rotary, rotate
 
 GRIDS = [(4, 6), (0, 3), (3, 5), (1, 1), (7, 2)]
@@ -290,6 +291,14 @@ def test_autocast_keeps_the_tables():
 
 
 @native_only("the definition rotates in new memory")
+def test_tokens_without_data():
+    """On a device that autocast does not know."""
+    meta = [table.to("meta") for table in tables(TOKENS, 8, dtype=torch.float32)]
+    x = torch.empty(TOKENS, 2, 8, device="meta")
+    assert WindowScope(GRIDS, 2).rotates(Rotary(*meta), x, 0.0)
+    assert window_attention(x, x, x, GRIDS, rotary=meta).shape == x.shape
+
+
 def test_nothing_of_the_size_of_the_tokens_is_made():
     if "emulated" in ISAS:
         pytest.skip("CUDA kernels read queries and keys that another kernel has rotated")

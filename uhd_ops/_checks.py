@@ -112,7 +112,7 @@ def check_like(x: object, name: str, other: torch.Tensor, other_name: str) -> No
     """
     check_tensor(x, name)
     if x.dtype != other.dtype:
-        cast = torch.float64 not in (x.dtype, other.dtype) and _autocast_dtype(other) is not None
+        cast = torch.float64 not in (x.dtype, other.dtype) and autocast_dtype(other) is not None
         if not cast:
             raise TypeError(
                 f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}"
@@ -134,7 +134,7 @@ def check_same_shape(x: torch.Tensor, name: str, other: torch.Tensor, other_name
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Cast float32 and half tensors to the autocast dtype of their device, where autocast is on."""
-    dtype = _autocast_dtype(tensors[0])
+    dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors
     return tuple(
@@ -146,15 +146,16 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 def stay_as_they_are(*tensors: torch.Tensor | None) -> bool:
     """Whether the tensors have one dtype, in which :func:`autocast` leaves them."""
     dtypes = {x.dtype for x in tensors if x is not None}
-    dtype = _autocast_dtype(tensors[0])
+    dtype = autocast_dtype(tensors[0])
     return len(dtypes) == 1 and (dtype is None or dtypes <= {dtype, torch.float64})
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of ``x``; None where it is off, or has no such device."""
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.getautocast_dtype(device)
 
 
 _WRAPS = "__tensor_flatten__"

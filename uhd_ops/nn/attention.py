@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from uhd_ops._checks import does_nothing
+from uhd_ops._checks import autocast_dtype, does_nothing
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.positions import Rotary, rotate
 from uhd_ops.ops.view_attention import attend_views, by_group
@@ -210,7 +210,7 @@ class WindowScope(Scope):
             return False
         learned = torch.is_grad_enabled() and any(table.requires_grad for table in positions)
         dtypes = {torch.float32}
-        if not torch.is_autocast_enabled(tokens.device.type):
+        if autocast_dtype(tokens) is None:
             dtypes.add(tokens.dtype)
         known = all(table.dtype in dtypes for table in positions)
         return known and not learned
