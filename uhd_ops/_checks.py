@@ -155,7 +155,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     device = x.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
-    return torch.getautocast_dtype(device)
+    return torch.get_autocast_dtype(device)
 
 
 _WRAPS = "__tensor_flatten__"
