@@ -6,7 +6,7 @@ set -euo pipefail
 python=$1
 venv=.venv-compat
 
-rm -rf build/dist
+rm -rf build/dist build/wheel # the archive is built in another folder each time, which cmake would refuse
 mkdir -p build
 echo "Making the source archive, and the wheel from it (log: build/dist.log)."
 # Source archive first, then the wheel from that archive: a file missing from the archive fails here.

@@ -78,8 +78,8 @@ def test_norm_makes_no_temporaries():
     grad_z, grad_mean = torch.randn_like(z), torch.randn_like(mean)
     with Allocations() as backward:
         grads = torch.autograd.grad((z, mean), (x, weight, bias), (grad_z, grad_mean))
-    # Two sums of f²C channels for every 32 windows, of which x holds 32 f²C; for every two windows in
-    # the CUDA kernels, up to 264 blocks.
+    # Two sums of f²C channels for every 32 windows, of which x holds 32 f²C; for every two windows
+    # in the CUDA kernels, up to 264 blocks.
     least_windows = 2 if ISAS == ("emulated",) else 32
     assert backward.peak - nbytes(grads) <= nbytes([x]) * 2 / least_windows * 1.3
 
