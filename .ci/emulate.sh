@@ -25,7 +25,7 @@ if [[ $# == 0 ]]; then
         python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation}.py
     [[ $sanitize == ON ]] || export UHD_EMULATOR_ORDER=${UHD_EMULATOR_ORDER:-greedy}
     [[ $sanitize == ON ]] || set -- "$@" python_tests/test_battery_{determinism,memory}.py \
-        python_tests/test_{padded_grids,window_attention,window_mean,window_pool,pixel_unshuffle,pixel_unshuffle_mlp}.py \
+        python_tests/test_{padded_grids,window_attention,window_attention_rotary,window_mean,window_pool,pixel_unshuffle,pixel_unshuffle_mlp}.py \
         python_tests/test_tile_weight.py
 fi
 if [[ $sanitize == ON ]]; then

@@ -292,7 +292,7 @@ def test_autocast_keeps_the_tables():
 
 def test_tokens_without_data():
     """On a device that autocast does not know."""
-    meta = [table.to("meta") for table in tables(TOKENS, 8, dtype=torch.float32)]
+    meta = tuple(table.to("meta") for table in tables(TOKENS, 8, dtype=torch.float32))
     x = torch.empty(TOKENS, 2, 8, device="meta")
     assert WindowScope(GRIDS, 2).rotates(Rotary(*meta), x, 0.0)
     assert window_attention(x, x, x, GRIDS, rotary=meta).shape == x.shape
