@@ -136,8 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows = measure(options.device, options.rounds)
     print(report(rows))
     if options.json:
+        facts = harness.environment()  # before there is a new file, which would be a change
         with open(options.json, "w") as file:
-            json.dump({"environment": harness.environment(), "rows": rows}, file, indent=1)
+            json.dump({"environment": facts, "rows": rows}, file, indent=1)
     return 0
 
 
