@@ -228,6 +228,7 @@ def test_command_line(corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["{corpus}/a"], "holds a run with root = '{corpus}', got '{corpus}/a'"),
         (["nowhere"], "must be a folder, a glob or a text file of paths"),
         (["{corpus}", "--model", "resnet18"], "takes no compressor"),
         (["{corpus}", "--layer", "6"], "layer must be in 0..5"),
@@ -246,7 +247,7 @@ def test_refusals(arguments, message, corpus, tmp_path, capsys):
     capsys.readouterr()
     assert main([command[0], *arguments[:1], *command[2:], *arguments[1:]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert message.format(corpus=corpus) in line
     assert contents(out) == before
     assert sorted(corpus.rglob("*")) == listed
 

@@ -115,6 +115,7 @@ def encode_dataset(
         bytes_per_token=model.bytes_per_token(),
     )
     settings = {
+        "root": root,  # of another corpus, the same id would be another image
         "model": model.description,
         "threads": threads,
         "torch": torch.__version__,
