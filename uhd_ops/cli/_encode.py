@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from uhd_ops.cli import _report
+from uhd_ops.cli._models import (
+    DTYPES,
+    Encoder,
+    add_model_arguments,
+    find_device,
+    load_encoder,
+)
 from uhd_ops.cli._support import (
     UserError,
-    non_negative_int,
-    positive_int,
     require,
-    seed,
     threads,
     user_errors,
 )
@@ -28,48 +32,18 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from uhd_ops.cli._measure import Run
-    from uhd_ops.cli._models import Encoder
     from uhd_ops.corpus.folder import Folder
     from uhd_ops.slicing import SlicePlan
 
 SUMMARY = "encode images with the early compressor, and report what it does"
-DEFAULT_MODEL = "vit_base_patch16_siglip_512"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
-    add(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="timm vision transformer, see docs/models.md (default: %(default)s)",
-    )
-    add(
-        "--layer",
-        type=non_negative_int,
-        default=6,
-        metavar="K",
-        help="0-based block after which the compressor runs (default: %(default)s)",
-    )
-    add(
-        "--form",
-        choices=("dense", "block", "tied"),
-        default="dense",
-        help="weight form of the compressor's MLP (default: %(default)s)",
-    )
-    add("--pretrained", action="store_true", help="fetch the model's weights; random otherwise")
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add_model_arguments(parser)
     add("--compare", action="store_true", help="also run the model without the compressor")
-    add(
-        "--max-slices",
-        type=positive_int,
-        default=9,
-        metavar="N",
-        help="cut an image into at most N slices; 1 never slices (default: %(default)s)",
-    )
     add(
         "--out",
         type=Path,
@@ -77,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the results, one subfolder per image (default: %(default)s)",
     )
-    add("--seed", type=seed, default=0, help="of random weights (default: %(default)s)")
     add("--threads", type=threads, help="CPU threads (default: as many as PyTorch chooses)")
     add("--json", action="store_true", help="print a JSON list with one summary per image")
 
@@ -95,7 +68,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     from uhd_ops.cli import _measure
-    from uhd_ops.cli._models import find_device, load_encoder
     from uhd_ops.corpus.folder import Folder
 
     device = find_device(arguments.device)

@@ -10,12 +10,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from uhd_ops.cli._encode import DEFAULT_MODEL, DTYPES
+from uhd_ops.cli._models import (
+    DTYPES,
+    add_model_arguments,
+    find_device,
+    load_corpus_model,
+)
 from uhd_ops.cli._support import (
-    non_negative_int,
     positive_int,
     require,
-    seed,
     threads,
     user_errors,
 )
@@ -33,34 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SRC", help="folder, glob, or text file with a path on each line")
     add("--out", required=True, metavar="OUT", help="folder for shards and index; runs resume")
-    add(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="timm vision transformer, see docs/models.md (default: %(default)s)",
-    )
-    add(
-        "--layer",
-        type=non_negative_int,
-        default=6,
-        metavar="N",
-        help="0-based block after which the compressor runs (default: %(default)s)",
-    )
-    add(
-        "--form",
-        choices=("dense", "block", "tied"),
-        default="dense",
-        help="weight form of the compressor's MLP (default: %(default)s)",
-    )
-    add("--pretrained", action="store_true", help="fetch the model's weights; random otherwise")
-    add("--seed", type=seed, default=0, help="seed of random weights (default: %(default)s)")
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
-    add(
-        "--max-slices",
-        type=positive_int,
-        default=9,
-        metavar="N",
-        help="cut an image into at most N slices (default: %(default)s)",
-    )
+    add_model_arguments(parser)
     add(
         "--max-tokens",
         type=positive_int,
@@ -88,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="CPU threads of each worker; other numbers give other last bits (default: 1)",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--strict", action="store_true", help=f"exit with {FAILED} if an image cannot be encoded")
     add("--json", action="store_true", help="print the counts as JSON")
 
@@ -106,7 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
     require("rich", "timm", "PIL", "safetensors")
     if arguments.engine == "ray":
         require("ray", extra="ray")
-    from uhd_ops.cli._models import find_device, load_corpus_model
     from uhd_ops.corpus import encode_dataset
 
     device = find_device(arguments.device)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import urllib.error
@@ -12,10 +13,54 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from uhd_ops.cli._support import UserError, user_errors
+from uhd_ops.cli._support import (
+    UserError,
+    non_negative_int,
+    positive_int,
+    seed,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from uhd_ops.corpus import CorpusModel
+
+
+DEFAULT_MODEL = "vit_base_patch16_siglip_512"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what says which model encodes, where, and how it slices."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="timm vision transformer, see docs/models.md (default: %(default)s)",
+    )
+    add(
+        "--layer",
+        type=non_negative_int,
+        default=6,
+        metavar="K",
+        help="0-based block after which the compressor runs (default: %(default)s)",
+    )
+    add(
+        "--form",
+        choices=("dense", "block", "tied"),
+        default="dense",
+        help="weight form of the compressor's MLP (default: %(default)s)",
+    )
+    add("--pretrained", action="store_true", help="fetch the model's weights; random otherwise")
+    add("--seed", type=seed, default=0, help="seed of random weights (default: %(default)s)")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add(
+        "--max-slices",
+        type=positive_int,
+        default=9,
+        metavar="N",
+        help="cut an image into at most N slices; 1 never slices (default: %(default)s)",
+    )
 
 
 class Encoder(NamedTuple):
