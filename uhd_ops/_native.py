@@ -166,7 +166,8 @@ def set_cpu_isa(name: str) -> None:
 operators = types.SimpleNamespace()
 """The native operators by name, called as directly as a call allows; :func:`register` fills it."""
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
+"""Types whose calls no subclass of tensors sees; None stands for a tensor that is left out."""
 
 
 # Each call asks; a name of this module is found faster.
@@ -283,7 +284,7 @@ def _eager_call(
 
     def call(*args):
         for place in tensors:
-            if type(args[place]) not in _PLAIN:
+            if type(args[place]) not in PLAIN_TENSORS:
                 return operator(*args)
         return eager(*args) if is_eager() else operator(*args)
 

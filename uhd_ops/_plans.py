@@ -16,10 +16,9 @@ from typing import Any, TypeAlias
 import torch
 
 from uhd_ops._cache import clock, kept
-from uhd_ops._native import is_eager
+from uhd_ops._native import PLAIN_TENSORS, is_eager
 from uhd_ops.grids import Grids, PackedGrids
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 _of_tensor = operator.attrgetter("__class__", "shape", "dtype", "device", "layout")
 _any_autocast = torch._C._is_any_autocast_enabled
 # Options that are equal only where they are the same; a tuple may hold 2.0 for 2.
@@ -77,7 +76,7 @@ def checked_once(check: Callable[..., Checked], optional: bool = False) -> Calla
                 tables.last[check] = key[1], found
             return found
         found = check(*tensors, grids, *options)
-        if _SIMPLE.issuperset(map(type, options)) and _PLAIN.issuperset(map(type, tensors)):
+        if _SIMPLE.issuperset(map(type, options)) and PLAIN_TENSORS.issuperset(map(type, tensors)):
             kept(grids, key, device, lambda: found)
         return found[0], None
 
