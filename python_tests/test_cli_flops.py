@@ -47,6 +47,34 @@ def test_paper_json(capsys):
             assert tuple(row[key] for key in ("name", "with", "without", "saved")) == values
 
 
+def test_paper_v3(capsys):
+    result = result_of(capsys, "--paper", "v3")
+    for row, expected in zip(result["rows"], flops.v3_rows(1024), strict=True):
+        assert (row["patch"], row["merges"], row["grid"]) == (
+            expected.patch,
+            expected.merges,
+            list(expected.grid),
+        )
+        assert (row["released"], row["uhd_ops"]) == (expected.released, expected.computed)
+        assert row["of_moonvit"] == expected.released / flops.v3_rows(1024)[0].released
+    assert [(row["side"], row["published"], row["computed"]) for row in result["tokens"]] == [
+        (512, 163, 144),
+        (768, 368, 361),
+        (1024, 655, 625),
+    ]
+    assert [row["difference"] for row in result["tokens"]] == [-19, -7, -30]
+    assert main(["flops", "--paper", "v3"]) == 0
+    printed = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    assert ["16 to 10", "4-18", "10000", "625", "2412.0", "2399.6", "63.4%"] in lines
+    assert len([line for line in lines if len(line) == 7]) == 17 + 1  # "MoonViT" is folded
+    assert "No number of operations is published" in " ".join(printed.split())
+
+
+def test_paper_alone_is_v4(capsys):
+    assert result_of(capsys, "--paper") == result_of(capsys, "--paper", "v4")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,7 +131,7 @@ def test_other_families(capsys):
     assert (tokens["blocks.1"], tokens["blocks.2"]) == (29, 11)
 
 
-@pytest.mark.parametrize("options", [["--paper"], [MODEL, "--layer", "2"]])
+@pytest.mark.parametrize("options", [["--paper"], ["--paper", "v3"], [MODEL, "--layer", "2"]])
 def test_plot(options, tmp_path, capsys):
     path = tmp_path / "flops.png"
     assert main(["flops", *options, "--plot", str(path)]) == 0
@@ -118,6 +146,8 @@ def test_plot(options, tmp_path, capsys):
     [
         ([], "name one model, or pass --paper"),
         ([MODEL, "--paper"], "name one model, or pass --paper"),
+        ([MODEL, "--paper", "v3"], "name one model, or pass --paper"),
+        (["--paper", "v3", "--window", "3"], "--window goes with a model, not with --paper"),
         (["--paper", "--form", "tied"], "--form goes with a model, not with --paper"),
         ([MODEL, "--pool", "mean"], "--pool goes with --progressive"),
         (
@@ -152,6 +182,7 @@ def test_refuses(options, message, tmp_path, capsys):
         ([MODEL, "--grid", "0x4"], "argument --grid: must have sides of at least 1, got '0x4'"),
         ([MODEL, "--grid", "4x4", "--image", "4x4"], "not allowed with argument --grid"),
         ([MODEL, "--progressive", "4,"], "argument --progressive: must be an integer, got ''"),
+        (["--paper", "v5"], "argument --paper: invalid choice: 'v5' (choose from"),
         ([MODEL, "--layer", "-1"], "argument --layer: must be at least 0, got -1"),
     ],
 )

@@ -131,3 +131,43 @@ def test_pools_by_hand():
     assert first.linear == 12 * (4 * 2 + 2 * 2)
     assert (second.linear, second.elementwise) == (4 * 2 * 3 + 3 * 2, 3)
     assert rows((0, "adaptive", None), (1, "adaptive", None), counting="macs")[0].elementwise == 0
+
+
+def test_v3_rows():
+    """All but MoonViT by hand: 2 x 2 windows, C = 1152, I = 4304, 27 blocks."""
+    moonvit, *rows = flops.v3_rows(1024)
+    assert (moonvit.patch, moonvit.grid, moonvit.layers) == (14, (72, 72), ())
+    assert round(moonvit.released) == round(moonvit.computed) == 3806
+    assert [row.patch for row in rows] == [p for p in (16, 12, 10, 8) for _ in range(4)]
+    assert [row.merges for row in rows[:4]] == ["none", "4-18", "5-19", "4-18-27"]
+    c, i = 1152, 4304
+    for row in rows:
+        unit = row.patch * 2 ** max(1, len(row.layers))
+        assert row.grid[0] * row.patch == 1024 // unit * unit
+        n = row.tokens
+        released, computed = [n * c * 3 * row.patch**2] * 2
+        for block in range(27):
+            total = n * (4 * c * c + 2 * c * i) + 2 * n * n * c
+            released, computed = released + total, computed + total
+            if block in row.layers:
+                released, computed = released + 3 * n * c * c, computed + (2 * n + n // 4) * c * c
+                n //= 4
+        assert n == row.merged_tokens
+        assert row.released == pytest.approx(released / 1e9, rel=1e-12)
+        assert row.computed == pytest.approx(computed / 1e9, rel=1e-12)
+
+
+@pytest.mark.parametrize("side", flops.PUBLISHED_TOKENS)
+def test_v3_tokens(side):
+    """The published numbers are areas over 1600; whole windows of 40 px are a little fewer."""
+    assert flops.PUBLISHED_TOKENS[side] == side**2 // 1600
+    row = next(r for r in flops.v3_rows(side) if (r.patch, r.merges) == (10, "4-18"))
+    assert row.merged_tokens == (side // 40) ** 2
+
+
+def test_v3_refuses():
+    with pytest.raises(ValueError, match="side must be at least 128, got 127"):
+        flops.v3_rows(127)
+    with pytest.raises(TypeError, match="side must be an int"):
+        flops.v3_rows(1024.0)
+    assert all(row.merged_tokens >= 1 for row in flops.v3_rows(128))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``uhd-ops flops``: what a vision transformer costs, and the tables of LLaVA-UHD v4."""
+"""``uhd-ops flops``: what a vision transformer costs, and the numbers of two papers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from uhd_ops import flops
-from uhd_ops.cli._support import UserError, non_negative_int, positive_int, require, user_errors
-from uhd_ops.flops.paper import RECIPE_GRID, STATED_GRID
+from uhd_ops.cli import _paper
+from uhd_ops.cli._support import (
+    BLUE,
+    GREY,
+    ORANGE,
+    UserError,
+    new_table,
+    non_negative_int,
+    positive_int,
+    require,
+    share,
+    user_errors,
+)
 from uhd_ops.nn.early_compressor import ATTENTIONS, FORMS, MLPS, POOLS
 from uhd_ops.retrofit import insert_early_compressor, insert_progressive_compression
 
@@ -34,7 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="timm vision transformer; its weights are neither fetched nor made",
     )
-    add("--paper", action="store_true", help="recompute tables 4, 5 and A3 of LLaVA-UHD v4 instead")
+    add(
+        "--paper",
+        nargs="?",
+        const="v4",
+        choices=tuple(_paper.PAPERS),
+        help="recompute tables 4, 5 and A3 of LLaVA-UHD v4 instead, or with v3 what the finer "
+        "patches and merges of LLaVA-UHD v3 cost (default: v4)",
+    )
     add(
         "--layer",
         type=non_negative_int,
@@ -71,11 +89,13 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: Arguments do not go together, the model or a package is missing or unsuitable, or
             the plot cannot be written.
     """
-    if arguments.paper == bool(arguments.model):
+    if bool(arguments.paper) == bool(arguments.model):
         raise UserError("name one model, or pass --paper")
     require(*([] if arguments.json else ["rich"]), *(["matplotlib"] if arguments.plot else []))
     if arguments.paper:
-        result, show, draw = _paper(arguments), _show_paper, _draw_paper
+        _refuse(arguments, (*_EARLY, *_PROGRESSIVE, "grid", "image"), "a model, not with --paper")
+        numbers, show, draw = _paper.PAPERS[arguments.paper]
+        result = numbers()
     else:
         require("timm")
         result, show, draw = _model(arguments), _show_model, _draw_model
@@ -88,33 +108,6 @@ def run(arguments: argparse.Namespace) -> None:
     show(result)
     if arguments.plot:
         print(f"wrote {arguments.plot}")
-
-
-def _paper(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is shown of the paper's numbers."""
-    _refuse(arguments, (*_EARLY, *_PROGRESSIVE, "grid", "image"), "a model, not with --paper")
-    return {
-        "rows": [
-            {
-                "table": row.table,
-                "name": row.name,
-                "published": row.published,
-                "computed": row.computed,
-                "difference": row.difference,
-            }
-            for row in flops.PAPER_ROWS
-        ],
-        "corrected": [
-            {
-                "grid": list(grid),
-                "variants": [
-                    {"name": v.name, "without": v.without, "with": v.giga, "saved": v.saved}
-                    for v in flops.paper_totals(grid)
-                ],
-            }
-            for grid in (STATED_GRID, RECIPE_GRID)
-        ],
-    }
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -216,37 +209,6 @@ def _indices(text: str) -> list[int]:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def _show_paper(result: dict[str, Any]) -> None:
-    """Print the paper's numbers, published and computed, and the corrected totals."""
-    from rich.console import Console
-
-    console = Console()
-    table = _table(
-        "table",
-        "LLaVA-UHD v4, 980x980 px",
-        numbers=("published", "computed", "difference"),
-        title="1e9 operations of the encoder, by the paper's counting",
-    )
-    previous = None
-    for row in result["rows"]:
-        if previous not in (None, row["table"]):
-            table.add_section()
-        previous = row["table"]
-        numbers = f"{row['published']:.1f}", f"{row['computed']:.3f}", f"{row['difference']:+.3f}"
-        table.add_row(row["table"], row["name"], *numbers)
-    console.print(table)
-    for part in result["corrected"]:
-        height, width = part["grid"]
-        table = _table(
-            "window attention + reused MLP, after layer 6",
-            numbers=("without", "with", "saved"),
-            title=f"{14 * width}x{14 * height} px, 1e9 operations of the encoder",
-        )
-        for v in part["variants"]:
-            table.add_row(v["name"], f"{v['without']:.2f}", f"{v['with']:.2f}", _share(v["saved"]))
-        console.print(table)
-
-
 def _show_model(result: dict[str, Any]) -> None:
     """Print the layers of one model with and without the compressor."""
     from rich.console import Console
@@ -254,7 +216,7 @@ def _show_model(result: dict[str, Any]) -> None:
     height, width = result["grid"]
     print(f"{result['model']}, {height}x{width} patches of {_pixels(result['patch'])} px")
     print(", ".join(f"{name} {_words(value)}" for name, value in result["compressor"].items()))
-    table = _table(
+    table = new_table(
         "layer",
         numbers=("tokens", "linear", "attention", "total", "without"),
         title="1e9 multiply-accumulates",
@@ -267,16 +229,7 @@ def _show_model(result: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("total", "", "", "", _giga(with_it), _giga(without))
     Console().print(table)
-    print(f"saved: {_share(1 - with_it / without)}")
-
-
-def _table(*words: str, numbers: tuple[str, ...], title: str) -> Any:
-    from rich.table import Table
-
-    table = Table(*words, title=title, title_justify="left")
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
+    print(f"saved: {share(1 - with_it / without)}")
 
 
 def _words(value: Any) -> str:
@@ -287,57 +240,11 @@ def _giga(count: int | None) -> str:
     return "" if count is None else f"{count / 1e9:.3f}"
 
 
-def _share(value: float) -> str:
-    return f"{value:.1%}"
-
-
 def _pixels(patch: list[int]) -> str:
     return f"{patch[1]}x{patch[0]}"
 
 
 # ---- plots ---------------------------------------------------------------------------------------
-
-# Published or without compression, computed or with it, and the compressors themselves.
-_GREY, _BLUE, _ORANGE = "#b0b0b0", "#1f6fb4", "#e0802b"
-
-
-def _draw_paper(path: Path, result: dict[str, Any]) -> None:
-    """Draw every published number beside the computed one, and the corrected totals.
-
-    Args:
-        path: PNG file to write.
-        result: What ``--json`` prints.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=(12, 8))
-    rows = result["rows"]
-    names = [f"{row['name']} ({row['table']})" for row in rows]
-    places = range(len(rows))
-    for shift, key, color in ((-0.2, "published", _GREY), (0.2, "computed", _BLUE)):
-        values = [row[key] for row in rows]
-        bars = top.barh([p + shift for p in places], values, 0.4, color=color, label=key)
-        top.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
-    top.set_yticks(places, names)
-    top.set_title("LLaVA-UHD v4, tables 4, 5 and A3: encoder at 980x980 px, 1e9 operations")
-    at_980, at_448 = (part["variants"] for part in result["corrected"])
-    places = range(len(at_980))
-    for shift, variants, color, label in (
-        (-0.2, at_980, _BLUE, "980x980 px"),
-        (0.2, at_448, _ORANGE, "448x448 px"),
-    ):
-        values = [100 * v["saved"] for v in variants]
-        bars = bottom.barh([p + shift for p in places], values, 0.4, color=color, label=label)
-        bottom.bar_label(bars, fmt="%.1f %%", padding=2, fontsize=7)
-    bottom.set_yticks(places, [v["name"] for v in at_980])
-    bottom.set_title("window attention + reused MLP after layer 6: operations saved, in %")
-    for axes in (top, bottom):
-        axes.invert_yaxis()
-        axes.margins(x=0.08)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
 
 
 def _draw_model(path: Path, result: dict[str, Any]) -> None:
@@ -356,9 +263,9 @@ def _draw_model(path: Path, result: dict[str, Any]) -> None:
     figure = Figure(figsize=(max(6, 0.32 * len(layers)), 5), layout="constrained")
     axes = figure.subplots()
     axes.bar(
-        places, [before.get(row["name"], 0) for row in layers], 0.9, color=_GREY, label="without"
+        places, [before.get(row["name"], 0) for row in layers], 0.9, color=GREY, label="without"
     )
-    colors = [_ORANGE if row["name"].startswith("compressor") else _BLUE for row in layers]
+    colors = [ORANGE if row["name"].startswith("compressor") else BLUE for row in layers]
     axes.bar(places, after, 0.6, color=colors, label="with compression")
     axes.set_xticks(places, [row["name"] for row in layers], rotation=90)
     axes.set_ylabel("1e9 multiply-accumulates")

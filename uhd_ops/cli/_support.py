@@ -7,6 +7,10 @@ import argparse
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
+
+# In plots: the original or what was published, what compares with it, and what stands out.
+GREY, BLUE, ORANGE = "#b0b0b0", "#1f6fb4", "#e0802b"
 
 
 class UserError(Exception):
@@ -65,3 +69,18 @@ def non_negative_int(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
+
+
+def new_table(*words: str, numbers: tuple[str, ...], title: str) -> Any:
+    """Return an empty table of rich: columns of words, then of numbers, aligned to the right."""
+    from rich.table import Table
+
+    table = Table(*words, title=title, title_justify="left")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def share(value: float) -> str:
+    """Write a share as percent."""
+    return f"{value:.1%}"

@@ -31,11 +31,13 @@ from uhd_ops.flops.count import (
 )
 from uhd_ops.flops.models import compressor_config, of_vit, patch_size, vit_config
 from uhd_ops.flops.paper import PAPER_ROWS, PaperRow, PaperTotal, paper_totals
+from uhd_ops.flops.paper_v3 import PUBLISHED_TOKENS, V3Row, v3_rows
 from uhd_ops.flops.trace import count_forward, register_formulas
 from uhd_ops.nn.early_compressor import CompressorConfig
 
 __all__ = [
     "PAPER_ROWS",
+    "PUBLISHED_TOKENS",
     "SIGLIP_SO400M",
     "CompressorConfig",
     "ConnectorConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "LayerCount",
     "PaperRow",
     "PaperTotal",
+    "V3Row",
     "ViTConfig",
     "compressor_config",
     "paper_totals",
@@ -51,5 +54,6 @@ __all__ = [
     "of_vit",
     "patch_size",
     "register_formulas",
+    "v3_rows",
     "vit_config",
 ]
