@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks of the planner: one wording for the scalar, the batched and the native form."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,17 @@ def overlap(value: Any, merge: int) -> int:
 def patch_limit(value: Any) -> int | None:
     """Return ``max_patches`` as a positive int, or None for no limit."""
     return None if value is None else check_int(value, "max_patches", 1, 2**63 - 1)
+
+
+def upscale(value: Any) -> float:
+    """Return ``max_upscale`` as a number of at least 1, infinite for None."""
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"max_upscale must be a number or None, got {type(value).__name__}")
+    if not value >= 1:
+        raise ValueError(f"max_upscale must be at least 1, got {value}")
+    return float(value)
 
 
 def side_array(name: str, values: Any) -> np.ndarray:

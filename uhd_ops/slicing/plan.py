@@ -19,7 +19,8 @@ class SlicePlan:
     """The views of one image: a thumbnail of the whole and, for a large image, a grid of slices.
 
     Sizes in px are (width, height); grids are (rows, columns) or (h, w) in patches. ``plan_slices``
-    makes plans; a plan is immutable, hashable, and equal to another one with the same fields.
+    and ``plan_native`` make plans; a plan is immutable, hashable, and equal to another one with the
+    same fields.
 
     Args:
         image_size: The image that was planned, (width, height) px.
