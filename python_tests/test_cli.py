@@ -14,11 +14,9 @@ from safetensors import safe_open
 
 import uhd_ops
 from uhd_ops.cli import main
-from uhd_ops.cli._bench import CASES
 from uhd_ops.cli._report import norm_map
 
 MODEL = "test_vit"  # timm's smallest: 6 blocks of width 64, patch 16, one class token
-SMALL = ["--grid", "4x6", "--dim", "16", "--heads", "2", "--mlp-hidden", "8", "--rounds", "2"]
 
 
 @pytest.fixture
@@ -226,37 +224,6 @@ def test_info(capsys):
     assert json.loads(capsys.readouterr().out) == uhd_ops.build_info().to_dict()
 
 
-def test_bench(capsys):
-    assert main(["bench", *SMALL, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["grid"] == [4, 6]
-    assert {row["case"].split()[0] for row in result["results"]} == {
-        "window_attention",
-        "pixel_unshuffle",
-        "window_mean",
-        "pixel_unshuffle_mlp",
-    }
-    for row in result["results"]:
-        assert row["milliseconds"] > 0
-        assert (row["ratio"] == 1) == (row["variant"] == "uhd_ops")
-    assert main(["bench", *SMALL]) == 0
-    assert "times ours" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("make", CASES)
-def test_bench_rivals_compute_the_same(make):
-    torch.manual_seed(0)
-    case = make((4, 6), 16, 2, 8)
-    results = {name: function() for name, function in case.variants.items()}
-    ours = results.pop("uhd_ops")
-    # Values and scores are below 4. In float32, 64 terms of that size err by 64 * 4 * 2^-24 < 1e-4.
-    # bfloat16 rivals round a score (4 * 2^-9, which the exponential makes a relative error), a
-    # probability and the result (2^-9 of at most 4 each): 4 * (4 + 1 + 1) * 2^-9 < 0.05.
-    tolerance = 0.05 if "bfloat16" in case.name else 1e-4
-    for name, result in results.items():
-        assert torch.allclose(result.view_as(ours), ours, rtol=0, atol=tolerance), name
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -276,18 +243,12 @@ def test_bench_rivals_compute_the_same(make):
             ["encode", "{photo}", "--model", "test_vit", "--layer", "2", "--out", "{text}"],
             "cannot write the results",
         ),
-        (
-            ["bench", "--dim", "10", "--heads", "3"],
-            "--dim must be a multiple of --heads, got 10 and 3",
-        ),
     ],
 )
 def test_refuses(command, message, photo, capsys):
     text = photo.parent / "text.jpg"
     text.write_text("no image")
-    out = (
-        [] if "--out" in command or command[0] == "bench" else ["--out", str(photo.parent / "out")]
-    )
+    out = [] if "--out" in command else ["--out", str(photo.parent / "out")]
     code = main([part.format(photo=photo, text=text) for part in command] + out)
     assert code == 2
     lines = capsys.readouterr().err.splitlines()
@@ -309,9 +270,6 @@ def test_refuses(command, message, photo, capsys):
         (["encode", "x.jpg", "--seed", "a"], "argument --seed: must be an integer, got 'a'"),
         (["encode", "x.jpg", "--seed", str(2**64)], "argument --seed: must be at most"),
         (["encode", "x.jpg", "--threads", "99999"], "argument --threads: must be at most 1024"),
-        (["bench", "--threads", "99999"], "argument --threads: must be at most 1024"),
-        (["bench", "--grid", "3x4"], "argument --grid: must have even sides of at least 2"),
-        (["bench", "--grid", "big"], "argument --grid: must look like 32x32, got 'big'"),
     ],
 )
 def test_bad_arguments(command, message, capsys):

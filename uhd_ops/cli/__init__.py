@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``uhd-ops encode``, ``uhd-ops info`` and ``uhd-ops bench``."""
+"""The command line ``uhd-ops``; each command has a module of its name."""
 
 from uhd_ops.cli._main import main
 

@@ -7,17 +7,50 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 import uhd_ops
 from uhd_ops.cli import rivals
-from uhd_ops.cli._support import UserError, positive_int, require, threads
+from uhd_ops.cli._models import find_device
+from uhd_ops.cli._support import (
+    BLUE,
+    GREY,
+    UserError,
+    new_table,
+    positive_int,
+    require,
+    threads,
+    user_errors,
+)
 
 Grid = tuple[int, int]
 SUMMARY = "time the operators against plain PyTorch"
+DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+class Sizes(NamedTuple):
+    """What the operators run on."""
+
+    grids: uhd_ops.PackedGrids
+    window: int
+    dim: int
+    heads: int
+    mlp_hidden: int
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all views."""
+        return self.grids.num_tokens
+
+    def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """Return random numbers of the dtype, on the device."""
+        return (torch.randn(shape, device=self.device) * scale).to(self.dtype)
 
 
 class Case(NamedTuple):
@@ -25,18 +58,44 @@ class Case(NamedTuple):
 
     name: str
     variants: dict[str, Callable[[], object]]
+    detail: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add(
-        "--grid",
-        type=_even_grid,
-        default=(32, 32),
-        metavar="HxW",
-        help="patch grid of the view, sides even (default: 32x32, for 448x448 px)",
+        "--op",
+        nargs="+",
+        choices=tuple(OPS),
+        default=tuple(OPS),
+        metavar="NAME",
+        help=f"operators to time: {', '.join(OPS)} (default: all)",
     )
+    add(
+        "--views",
+        type=_grids,
+        default=[(32, 32)],
+        metavar="HxW,HxW",
+        help="patch grids of the views, packed one after another (default: 32x32, one view of "
+        "448x448 px)",
+    )
+    add(
+        "--window",
+        type=positive_int,
+        default=2,
+        metavar="F",
+        help="side of a window in tokens; it must divide the sides of every view, because the "
+        "rivals know no ragged windows (default: %(default)s)",
+    )
+    add(
+        "--dtype",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=["float32"],
+        help="one or several (default: float32)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--dim", type=positive_int, default=1152, help="width of a token (default: %(default)s)")
     add("--heads", type=positive_int, default=16, help="attention heads (default: %(default)s)")
     add(
@@ -48,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--rounds", type=positive_int, default=10, help="timed calls each (default: %(default)s)")
     add("--threads", type=threads, help="CPU threads (default: as many as PyTorch chooses)")
+    add("--plot", type=Path, metavar="FILE", help="draw the result to a PNG file")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -55,175 +115,277 @@ def run(arguments: argparse.Namespace) -> None:
     """Time every case and print medians and ratios.
 
     Raises:
-        UserError: A package is missing.
+        UserError: A package or the device is missing, sizes do not go together, or the plot cannot
+            be written.
     """
-    if not arguments.json:
-        require("rich")
+    require(*([] if arguments.json else ["rich"]), *(["matplotlib"] if arguments.plot else []))
     if arguments.dim % arguments.heads:
         raise UserError(
             f"--dim must be a multiple of --heads, got {arguments.dim} and {arguments.heads}"
         )
+    if arguments.window < 2:
+        raise UserError(f"--window must be at least 2, got {arguments.window}")
+    for height, width in arguments.views:
+        if height % arguments.window or width % arguments.window:
+            raise UserError(
+                f"--views must have sides that are multiples of --window, {arguments.window}, "
+                f"because the rivals know no ragged windows; got {height}x{width}"
+            )
+    device = find_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = []
-    for make in CASES:
-        torch.manual_seed(0)
-        case = make(arguments.grid, arguments.dim, arguments.heads, arguments.mlp_hidden)
-        rows += _rows(case, time_interleaved(case.variants, arguments.rounds))
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(arguments.op):
+        for dtype in dict.fromkeys(arguments.dtype):
+            sizes = Sizes(
+                uhd_ops.PackedGrids(arguments.views),
+                arguments.window,
+                arguments.dim,
+                arguments.heads,
+                arguments.mlp_hidden,
+                DTYPES[dtype],
+                device,
+            )
+            torch.manual_seed(0)
+            for case in OPS[name](sizes):
+                medians = time_interleaved(case.variants, arguments.rounds, device)
+                rows += _rows(name, dtype, case, medians)
+    info = uhd_ops.build_info()
     result = {
-        "grid": list(arguments.grid),
+        "views": [list(grid) for grid in arguments.views],
+        "window": arguments.window,
         "dim": arguments.dim,
         "heads": arguments.heads,
         "mlp_hidden": arguments.mlp_hidden,
         "rounds": arguments.rounds,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "cpu_isa": uhd_ops.build_info().cpu_isa,
-        "versions": uhd_ops.build_info().versions,
+        "cpu_isa": info.cpu_isa,
+        "versions": info.versions,
         "results": rows,
     }
+    if arguments.plot:
+        with user_errors(OSError, ValueError, prefix="cannot write the plot: "):
+            _draw(arguments.plot, result)
     if arguments.json:
         print(json.dumps(result, indent=2))
-    else:
-        _show(result)
+        return
+    _show(result)
+    if arguments.plot:
+        print(f"wrote {arguments.plot}")
 
 
-def time_interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def time_interleaved(
+    variants: dict[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, float]:
     """Time functions in turn, so that a slow moment of the machine falls on all of them.
 
     Args:
         variants: Functions by name; each runs twice before the clock starts.
         rounds: Timed calls of each.
+        device: Where they run; the clock stops when a GPU has done its work.
 
     Returns:
         Median seconds of each.
     """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for function in variants.values():
         function()
         function()
+    wait()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, function in variants.items():
             start = time.perf_counter()
             function()
+            wait()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _rows(case: Case, medians: dict[str, float]) -> list[dict[str, object]]:
+def _rows(op: str, dtype: str, case: Case, medians: dict[str, float]) -> list[dict[str, Any]]:
     ours = medians["uhd_ops"]
     return [
-        {"case": case.name, "variant": name, "milliseconds": 1e3 * median, "ratio": median / ours}
+        {
+            "op": op,
+            "dtype": dtype,
+            "case": f"{case.name} {dtype}{case.detail}",
+            "variant": name,
+            "milliseconds": 1e3 * median,
+            "ratio": median / ours,
+        }
         for name, median in medians.items()
     ]
 
 
-def _show(result: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _setting(result: dict[str, Any]) -> str:
+    views = [f"{height}x{width}" for height, width in result["views"]]
+    some = ", ".join(views[:4]) + (", ..." if len(views) > 4 else "")
+    return (
+        f"{len(views)} view{'s' * (len(views) > 1)} of {some} tokens, "
+        f"windows of {result['window']}x{result['window']}, C = {result['dim']}, "
+        f"{result['heads']} heads, I = {result['mlp_hidden']}"
+    )
 
-    height, width = result["grid"]
-    table = Table("operator", "variant", "median ms", "times ours")
-    for column in table.columns[2:]:
-        column.justify = "right"
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    table = new_table("operator", "variant", numbers=("median ms", "times ours"), title="")
     previous = None
     for row in result["results"]:
         if previous not in (None, row["case"]):
             table.add_section()
         name = "" if row["case"] == previous else row["case"]
-        table.add_row(name, row["variant"], f"{row['milliseconds']:.2f}", f"{row['ratio']:.2f}")
+        table.add_row(name, row["variant"], f"{row['milliseconds']:.3f}", f"{row['ratio']:.2f}")
         previous = row["case"]
     console = Console()
-    console.print(
-        f"grid {height}x{width}, C = {result['dim']}, {result['heads']} heads, "
-        f"{result['threads']} threads, "
-        f"CPU kernels: {result['cpu_isa'] or 'none, reference only'}",
-        highlight=False,
-    )
+    console.print(_setting(result), highlight=False)
+    where = result["device"]
+    if where == "cpu":
+        kernels = result["cpu_isa"] or "none, reference only"
+        where = f"CPU, {result['threads']} threads, kernels: {kernels}"
+    console.print(where, highlight=False)
     console.print(table)
 
 
-def _even_grid(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    try:
-        grid = int(height), int(width)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must look like 32x32, got {text!r}") from None
-    if min(grid) < 2 or grid[0] % 2 or grid[1] % 2:
-        raise argparse.ArgumentTypeError(
-            "must have even sides of at least 2, because the rivals know no ragged windows; "
-            f"got {text!r}"
-        )
-    return grid
+def _draw(path: Path, result: dict[str, Any]) -> None:
+    """Draw the medians of every case.
+
+    Args:
+        path: PNG file to write.
+        result: What ``--json`` prints.
+    """
+    from matplotlib.figure import Figure
+
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in result["results"]:
+        cases.setdefault(row["case"], []).append(row)
+    heights = [len(rows) for rows in cases.values()]
+    figure = Figure(figsize=(9, 1 + 0.3 * sum(heights) + 0.6 * len(cases)), layout="constrained")
+    panels = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, rows) in zip(panels, cases.items(), strict=True):
+        colors = [BLUE if row["variant"].startswith("uhd_ops") else GREY for row in rows]
+        bars = axes.barh([row["variant"] for row in rows], [r["milliseconds"] for r in rows])
+        for bar, color in zip(bars, colors, strict=True):
+            bar.set_color(color)
+        labels = [f"{row['milliseconds']:.3g} ms, {row['ratio']:.2f}x" for row in rows]
+        axes.bar_label(bars, labels, padding=2, fontsize=7)
+        axes.set_title(name, loc="left", fontsize=9)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("median milliseconds, and times ours")
+    figure.suptitle(_setting(result), fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _grids(text: str) -> list[Grid]:
+    """Argparse type: patch grids separated by commas."""
+    grids = []
+    for part in text.split(","):
+        height, _, width = part.partition("x")
+        try:
+            grids.append((int(height), int(width)))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must look like 32x32,28x36, got {text!r}") from None
+        if min(grids[-1]) < 1:
+            raise argparse.ArgumentTypeError(f"must have sides of at least 1, got {text!r}")
+    return grids
 
 
 # ---- cases: our operator and its rivals on the same tensors --------------------------------------
 
 
-def _attention(dtype: torch.dtype, backward: bool) -> Callable[..., Case]:
-    def make(grid: Grid, dim: int, heads: int, mlp_hidden: int) -> Case:
-        tokens = grid[0] * grid[1]
-        qkv = torch.randn(tokens, 3, heads, dim // heads, dtype=dtype, requires_grad=backward)
-        grad = torch.randn(tokens, heads, dim // heads, dtype=dtype)
+def _attention(sizes: Sizes) -> Iterator[Case]:
+    head_dim = sizes.dim // sizes.heads
+    qkv = sizes.randn(sizes.tokens, 3, sizes.heads, head_dim)
+    leaf, grad = qkv.detach().requires_grad_(), sizes.randn(sizes.tokens, sizes.heads, head_dim)
 
-        def call(function: Callable[..., torch.Tensor], grids: object) -> Callable[[], object]:
-            if not backward:
-                return lambda: function(qkv, grids)
-            return lambda: torch.autograd.grad(function(qkv, grids), qkv, grad)[0]
+    def forward(function: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        return lambda: function(qkv, sizes.grids, sizes.window)
 
-        direction = ", with backward" if backward else ""
-        variants = {
-            "uhd_ops": call(uhd_ops.window_attention_qkvpacked, [grid]),
-            **{name: call(f, grid) for name, f in rivals.eager("window_attention").items()},
-            "reference": call(uhd_ops.reference.window_attention_qkvpacked, [grid]),
+    def backward(function: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(leaf, sizes.grids, sizes.window), leaf, grad)[0]
+
+    functions = {
+        "uhd_ops": uhd_ops.window_attention_qkvpacked,
+        **rivals.eager("window_attention"),
+        "reference": uhd_ops.reference.window_attention_qkvpacked,
+    }
+    for detail, call in (("", forward), (", with backward", backward)):
+        variants = {name: call(function) for name, function in functions.items()}
+        yield Case("window_attention", variants, detail)
+
+
+def _row_per_window(op: str, inputs: int = 1) -> Callable[[Sizes], Iterator[Case]]:
+    def make(sizes: Sizes) -> Iterator[Case]:
+        x = [sizes.randn(sizes.tokens, sizes.dim) for _ in range(inputs)]
+        functions = {
+            "uhd_ops": getattr(uhd_ops, op),
+            **rivals.eager(op),
+            "reference": getattr(uhd_ops.reference, op),
         }
-        return Case(f"window_attention {str(dtype)[6:]}{direction}", variants)
+        yield Case(
+            op,
+            {name: lambda f=f: f(*x, sizes.grids, sizes.window) for name, f in functions.items()},
+        )
 
     return make
 
 
-def _row_per_window(op: str) -> Callable[..., Case]:
-    def make(grid: Grid, dim: int, heads: int, mlp_hidden: int) -> Case:
-        x = torch.randn(grid[0] * grid[1], dim)
-        variants = {
-            "uhd_ops": lambda: getattr(uhd_ops, op)(x, [grid]),
-            **{name: lambda f=f: f(x, grid) for name, f in rivals.eager(op).items()},
-            "reference": lambda: getattr(uhd_ops.reference, op)(x, [grid]),
-        }
-        return Case(f"{op} float32", variants)
-
-    return make
-
-
-def _mlp(grid: Grid, dim: int, heads: int, mlp_hidden: int) -> Case:
-    x = torch.randn(grid[0] * grid[1], dim)
-    norm = torch.ones(4 * dim), torch.zeros(4 * dim)
-    tied = torch.randn(mlp_hidden, dim) * 0.02, torch.zeros(mlp_hidden)
-    tied += torch.randn(dim, mlp_hidden) * 0.02, torch.zeros(dim)
+def _mlp(sizes: Sizes) -> Iterator[Case]:
+    dim, hidden, cells = sizes.dim, sizes.mlp_hidden, sizes.window**2
+    x = sizes.randn(sizes.tokens, dim)
+    norm = torch.ones_like(x[0]).repeat(cells), torch.zeros_like(x[0]).repeat(cells)
+    tied = sizes.randn(hidden, dim, scale=0.02), torch.zeros_like(x[0, :1]).repeat(hidden)
+    tied += sizes.randn(dim, hidden, scale=0.02), torch.zeros_like(x[0])
     dense = (
-        uhd_ops.tile_block_diagonal(tied[0], 4),
-        uhd_ops.tile_vector(tied[1], 4),
-        uhd_ops.tile_average(tied[2], 4),
+        uhd_ops.tile_block_diagonal(tied[0], cells),
+        uhd_ops.tile_vector(tied[1], cells),
+        uhd_ops.tile_average(tied[2], cells),
         tied[3],
     )
 
     def ours(weights: tuple[torch.Tensor, ...]) -> Callable[[], object]:
         return lambda: uhd_ops.pixel_unshuffle_mlp(
-            x, [grid], *weights, norm_weight=norm[0], norm_bias=norm[1]
+            x, sizes.grids, *weights, norm_weight=norm[0], norm_bias=norm[1], factor=sizes.window
         )
 
     variants = {"uhd_ops": ours(dense), "uhd_ops, tied form": ours(tied)}
     for form, weights in {"dense": dense, "tied": tied}.items():
         for name, rival in rivals.eager(f"pixel_unshuffle_mlp {form}").items():
-            variants[f"{name}, {form} form"] = lambda f=rival, w=weights: f(x, *w, *norm, grid)
-    return Case("pixel_unshuffle_mlp float32", variants)
+            variants[f"{name}, {form} form"] = lambda f=rival, w=weights: f(
+                x, *w, *norm, sizes.grids, sizes.window
+            )
+    yield Case("pixel_unshuffle_mlp", variants)
 
 
-CASES = (
-    _attention(torch.float32, backward=False),
-    _attention(torch.bfloat16, backward=False),
-    _attention(torch.float32, backward=True),
-    _row_per_window("pixel_unshuffle"),
-    _row_per_window("window_mean"),
-    _mlp,
-)
-"""Functions ``make(grid, dim, heads, mlp_hidden)``, which return a case on random tensors."""
+def _tile_weight(sizes: Sizes) -> Iterator[Case]:
+    cells = sizes.window**2
+    fc1 = sizes.randn(sizes.mlp_hidden, sizes.dim)
+    fc2 = sizes.randn(sizes.dim, sizes.mlp_hidden)
+
+    def tiles(module: Any) -> Callable[[], object]:
+        return lambda: (module.tile_block_diagonal(fc1, cells), module.tile_average(fc2, cells))
+
+    variants = {
+        "uhd_ops": tiles(uhd_ops),
+        **{
+            name: lambda f=f: f(fc1, fc2, sizes.grids, sizes.window)
+            for name, f in rivals.eager("tile_weight").items()
+        },
+        "reference": tiles(uhd_ops.reference),
+    }
+    yield Case("tile_weight", variants)
+
+
+OPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
+    "window_attention": _attention,
+    "pixel_unshuffle": _row_per_window("pixel_unshuffle"),
+    "window_mean": _row_per_window("window_mean"),
+    "window_pool": _row_per_window("window_pool", inputs=2),
+    "pixel_unshuffle_mlp": _mlp,
+    "tile_weight": _tile_weight,
+}
+"""Functions of sizes, which make cases on random tensors."""
