@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""freeze_for_stage trains what was inserted, then everything."""
+"""freeze_for_stage, of a tower alone: what was inserted, then everything."""
 
 import copy
 
@@ -34,8 +34,9 @@ def test_stages_of_every_variant(name):
     assert bool(inserted(vit)) is (name != "average pool")
     assert freeze_for_stage(vit, 1) is vit
     assert trainable(vit) == inserted(vit)
-    assert freeze_for_stage(vit, 2) is vit
-    assert trainable(vit) == names(vit)
+    for stage in (2, 3, 4):
+        assert freeze_for_stage(vit, stage) is vit
+        assert trainable(vit) == names(vit)
     freeze_for_stage(vit, 1)
     assert trainable(vit) == inserted(vit)
 
@@ -84,15 +85,15 @@ def test_a_removed_compressor_leaves_a_model_that_can_train():
     vit = freeze_for_stage(insert_early_compressor(tiny_vit(), LAYER), 2)
     remove_early_compressor(vit)
     assert trainable(vit) == names(vit)
-    with pytest.raises(ValueError, match="vit must hold a compressor, got a VisionTransformer"):
+    with pytest.raises(ValueError, match="model must hold a compressor, got a VisionTransformer"):
         freeze_for_stage(vit, 1)
 
 
 BAD = {
-    "no compressor": (tiny_vit, 1, ValueError, r"without one; call insert_early_compressor\(vit"),
-    "no module": (lambda: "vit", 1, TypeError, "vit must be a torch.nn.Module, got str"),
-    "stage 0": (None, 0, ValueError, "stage must be 1 or 2, got 0"),
-    "stage 3": (None, 3, ValueError, "stage must be 1 or 2, got 3"),
+    "no compressor": (tiny_vit, 1, ValueError, r"without one; call insert_early_compressor\(model"),
+    "no module": (lambda: "vit", 1, TypeError, "model must be a torch.nn.Module, got str"),
+    "stage 0": (None, 0, ValueError, "stage must be 1 to 4 for recipe 'v4', got 0"),
+    "stage 5": (None, 5, ValueError, "stage must be 1 to 4 for recipe 'v4', got 5"),
     "stage 1.0": (None, 1.0, TypeError, "stage must be an int, got float"),
     "stage True": (None, True, TypeError, "stage must be an int, got bool"),
     "stage None": (None, None, TypeError, "stage must be an int, got NoneType"),

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on several ranks, in processes that talk by gloo: FSDP2, checkpointing and DDP."""
 
-import contextlib
-import os
-
 import pytest
 import torch
 from families.case import assert_close
 from families.vision_transformer import make as tiny_vit
-from torch import distributed, nn
+from ranks import process_group
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -105,21 +103,9 @@ def check_insertion_behind_data_parallel():
         insert_early_compressor(vit, LAYER)  # unwrapped again, it takes one
 
 
-@contextlib.contextmanager
-def group(rank, world, file):
-    """A process group that needs no free port."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    options = {"init_method": f"file://{file}", "rank": rank, "world_size": world}
-    distributed.init_process_group("gloo", **options)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
-
-
 def work(rank, world, file):
     torch.set_num_threads(1)
-    with group(rank, world, file):
+    with process_group(rank, world, file):
         expected = averaged_gradients(world)
         check_sharded(rank, world, expected)
         check_data_parallel(rank, expected)
@@ -130,6 +116,6 @@ def test_two_ranks(tmp_path):
 
 
 def test_one_rank(tmp_path):
-    with group(0, 1, tmp_path / "rendezvous"):
+    with process_group(0, 1, tmp_path / "rendezvous"):
         check_sharded(0, 1, averaged_gradients(1))
         check_insertion_behind_data_parallel()

@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import assert_type
 
 import uhd_ops
-from uhd_ops.nn import CompressorConfig, EarlyCompressor, SliceEncoder, SliceTokens
+from uhd_ops.nn import CompressorConfig, EarlyCompressor, SliceEncoder, SliceTokens, param_groups
 
 
 class OwnVit(nn.Module):
@@ -30,6 +30,9 @@ def models(vit: OwnVit) -> None:
     assert_type(uhd_ops.remove_progressive_compression(vit), OwnVit)
     assert_type(uhd_ops.refine_patch_embedding(vit, patch_size=10), OwnVit)
     assert_type(uhd_ops.freeze_for_stage(vit, 1), OwnVit)
+    assert_type(uhd_ops.freeze_for_stage(vit, 4, tower="vit", llm=["lm", vit]), OwnVit)
+    groups = param_groups(vit, 3, recipe="v3-code", rates={"tower": 1e-4, "llm": None})
+    torch.optim.AdamW(groups, weight_decay=0.01)
     assert_type(uhd_ops.load_plain_checkpoint(vit, {}), OwnVit)
     compressed = uhd_ops.insert_early_compressor(vit, attention=False, mlp="none", form="tied")
     assert_type(compressed.forward_features(torch.zeros(1)), torch.Tensor)
@@ -39,7 +42,8 @@ def models(vit: OwnVit) -> None:
     uhd_ops.insert_early_compressor(vit, attention="all")  # pyright: ignore[reportArgumentType]
     uhd_ops.insert_early_compressor(vit, positions="centre")  # pyright: ignore[reportArgumentType]
     uhd_ops.insert_progressive_compression(vit, pool="max")  # pyright: ignore[reportArgumentType]
-    uhd_ops.freeze_for_stage(vit, 3)  # pyright: ignore[reportArgumentType]
+    uhd_ops.freeze_for_stage(vit, 5)  # pyright: ignore[reportArgumentType]
+    param_groups(vit, 1, rates={"head": 1.0})  # pyright: ignore[reportArgumentType]
     uhd_ops.insert_early_compressor(torch.zeros(1))  # pyright: ignore[reportArgumentType]
 
 

@@ -8,6 +8,7 @@ from uhd_ops.nn.modules import LinearView, ScaleView, WeightView
 from uhd_ops.nn.pixel_unshuffle_connector import PixelUnshuffleConnector
 from uhd_ops.nn.query_resampler import QueryResampler
 from uhd_ops.nn.slice_encoder import SliceEncoder, SliceTokens
+from uhd_ops.nn.training import freeze_for_stage, param_groups
 from uhd_ops.nn.view_ratios import ViewRatios, choose_ratios, merge_by_ratio, token_variance
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 
@@ -29,6 +30,8 @@ __all__ = [
     "WeightView",
     "WindowTokenCompressor",
     "choose_ratios",
+    "freeze_for_stage",
     "merge_by_ratio",
+    "param_groups",
     "token_variance",
 ]
