@@ -165,15 +165,24 @@ def test_encode_on_a_device_that_is_not_there(photo, capsys, monkeypatch):
     assert "--device cuda: torch finds no GPU on this machine" in capsys.readouterr().err
 
 
-def test_encode_equals_the_library(photo):
+PLANNERS = {  # option: the function, and what it takes
+    ("--max-slices", "4"): (uhd_ops.plan_slices, {"max_slices": 4, "scale_resolution": 160}),
+    ("--native",): (uhd_ops.plan_native, {}),
+    ("--native", "64"): (uhd_ops.plan_native, {"max_tokens": 64}),
+}
+
+
+@pytest.mark.parametrize("option", PLANNERS, ids=" ".join)
+def test_encode_equals_the_library(option, photo):
     """The tokens are those of the public functions, called by hand."""
     import timm
 
-    _, folder = encode(photo, "--max-slices", "4", "--seed", "3")
+    _, folder = encode(photo, *option, "--seed", "3")
     torch.manual_seed(3)
     vit = uhd_ops.insert_early_compressor(timm.create_model(MODEL, num_classes=0).eval(), 2)
     image = uhd_ops.load_image(photo)
-    plan = uhd_ops.plan_slices(*image.size, max_slices=4, scale_resolution=160, patch_size=16)
+    planner, options = PLANNERS[option]
+    plan = planner(*image.size, patch_size=16, **options)
     config = vit.pretrained_cfg
     pixels, grids = uhd_ops.pack_views(
         uhd_ops.slice_image(image, plan), 16, mean=config["mean"], std=config["std"]
@@ -266,6 +275,12 @@ def test_refuses(command, message, photo, capsys):
         (
             ["encode", "x.jpg", "--max-slices", "0"],
             "argument --max-slices: must be at least 1, got 0",
+        ),
+        (["encode", "x.jpg", "--native", "64", "--max-slices", "2"], "not allowed with argument"),
+        (["encode", "x.jpg", "--native", "15"], "max_tokens must be at least merge² = 16"),
+        (
+            ["encode", "--native", "x.jpg"],
+            "must be a number of tokens, got 'x.jpg'; images stand before --native, or behind its",
         ),
         (["encode", "x.jpg", "--seed", "a"], "argument --seed: must be an integer, got 'a'"),
         (["encode", "x.jpg", "--seed", str(2**64)], "argument --seed: must be at most"),

@@ -100,6 +100,31 @@ def test_tokens_are_those_of_each_image_alone(corpus, tmp_path, small_shards):
         assert torch.allclose(image.tokens, alone.tokens, rtol=0, atol=1e-4), identity
 
 
+def test_native_resolution(corpus, tmp_path):
+    """One view of each image, at most the budget, which is one of the options of a run."""
+    out = tmp_path / "out"
+    assert encode(corpus, out, native_tokens=64).failed == 2
+    model, images, sizes = make_model(), uhd_ops.open_dataset(out), set()
+    for identity, image in images.items():
+        picture = uhd_ops.load_image(corpus / identity)
+        plan = uhd_ops.plan_native(*picture.size, max_tokens=64, patch_size=8)
+        views = uhd_ops.slice_image(picture, plan)
+        pixels, grids = uhd_ops.pack_views(views, 8, mean=GRAY, std=GRAY)
+        alone = model.encoder(pixels, grids)
+        assert image.grids == alone.grids
+        assert torch.allclose(image.tokens, alone.tokens, rtol=0, atol=1e-4), identity
+        sizes.add(plan.thumbnail)
+    assert len(sizes) > 2
+    before = contents(out)
+    assert encode(corpus, out, native_tokens=64).skipped == 12
+    assert contents(out) == before
+    with pytest.raises(ValueError, match="holds a run with native_tokens = 64, got None"):
+        encode(corpus, out)
+    with pytest.raises(ValueError, match="max_tokens must be at least merge² = 16"):
+        encode(corpus, tmp_path / "other", native_tokens=15)
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_index_says_where_everything_came_from(corpus, tmp_path):
     import hashlib
 
@@ -234,6 +259,7 @@ def test_command_line(corpus, tmp_path, capsys):
         (["{corpus}", "--layer", "6"], "layer must be in 0..5"),
         (["{corpus}", "--seed", "1"], "holds a run with model = "),
         (["{corpus}", "--threads", "2"], "holds a run with threads = 1, got 2"),
+        (["{corpus}", "--native", "64"], "holds a run with native_tokens = None, got 64"),
         (["{corpus}", "--out", "{corpus}"], "must be empty or hold an encoded corpus, and holds"),
         (["{corpus}", "--out", "{corpus}/00.png"], "File exists"),
     ],

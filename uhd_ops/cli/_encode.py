@@ -127,15 +127,20 @@ def _load(path: Path) -> Image.Image:
         return load_image(path)
 
 
-def _plan(path: Path, image: Image.Image, encoder: Encoder, max_slices: int) -> SlicePlan:
-    from uhd_ops.slicing import plan_slices
+def _plan(
+    path: Path, image: Image.Image, encoder: Encoder, arguments: argparse.Namespace
+) -> SlicePlan:
+    from uhd_ops.slicing import plan_native, plan_slices
 
+    patch_size = encoder.patch_size
+    if arguments.native is not None:
+        return plan_native(*image.size, max_tokens=arguments.native, patch_size=patch_size)
     with user_errors(ValueError, prefix=f"image {str(path)!r}: "):
         return plan_slices(
             *image.size,
-            max_slices=max_slices,
+            max_slices=arguments.max_slices,
             scale_resolution=encoder.scale_resolution,
-            patch_size=encoder.patch_size,
+            patch_size=patch_size,
         )
 
 
@@ -164,7 +169,7 @@ def _encode(
     from uhd_ops.slicing import pack_views, slice_image
 
     image = _load(path)
-    plan = _plan(path, image, encoder, arguments.max_slices)
+    plan = _plan(path, image, encoder, arguments)
     views = slice_image(image, plan)
     pixels, grids = pack_views(
         views, plan.patch_size, mean=encoder.mean, std=encoder.std, dtype=DTYPES[arguments.dtype]

@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
                 threads=arguments.threads,
                 readers=4 if device == "cuda" else 1,
                 max_slices=arguments.max_slices,
+                native_tokens=arguments.native,
                 max_tokens=arguments.max_tokens,
                 shard_mb=arguments.shard_mb,
             ),

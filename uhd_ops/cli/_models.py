@@ -20,6 +20,7 @@ from uhd_ops.cli._support import (
     seed,
     user_errors,
 )
+from uhd_ops.slicing.native_resolution import DEFAULT_MAX_TOKENS, plan_native
 
 if TYPE_CHECKING:
     from uhd_ops.corpus import CorpusModel
@@ -30,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what says which model encodes, where, and how it slices."""
+    """Declare what says which model encodes, where, and which views."""
     add = parser.add_argument
     add(
         "--model",
@@ -54,13 +55,39 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=0, help="seed of random weights (default: %(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    add(
+    views = parser.add_mutually_exclusive_group()
+    views.add_argument(
         "--max-slices",
         type=positive_int,
         default=9,
         metavar="N",
         help="cut an image into at most N slices; 1 never slices (default: %(default)s)",
     )
+    views.add_argument(
+        "--native",
+        nargs="?",
+        type=_native_tokens,
+        const=DEFAULT_MAX_TOKENS,
+        metavar="TOKENS",
+        help="instead of slices, one view at the image's own resolution, scaled down to at most "
+        "TOKENS patches (default of TOKENS: %(const)s)",
+    )
+
+
+def _native_tokens(text: str) -> int:
+    """Argparse type: the budget of a view."""
+    try:
+        tokens = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of tokens, got {text!r}; images stand before --native, or behind "
+            "its number"
+        ) from None
+    try:
+        plan_native(1, 1, max_tokens=tokens)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return tokens
 
 
 class Encoder(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from uhd_ops.corpus.sources import Source, image_size, open_regular
-from uhd_ops.slicing import SlicePlan, pack_batches, plan_slices
+from uhd_ops.slicing import SlicePlan, pack_batches, plan_native, plan_slices
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Options:
     """What decides which shard and batch an image goes into.
 
     Attributes:
+        native_tokens: Plan one view of at most so many patches, as :func:`uhd_ops.plan_native`
+            does; None plans slices.
         max_slices: As for :func:`uhd_ops.plan_slices`.
         scale_resolution: Likewise, px.
         patch_size: Side of a patch, px.
@@ -29,12 +31,30 @@ class Options:
         bytes_per_token: Bytes that a shard grows by for each token of a plan.
     """
 
+    native_tokens: int | None
     max_slices: int
     scale_resolution: int
     patch_size: int
     max_tokens: int
     shard_bytes: int
     bytes_per_token: float
+
+    def plan(self, width: int, height: int) -> SlicePlan:
+        """The views of an image, in px.
+
+        Raises:
+            ValueError: An option is out of range, or there would be too many patches.
+        """
+        if self.native_tokens is not None:
+            options = {"max_tokens": self.native_tokens, "patch_size": self.patch_size}
+            return plan_native(width, height, **options)
+        return plan_slices(
+            width,
+            height,
+            max_slices=self.max_slices,
+            scale_resolution=self.scale_resolution,
+            patch_size=self.patch_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -126,12 +146,7 @@ def _plan(root: str, source: Source, options: Options) -> PlannedImage:
     try:
         with open_regular(os.path.join(root, source.path)) as file:
             size = image_size(file)
-        plan = plan_slices(
-            *size,
-            max_slices=options.max_slices,
-            scale_resolution=options.scale_resolution,
-            patch_size=options.patch_size,
-        )
+        plan = options.plan(*size)
     except (OSError, ValueError) as error:
         return PlannedImage(source, None, str(error))
     return PlannedImage(source, plan)

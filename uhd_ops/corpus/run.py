@@ -50,6 +50,7 @@ def encode_dataset(
     threads: int = 1,
     readers: int = 1,
     max_slices: int = 9,
+    native_tokens: int | None = None,
     max_tokens: int = 32768,
     shard_mb: int = 64,
     report: Callable[[Progress], None] | None = None,
@@ -76,6 +77,8 @@ def encode_dataset(
         threads: Threads of torch in each.
         readers: Threads that read images in each.
         max_slices: Largest number of slices of an image.
+        native_tokens: Encode each image in one view at its own resolution instead, scaled down to
+            at most so many patches: see :func:`uhd_ops.plan_native`.
         max_tokens: Most tokens that are encoded at once, before any compression; an image with
             more is encoded alone.
         shard_mb: Size of a shard, in units of 10^6 bytes. An image with more is a shard alone.
@@ -107,6 +110,7 @@ def encode_dataset(
     root, images = list_images(source)
     model = make_model()
     options = Options(
+        native_tokens=native_tokens,
         max_slices=max_slices,
         scale_resolution=model.scale_resolution,
         patch_size=model.patch_size,
@@ -114,6 +118,7 @@ def encode_dataset(
         shard_bytes=shard_mb * 10**6,
         bytes_per_token=model.bytes_per_token(),
     )
+    options.plan(1, 1)  # what is wrong with an option is not wrong with an image
     settings = {
         "root": root,  # of another corpus, the same id would be another image
         "model": model.description,
