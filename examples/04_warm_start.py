@@ -71,14 +71,14 @@ ARMS += [Arm(f"{OURS}, tied", start, {**ABLATION[OURS], "form": "tied"}) for sta
 class Classifier(nn.Module):
     """A vision transformer, the connector behind it, and a linear layer on the mean token."""
 
-    def __init__(self):
+    def __init__(self, depth=DEPTH):
         super().__init__()
         self.vit = VisionTransformer(
             img_size=4 * GRID[0],
             patch_size=4,
             in_chans=1,
             embed_dim=DIM,
-            depth=DEPTH,
+            depth=depth,
             num_heads=HEADS,
             class_token=False,
             global_pool="",

@@ -54,12 +54,33 @@ def test_warm_start(tmp_path):
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_merge_stability(tmp_path):
+    script = EXAMPLES / "06_merge_stability.py"
+    output = run(sys.executable, script, "--quick", "--seeds", "1", "--out", tmp_path)
+    (results,) = tmp_path.glob("stability_*.json")
+    rows = {(row["arm"], row["start"]): row for row in json.loads(results.read_text())["rows"]}
+    assert rows.keys() == {
+        ("untouched", None),
+        *((pool, n) for n in (1, 4, 10, 18, 27) for pool in ("mean", "adaptive", "unshuffle")),
+    }
+    for n in (1, 4, 10, 18, 27):
+        mean, adaptive = rows["mean", n], rows["adaptive", n]
+        # The same function, before training; an MLP that nothing has trained is another.
+        assert mean["similarity"] == pytest.approx(adaptive["similarity"], abs=1e-5)
+        assert mean["similarity"] > rows["unshuffle", n]["similarity"]
+        assert 0 < mean["redundancy"] <= 1
+    # The mean and the norm behind the last block change places, and nothing else does.
+    assert rows["mean", 27]["similarity"] > 0.9
+    assert "| 2 of 12 (paper: 4 of 27) | adaptive | " in output
+
+
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "01_one_op.py",
         "02_retrofit_timm_vit.py",
         "03_ops_in_your_model.py",
         "04_warm_start.py",
+        "06_merge_stability.py",
         "warm_start_report.py",
     }
 
