@@ -173,16 +173,19 @@ PLANNERS = {  # option: the function, and what it takes
 
 
 @pytest.mark.parametrize("option", PLANNERS, ids=" ".join)
-def test_encode_equals_the_library(option, photo):
+def test_encode_equals_the_library(option, photo, capsys):
     """The tokens are those of the public functions, called by hand."""
     import timm
 
     _, folder = encode(photo, *option, "--seed", "3")
+    printed = capsys.readouterr().out
     torch.manual_seed(3)
     vit = uhd_ops.insert_early_compressor(timm.create_model(MODEL, num_classes=0).eval(), 2)
     image = uhd_ops.load_image(photo)
     planner, options = PLANNERS[option]
     plan = planner(*image.size, patch_size=16, **options)
+    where = "thumbnail" if plan.grid else "whole image at"
+    assert f"{plan.num_views}: {where} {plan.thumbnail[0]}x{plan.thumbnail[1]} px" in printed
     config = vit.pretrained_cfg
     pixels, grids = uhd_ops.pack_views(
         uhd_ops.slice_image(image, plan), 16, mean=config["mean"], std=config["std"]
@@ -277,7 +280,7 @@ def test_refuses(command, message, photo, capsys):
             "argument --max-slices: must be at least 1, got 0",
         ),
         (["encode", "x.jpg", "--native", "64", "--max-slices", "2"], "not allowed with argument"),
-        (["encode", "x.jpg", "--native", "15"], "max_tokens must be at least merge² = 16"),
+        (["encode", "x.jpg", "--native", "15"], "argument --native: must be at least 16, got 15"),
         (
             ["encode", "--native", "x.jpg"],
             "must be a number of tokens, got 'x.jpg'; images stand before --native, or behind its",

@@ -120,7 +120,7 @@ def test_native_resolution(corpus, tmp_path):
     assert contents(out) == before
     with pytest.raises(ValueError, match="holds a run with native_tokens = 64, got None"):
         encode(corpus, out)
-    with pytest.raises(ValueError, match="max_tokens must be at least merge² = 16"):
+    with pytest.raises(ValueError, match="native_tokens must be at least 16, got 15"):
         encode(corpus, tmp_path / "other", native_tokens=15)
     assert not (tmp_path / "other").exists()
 

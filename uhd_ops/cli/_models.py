@@ -20,7 +20,7 @@ from uhd_ops.cli._support import (
     seed,
     user_errors,
 )
-from uhd_ops.slicing.native_resolution import DEFAULT_MAX_TOKENS, plan_native
+from uhd_ops.slicing.native_resolution import DEFAULT_MAX_TOKENS, LEAST_MAX_TOKENS
 
 if TYPE_CHECKING:
     from uhd_ops.corpus import CorpusModel
@@ -83,10 +83,8 @@ def _native_tokens(text: str) -> int:
             f"must be a number of tokens, got {text!r}; images stand before --native, or behind "
             "its number"
         ) from None
-    try:
-        plan_native(1, 1, max_tokens=tokens)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    if tokens < LEAST_MAX_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be at least {LEAST_MAX_TOKENS}, got {tokens}")
     return tokens
 
 

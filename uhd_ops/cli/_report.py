@@ -91,9 +91,10 @@ def show(summary: dict[str, Any]) -> None:
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     plan, model, compressor = summary["plan"], summary["model"], summary["compressor"]
-    views = f"thumbnail {_times(plan['thumbnail'])} px"
+    views = f"whole image at {_times(plan['thumbnail'])} px"
     if plan["grid"]:
-        views += f", {_times(plan['grid'])} slices of {_times(plan['slice'])} px"
+        slices = f"{_times(plan['grid'])} slices of {_times(plan['slice'])} px"
+        views = f"thumbnail {_times(plan['thumbnail'])} px, {slices}"
     return [
         ("image", f"{summary['image']}, {_times(plan['image_size'])} px"),
         ("views", f"{summary['views']}: {views}"),
@@ -147,7 +148,8 @@ def draw(
     (top_left, top_right), bottom = figure.subplots(2, 2)
     _draw_image(top_left, image, plan)
     top_right.imshow(thumbnail, extent=(0, width, height, 0))
-    top_right.set_title(f"thumbnail, {thumbnail.width}x{thumbnail.height} px")
+    name = "thumbnail" if plan.grid else "whole image"
+    top_right.set_title(f"{name}, {thumbnail.width}x{thumbnail.height} px")
     before = norm_map(runs.norms_before, plan.grids, plan.grid)
     after = norm_map(runs.norms_after, runs.compressed.grids, plan.grid)
     where = " in the slices" if plan.grid else ""

@@ -13,12 +13,13 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from uhd_ops._checks import check_positive_int
+from uhd_ops._checks import check_int, check_positive_int
 from uhd_ops.corpus.encoding import CorpusModel, EncodedShard, ShardEncoder
 from uhd_ops.corpus.engines import run_local, run_ray
 from uhd_ops.corpus.plan import Options, plan_shards
 from uhd_ops.corpus.sources import list_images
 from uhd_ops.corpus.store import Store
+from uhd_ops.slicing.native_resolution import LEAST_MAX_TOKENS
 
 Engine = Literal["local", "ray"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -78,7 +79,7 @@ def encode_dataset(
         readers: Threads that read images in each.
         max_slices: Largest number of slices of an image.
         native_tokens: Encode each image in one view at its own resolution instead, scaled down to
-            at most so many patches: see :func:`uhd_ops.plan_native`.
+            at most so many patches, 16 or more: see :func:`uhd_ops.plan_native`.
         max_tokens: Most tokens that are encoded at once, before any compression; an image with
             more is encoded alone.
         shard_mb: Size of a shard, in units of 10^6 bytes. An image with more is a shard alone.
@@ -93,7 +94,7 @@ def encode_dataset(
         OSError: ``out`` cannot be written, for example because the disk is full.
         RuntimeError: Another run is writing to ``out``, or a worker died.
         TypeError: An argument has the wrong type.
-        ValueError: A number is not positive, ``engine`` is neither of the two, or ``out`` holds
+        ValueError: A number is out of range, ``engine`` is neither of the two, or ``out`` holds
             something else, or a run with other options.
 
     Source:
@@ -105,6 +106,8 @@ def encode_dataset(
     numbers |= {"max_slices": max_slices, "max_tokens": max_tokens, "shard_mb": shard_mb}
     for name, number in numbers.items():
         check_positive_int(number, name)
+    if native_tokens is not None:
+        check_int(native_tokens, "native_tokens", LEAST_MAX_TOKENS)
     if importlib.util.find_spec("safetensors") is None:
         raise ImportError("shards need safetensors: pip install uhd_ops[cli]")
     root, images = list_images(source)

@@ -11,6 +11,8 @@ from uhd_ops.slicing.plan import SlicePlan
 
 # What Kimi K2.5's image processor takes: 1792 x 1792 px in patches of 14 px.
 DEFAULT_MAX_TOKENS = 16384
+_MERGE = 4
+LEAST_MAX_TOKENS = _MERGE**2  # for this merge
 
 
 def plan_native(
@@ -19,7 +21,7 @@ def plan_native(
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     patch_size: int = 14,
-    merge: int = 4,
+    merge: int = _MERGE,
     max_upscale: float | None = 1.0,
 ) -> SlicePlan:
     """Plan one view of the whole image: native resolution, or "global encoding".
