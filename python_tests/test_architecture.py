@@ -383,7 +383,7 @@ def own_calls(function):
     calls, package = [], str(pathlib.Path(uhd_ops.__file__).parent)
     def note(frame, event, _):
         if event == "call" and frame.f_code.co_filename.startswith(package):
-            calls.append(frame.f_code.co_filename)
+            calls.append(frame.f_code.co_filename.split(", ")[0])  # "file, template in it"
     sys.setprofile(note)
     try:
         function()

@@ -11,6 +11,7 @@ import torch
 from battery import assert_same_bits
 from battery.marks import native_only
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 import uhd_ops
@@ -123,6 +124,48 @@ def test_transformations_and_modes_are_seen(name):
     assert_same_bits(batched[0], expected)
     with uhd_ops.definitions():
         assert called(lambda: function(*tensors, grids))[1][0].startswith("aten::")
+    with Seen() as mode:
+        assert_same_bits(function(*tensors, grids), expected)
+    assert f"uhd_ops.{name}.default" in mode.names
+
+
+class Seen(TorchFunctionMode):
+    """What is called while this is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_default_device_changes_nothing():
+    with torch.device("meta"):
+        assert _native.is_eager()
+        with Seen():
+            assert not _native.is_eager()
+    assert _native.is_eager()
+
+
+@every_op
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensors_that_are_only_marked(name, requires_grad):
+    """Their memory holds something else, or there is none."""
+    grids, function = PackedGrids(PAIRS), getattr(uhd_ops, name)
+    tensors = tensors_of(name, requires_grad)
+    for _ in range(2):
+        expected = function(*tensors, grids)
+
+    def result(place, x):
+        return function(*tensors[:place], x, *tensors[place + 1 :], grids)
+
+    for place, x in enumerate(tensors):
+        negated, nothing = torch._neg_view(-x), torch._efficientzerotensor(x.shape)
+        assert negated.is_neg()
+        assert_same_bits(result(place, negated), expected)
+        assert_same_bits(result(place, nothing), result(place, torch.zeros_like(x)))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.jit: it is deprecated, and sizes are tensors

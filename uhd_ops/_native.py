@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 _DIRECTORY = Path(__file__).resolve().parent
 _LIBRARIES = {"cpu": "libuhd_cpu.so", "cuda": "libuhd_cuda.so"}
@@ -175,23 +176,31 @@ _is_compiling = torch.compiler.is_compiling
 _in_functorch = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _traced_by_jit = torch._C._get_tracing_state
+_function_modes = torch._C._len_torch_function_stack
 
 
 def is_eager() -> bool:
     """Whether nothing but PyTorch's eager mode sees this call.
 
     Not while torch.compile, torch.export or torch.jit trace, in torch.func, in forward-mode
-    differentiation, where a dispatch mode is on, that of fake tensors among them, and in
-    :func:`definitions`.
+    differentiation, where a dispatch mode is on, that of fake tensors among them, or a mode of
+    functions, and in :func:`definitions`.
     """
     return not (
         _is_compiling()
         or _definitions_only
         or _in_functorch()
         or _dispatch_modes()
+        or (_function_modes() and not _only_default_device())
         or _traced_by_jit()
         or forward_ad._current_level >= 0
     )
+
+
+def _only_default_device() -> bool:
+    """Whether the modes of functions are default devices, which concern new tensors alone."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
 def register(
@@ -229,21 +238,52 @@ def register(
 
     derivative = f"_{name.lstrip('_')}_backward"
     again, setup_again = twice or (refuse, lambda ctx, inputs, output: None)
-    _register_one(name, fake, backward, setup_context)
-    _register_one(derivative, backward_fake, again, setup_again)
+    _register_one(name, fake, backward, setup_context, False)
+    _register_one(derivative, backward_fake, again, setup_again, True)
 
 
-def _register_one(name, fake, backward, setup_context) -> None:
+def _register_one(name, fake, backward, setup_context, derivative) -> None:
     torch.library.register_fake(f"uhd_ops::{name}", fake)
     torch.library.register_autograd(f"uhd_ops::{name}", backward, setup_context=setup_context)
     operator = getattr(torch.ops.uhd_ops, name).default
-    setattr(operators, name, _eager_call(operator, backward, setup_context))
+    setattr(operators, name, _eager_call(operator, backward, setup_context, derivative))
+
+
+# Where nothing is to be done between a call of an operator and its kernel, the kernel is called by
+# its dispatch key, which is a microsecond less. A profiler gets the operator's name from the
+# dispatcher, which also sees to tensors that are only marked as negated, or as zeros. The gradients
+# that a derivative gets come from anywhere, so that it is always left to the dispatcher.
+_BY_KEY = (
+    "by_key(cpu if {first}.is_cpu else cuda, {every}) if ({first}.is_cpu or {first}.is_cuda)"
+    " and not (profiling() or {marked}) else by_name({every})"
+)
+_EAGER = """
+def by_name({every}):
+    with below_autograd():
+        return dispatch({every})
+
+def forward(ctx, {tensors}, others):
+    {others} = others
+    output = {call}
+    setup_context(ctx, ({every}), output)
+    return output
+
+def backward(ctx, *grads):
+    {every} = derive(ctx, *grads)
+    return {tensors}, None
+
+def eager({every}):
+    if is_grad_enabled() and ({differentiated}):
+        return apply({tensors}, ({others}))
+    return {call}
+"""
 
 
 def _eager_call(
     operator: torch._ops.OpOverload,
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
+    derivative: bool,
 ) -> Callable[..., Any]:
     """Return a function that calls an operator, in eager mode past what only tracing needs.
 
@@ -251,39 +291,54 @@ def _eager_call(
     there are gradients or not. In eager mode the derivative is the same, by the same functions,
     from a node that calls the operator's kernel below autograd. The attribute ``eager`` of the
     function is for callers that know that the mode is eager and the tensors are no subclass.
+
+    A node looks at each of its inputs by itself, longest at one that is no tensor: so it has the
+    tensors, and one more for all others. The functions are made with the names of the arguments, as
+    those of a dataclass are: with ``*args`` a call takes a microsecond more.
     """
-    below_autograd, native = torch._C._AutoDispatchBelowAutograd, operator._op
+    every = [argument.name for argument in operator._schema.arguments]
     # Tables of views hold integers.
-    tensors = [
-        place
-        for place, argument in enumerate(operator._schema.arguments)
+    tensors = {
+        argument.name: "Optional" in str(argument.type)
+        for argument in operator._schema.arguments
         if "Tensor" in str(argument.type) and argument.name not in ("views", "rows")
-    ]
+    }
 
-    def forward(ctx, *args):
-        with below_autograd():
-            output = native(*args)
-        setup_context(ctx, args, output)
-        return output
+    def any_of(question: str) -> str:
+        return " or ".join(
+            (f"{x} is not None and " if optional else "") + question.replace("{}", x)
+            for x, optional in tensors.items()
+        )
 
-    node = type(
-        f"{operator._opname}_eager",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
-    apply, is_grad_enabled = node.apply, torch.is_grad_enabled
-
-    def eager(*args):
-        if is_grad_enabled():
-            for place in tensors:
-                x = args[place]
-                if x is not None and x.requires_grad:
-                    return apply(*args)
-        with below_autograd():
-            return native(*args)
+    parts = {
+        "every": ", ".join(every) + ",",
+        "first": every[0],
+        "tensors": ", ".join(tensors),
+        "others": ", ".join(x for x in every if x not in tensors) + ",",
+        "differentiated": any_of("{}.requires_grad"),
+        "marked": any_of("({}.is_neg() or {}._is_zerotensor())"),
+    }
+    call = "by_name({every})" if derivative else _BY_KEY
+    source = _EAGER.format(call=call.format(**parts), **parts)
+    names = {
+        "setup_context": setup_context,
+        "derive": backward,
+        "dispatch": operator._op,
+        "by_key": operator._handle.redispatch_boxed,
+        "cpu": torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),
+        "cuda": torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
+        "below_autograd": torch._C._AutoDispatchBelowAutograd,
+        "profiling": torch.autograd._profiler_enabled,
+        "is_grad_enabled": torch.is_grad_enabled,
+    }
+    exec(compile(source, f"{__file__}, _EAGER", "exec"), names)
+    methods = {name: staticmethod(names[name]) for name in ("forward", "backward")}
+    node = type(f"{operator._opname}_eager", (torch.autograd.Function,), methods)
+    names["apply"] = node.apply
+    eager, places = names["eager"], [every.index(x) for x in tensors]
 
     def call(*args):
-        for place in tensors:
+        for place in places:
             if type(args[place]) not in PLAIN_TENSORS:
                 return operator(*args)
         return eager(*args) if is_eager() else operator(*args)
