@@ -126,6 +126,7 @@ NORMAL = st.integers(15, 8000)  # Qwen rounds a side of less than half a unit of
 @settings(deadline=None, max_examples=1000)
 @given(width=NORMAL, height=NORMAL, max_tokens=st.integers(4, 20000))
 @example(width=8000, height=8000, max_tokens=16384)
+@example(width=36, height=847, max_tokens=100)
 @example(width=400, height=50, max_tokens=56)  # Qwen's rule enlarges: 14.3 x 1.8 units to 14 x 1
 def test_qwen(width, height, max_tokens):
     """Equal to Qwen's, but where its rule for large images enlarges one: there no side grows."""

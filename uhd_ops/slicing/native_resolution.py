@@ -82,13 +82,14 @@ def plan_native(
         )
     unit, scale = patch_size * merge, _checks.upscale(max_upscale)
     most = max_tokens // merge**2  # units x units in the view
-    # At the largest scale; neither side can have more units than the whole view.
-    columns, rows = (max(round(min(side * scale / unit, most)), 1) for side in (width, height))
+    # At the largest scale, which may be infinite; what is cut off does not fit anyway.
+    columns, rows = (max(round(min(side * scale / unit, 2 * most)), 1) for side in (width, height))
     if columns * rows > most:
         # The largest scale s with (s * width) * (s * height) px in the budget gives the sides
-        # sqrt(width / height * max_tokens) and sqrt(height / width * max_tokens) patches.
-        columns = min(columns, math.isqrt(width * max_tokens // (height * merge**2)))
-        rows = min(rows, math.isqrt(height * max_tokens // (width * merge**2)))
+        # sqrt(width / height * max_tokens) and sqrt(height / width * max_tokens) patches. Where one
+        # of them is below a unit, the other may be too long.
+        columns = min(columns, math.isqrt(width * max_tokens // (height * merge**2)), most)
+        rows = min(rows, math.isqrt(height * max_tokens // (width * merge**2)), most)
         columns, rows = max(columns, 1), max(rows, 1)
     return SlicePlan(
         image_size=(width, height),
