@@ -49,4 +49,4 @@ families="(VisionTransformer or Beit or SigLIP or CLIP) and not RelPos and not S
 later="biases or masks_are_refused or (set_input_size and Beit) or (gradient_checkpointing and (SigLIP or CLIP))"
 UHD_OPS_TEST_FAMILIES="vision_transformer relative_positions" run "$tests/test_families.py" \
     "$tests/test_families_lifecycle.py" "$tests/test_hf_pretrained.py" -k "$families and not ($later)"
-run "$tests/test_cli.py" "$tests/test_cli_bench.py" "$tests/test_cli_flops.py" -k "not takes_every_family and not other_families"
+run "$tests"/test_cli{,_bench,_flops,_profile}.py -k "not takes_every_family and not other_families"

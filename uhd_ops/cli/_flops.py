@@ -9,10 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from uhd_ops import flops
 from uhd_ops.cli import _paper
+from uhd_ops.cli._models import make_without_weights
 from uhd_ops.cli._support import (
     BLUE,
     GREY,
@@ -65,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=positive_int, metavar="F", help="side of a window (default: 2)")
     add(
         "--progressive",
-        type=_indices,
+        type=indices,
         metavar="K,K",
         help="merge after these 0-based blocks, such as 3,17, instead of the early compressor",
     )
@@ -114,14 +113,16 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is shown of one model."""
     name, options = arguments.model, _options(arguments)
     errors = (ValueError, NotImplementedError)
-    vit = _make(name)
+    vit = make_without_weights(name)
     with user_errors(*errors, prefix=f"model {name}: "):
         patch = flops.patch_size(vit)
         grid = _grid(arguments, vit, patch)
         try:
             without = flops.of_vit(vit, [grid])
         except ValueError:  # made for another size
-            vit = _make(name, img_size=tuple(s * p for s, p in zip(grid, patch, strict=True)))
+            vit = make_without_weights(
+                name, img_size=tuple(s * p for s, p in zip(grid, patch, strict=True))
+            )
             without = flops.of_vit(vit, [grid])
         with_it = flops.of_vit(_insert(vit, **options), [grid])
     return {
@@ -158,21 +159,6 @@ def _insert(vit: nn.Module, **options: Any) -> nn.Module:
     return insert_early_compressor(vit, **options)
 
 
-def _make(name: str, **options: Any) -> nn.Module:
-    """Make a timm model without weights."""
-    import timm
-
-    from uhd_ops.cli._models import why_not
-
-    # timm 1.0.20 reads the rates of drop path from a tensor, which must have data for that.
-    device = "meta" if hasattr(timm.layers, "calculate_drop_path_rates") else "cpu"
-    try:
-        with torch.device(device):
-            return timm.create_model(name, num_classes=0, **options).to("meta")
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(why_not(name, error, pretrained=False)) from error
-
-
 def _grid(arguments: argparse.Namespace, vit: nn.Module, patch: tuple[int, int]) -> tuple[int, int]:
     """The patch grid asked for, or that of the size that the model was made for."""
     if arguments.grid:
@@ -201,7 +187,7 @@ def _sides(text: str) -> tuple[int, int]:
     return sides
 
 
-def _indices(text: str) -> list[int]:
+def indices(text: str) -> list[int]:
     """Argparse type: 0-based indices of blocks, separated by commas."""
     return [non_negative_int(part) for part in text.split(",")]
 

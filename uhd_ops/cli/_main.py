@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import uhd_ops
-from uhd_ops.cli import _bench, _encode, _encode_dataset, _flops, _info
+from uhd_ops.cli import _bench, _encode, _encode_dataset, _flops, _info, _profile
 from uhd_ops.cli._support import UserError
 
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"uhd_ops {uhd_ops.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {"encode": _encode, "encode-dataset": _encode_dataset}
-    modules |= {"flops": _flops, "info": _info, "bench": _bench}
+    modules |= {"flops": _flops, "profile": _profile, "info": _info, "bench": _bench}
     for name, module in modules.items():
         summary = module.SUMMARY
         command = commands.add_parser(name, help=summary, description=f"{summary}.")

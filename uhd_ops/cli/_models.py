@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the vision transformer that ``uhd-ops encode`` runs."""
+"""Make the vision transformers that the commands run and count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import difflib
 import os
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,19 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         help="timm vision transformer, see docs/models.md (default: %(default)s)",
     )
-    add(
-        "--layer",
-        type=non_negative_int,
-        default=6,
-        metavar="K",
-        help="0-based block after which the compressor runs (default: %(default)s)",
-    )
-    add(
-        "--form",
-        choices=("dense", "block", "tied"),
-        default="dense",
-        help="weight form of the compressor's MLP (default: %(default)s)",
-    )
+    add_compressor_arguments(parser)
     add("--pretrained", action="store_true", help="fetch the model's weights; random otherwise")
     add("--seed", type=seed, default=0, help="seed of random weights (default: %(default)s)")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
@@ -74,6 +62,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_compressor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what says where the compressor stands, and what it is."""
+    add = parser.add_argument
+    add(
+        "--layer",
+        type=non_negative_int,
+        default=6,
+        metavar="K",
+        help="0-based block after which the compressor runs (default: %(default)s)",
+    )
+    add(
+        "--form",
+        choices=("dense", "block", "tied"),
+        default="dense",
+        help="weight form of the compressor's MLP (default: %(default)s)",
+    )
+
+
 def _native_tokens(text: str) -> int:
     """Argparse type: the budget of a view."""
     try:
@@ -93,7 +99,7 @@ class Encoder(NamedTuple):
 
     vit: nn.Module
     depth: int  # blocks
-    weights: str  # for people: "pretrained" or "random (seed 0)"
+    weights: str  # for people: "pretrained", "random (seed 0)" or "none"
     patch_size: int  # px
     scale_resolution: int  # px
     mean: tuple[float, ...]
@@ -128,6 +134,37 @@ def load_encoder(name: str, *, pretrained: bool, seed: int, dtype: torch.dtype) 
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(why_not(name, error, pretrained=pretrained)) from error
     weights = "pretrained" if pretrained else f"random (seed {seed})"
+    return _read(name, vit.to(dtype), weights)
+
+
+def planned_encoder(name: str) -> Encoder:
+    """Create a timm model without weights, on the meta device.
+
+    Raises:
+        UserError: There is no such model, or it is of a class that takes no compressor.
+    """
+    return _read(name, make_without_weights(name), "none")
+
+
+def make_without_weights(name: str, **options: Any) -> nn.Module:
+    """Make a timm model of sizes only, on the meta device.
+
+    Raises:
+        UserError: There is no such model, or it takes no such options.
+    """
+    import timm
+
+    # timm 1.0.20 reads the rates of drop path from a tensor, which must have data for that.
+    device = "meta" if hasattr(timm.layers, "calculate_drop_path_rates") else "cpu"
+    try:
+        with torch.device(device):
+            return timm.create_model(name, num_classes=0, **options).to("meta")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(why_not(name, error, pretrained=False)) from error
+
+
+def _read(name: str, vit: nn.Module, weights: str) -> Encoder:
+    """Read what slicing has to know about a model."""
     with user_errors(NotImplementedError, prefix=f"model {name}: "):
         from uhd_ops.retrofit.registry import packed_of
 
@@ -135,7 +172,7 @@ def load_encoder(name: str, *, pretrained: bool, seed: int, dtype: torch.dtype) 
     patch_size, _ = packed.patch_size(transformer)
     depth, config = len(transformer.get_submodule(packed.blocks_name)), vit.pretrained_cfg
     side = max(config["input_size"][1:])
-    vit = vit.to(dtype).eval().requires_grad_(False)
+    vit = vit.eval().requires_grad_(False)
     return Encoder(vit, depth, weights, patch_size, side, config["mean"], config["std"])
 
 
