@@ -125,8 +125,9 @@ def pixel_unshuffle_mlp(
     )
     where, sides, form = found
     if direct is not None:
-        z, mean = unshuffle_norm(x, where, norm_weight, norm_bias, eps, factor, residual)
-        y = _mlp(z, *mlp, form, factor, activation)
+        norm = norm_weight, norm_bias
+        z, mean = unshuffle_norm(x, where, *norm, eps, factor, residual, direct=True)
+        y = _mlp(z, *mlp, form, factor, activation, True)
         return y + mean if residual else y
     if not _native.has_kernels(x.device):
         return reference.pixel_unshuffle_mlp(
@@ -178,20 +179,22 @@ def mlp_form(fc1_weight: torch.Tensor, channels: int, factor: int) -> str | None
     return "dense" if fc1_weight.shape[1] == factor**2 * channels else "tied"
 
 
-def _mlp(z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, form, factor, activation) -> torch.Tensor:
+def _mlp(
+    z, fc1_weight, fc1_bias, fc2_weight, fc2_bias, form, factor, activation, direct=False
+) -> torch.Tensor:
     if form == "dense":
-        hidden = linear_activation(z, fc1_weight, fc1_bias, activation)
+        hidden = linear_activation(z, fc1_weight, fc1_bias, activation, direct=direct)
         return functional.linear(hidden, fc2_weight, fc2_bias)
     patches, channels = factor**2, z.shape[1] // factor**2
     if form == "tied":
         rows = z.view(-1, channels)
-        hidden = linear_activation(rows, fc1_weight, fc1_bias, activation, group=patches)
+        hidden = linear_activation(rows, fc1_weight, fc1_bias, activation, patches, direct)
         return functional.linear(hidden, fc2_weight, fc2_bias)
     # Blocks of z and of the weights are views, and one patch's hidden layer is alive at a time.
     y = None
     for p, patch in enumerate(z.split(channels, dim=1)):
         bias = None if fc1_bias is None else fc1_bias[p]
-        hidden = linear_activation(patch, fc1_weight[p], bias, activation)
+        hidden = linear_activation(patch, fc1_weight[p], bias, activation, direct=direct)
         if y is None:
             y = functional.linear(hidden, fc2_weight[p], fc2_bias)
         else:
@@ -262,15 +265,18 @@ def unshuffle_norm(
     eps: float,
     factor: int,
     residual: bool,
+    direct: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``z (M, f²C)``, normalised over each window, and the window means ``(M, C)``.
 
     The arguments are checked already; ``x`` is packed. The statistics and the arithmetic are in
-    float32, float64 for float64. The means are empty unless ``residual``.
+    float32, float64 for float64. The means are empty unless ``residual``. ``direct``: the call is
+    one that may take the operator's ``eager`` form.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = _in_dtype(norm_weight, wide), _in_dtype(norm_bias, wide)
-    z, mean, _, _ = _native.operators._unshuffle_norm(
+    operator = _native.operators._unshuffle_norm
+    z, mean, _, _ = (operator.eager if direct else operator)(
         x, where.views, where.all_windows, weight, bias, float(eps), factor, residual
     )
     return z, mean
@@ -336,6 +342,7 @@ def linear_activation(
     bias: torch.Tensor | None,
     activation: str,
     group: int = 1,
+    direct: bool = False,
 ) -> torch.Tensor:
     """Return ``activation(z weightᵀ + bias)``, averaged over each ``group`` of consecutive rows.
 
@@ -345,6 +352,7 @@ def linear_activation(
         bias: ``(O,)`` or None.
         activation: Name of the activation.
         group: Rows to average; divides R.
+        direct: Whether the call may take the operator's ``eager`` form.
 
     Returns:
         ``(R / group, O)``. Bias, activation and mean are computed in float32 (float64 for float64)
@@ -356,7 +364,8 @@ def linear_activation(
     differentiated = torch.is_grad_enabled() and (
         z.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    hidden, _ = _native.operators._linear_activation(
+    operator = _native.operators._linear_activation
+    hidden, _ = (operator.eager if direct else operator)(
         z, weight, bias, activation, group, differentiated, _fused(z, activation, group)
     )
     return hidden
