@@ -60,12 +60,11 @@ class Arm(NamedTuple):
     options: dict | None  # of insert_early_compressor; None inserts nothing
 
 
-STARTS = ("reused", "random")
 ARMS = [Arm("untouched", "", None), Arm("post-ViT", "", None)]
 for name, options in ABLATION.items():
-    starts = ("",) if name == "average pool" else STARTS
+    starts = ("",) if name == "average pool" else report.STARTS
     ARMS += [Arm(name, start, options) for start in starts]
-ARMS += [Arm(f"{OURS}, tied", start, {**ABLATION[OURS], "form": "tied"}) for start in STARTS]
+ARMS += [Arm(f"{OURS}, tied", start, {**ABLATION[OURS], "form": "tied"}) for start in report.STARTS]
 
 
 class Classifier(nn.Module):
@@ -255,7 +254,7 @@ def run(seeds, settings):
             cpu_seconds += seconds
             print(f"seed {done[0]['seed']}: {seconds:.0f} CPU seconds", flush=True)
     return {
-        "environment": report.environment(),
+        "environment": report.environment("timm", "scikit-learn", processes=2),
         "settings": {
             **settings._asdict(),
             "model": {"dim": DIM, "depth": DEPTH, "heads": HEADS, "layer": LAYER, "grid": GRID},

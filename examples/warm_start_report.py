@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plot of what 04_warm_start.py recorded.
+"""Tables and plots of what 04_warm_start.py and 05_train_mllm.py recorded.
 
 python examples/warm_start_report.py           write the newest results into docs/warm_start.md
 python examples/warm_start_report.py --check   fail where the page is out of date
@@ -22,11 +22,11 @@ import uhd_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "warm_start.md"
-BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
+STARTS = ("reused", "random")
 COLOURS = {"reused": "tab:blue", "random": "tab:orange", "": "tab:green"}
 
 
-def environment():
+def environment(*packages, processes):
     """Machine, versions and commit that the numbers of this process belong to."""
 
     def command(*words):
@@ -35,15 +35,14 @@ def environment():
 
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    packages = ("torch", "timm", "scikit-learn", "numpy")
     return {
         "cpu": model[1] if model else platform.processor(),
         "logical_cpus": os.cpu_count(),
-        "processes": 2,
+        "processes": processes,
         "threads_per_process": 1,
         "cpu_isa": uhd_ops._native.cpu_isa(),
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: version(name) for name in ("torch", "numpy", *packages)},
         "uhd_ops": uhd_ops.__version__,
         "commit": command("git", "rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(command("git", "status", "--porcelain")),
@@ -58,13 +57,19 @@ def to_json(record):
     return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {rows}\n ]\n}}\n'
 
 
-def curves(record):
-    """Accuracy in %, one list of steps for each seed: ``{(arm, start): [[...], ...]}``."""
+def series(record, key, unit=1.0):
+    """What the rows have under ``key``, by seed: ``{(arm, start): [first, second, ...]}``."""
     found = {}
     for row in sorted(record["rows"], key=lambda row: row["seed"]):
-        accuracy = [100 * n / record["settings"]["test_images"] for n in row["correct"]]
-        found.setdefault((row["arm"], row["start"]), []).append(accuracy)
+        value = row[key]
+        value = [unit * v for v in value] if isinstance(value, list) else unit * value
+        found.setdefault((row["arm"], row["start"]), []).append(value)
     return found
+
+
+def accuracy(record, key="correct"):
+    """Counts of test images in %."""
+    return series(record, key, 100 / record["settings"]["test_images"])
 
 
 def mean_and_deviation(values):
@@ -72,10 +77,10 @@ def mean_and_deviation(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def cell(values, sign=""):
+def cell(values, sign="", digits=1):
     """Mean ± standard deviation."""
     mean, deviation = mean_and_deviation(values)
-    return f"{mean:{sign}.1f} ± {deviation:.1f}"
+    return f"{mean:{sign}.{digits}f} ± {deviation:.{digits}f}"
 
 
 def first_reached(record, seeds, level=90):
@@ -85,18 +90,10 @@ def first_reached(record, seeds, level=90):
     return str(next(reached, "never"))
 
 
-def readable(record):
-    """Accuracy in % of the readout at step 0, one for each seed: ``{(arm, start): [...]}``."""
-    found = {}
-    for row in sorted(record["rows"], key=lambda row: row["seed"]):
-        accuracy = 100 * row["readable"] / record["settings"]["test_images"]
-        found.setdefault((row["arm"], row["start"]), []).append(accuracy)
-    return found
-
-
 def tables(record):
     """Return the tables of a record, and where it was measured, as Markdown."""
-    steps, found, readout = record["steps"], curves(record), readable(record)
+    steps, found = record["steps"], accuracy(record)
+    readout = accuracy(record, "readable")
     shown = [0, 1, steps.index(record["stage_2_from_step"]), len(steps) - 1]
     titles = ["readout, step 0", "step 0", f"step {steps[1]}"]
     titles += [
@@ -111,44 +108,68 @@ def tables(record):
         cells = [cell(readout[arm, start])]
         cells += [cell([curve[i] for curve in seeds]) for i in shown]
         lines.append(f"| {' | '.join([arm, start, *cells, first_reached(record, seeds)])} |")
-    lines += [
-        "",
-        "Reused minus random, in percentage points, by pairs of the same seed:",
-        "",
-        f"| variant | {titles} |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    lines += ["", "Reused minus random, in percentage points, by pairs of the same seed:", ""]
+    lines += [f"| variant | {titles} |", "|---|---:|---:|---:|---:|---:|"]
     for arm in (arm for arm, start in found if start == "reused"):
-        starts = [(arm, "reused"), (arm, "random")]
-        cells = [_difference(*(readout[key] for key in starts))]
-        cells += [_difference(*([c[i] for c in found[key]] for key in starts)) for i in shown]
-        lines.append(f"| {' | '.join([arm, *cells])} |")
-    return "\n".join([*lines, "", measured(record)]) + "\n"
+        columns = [(readout[arm, "reused"], readout[arm, "random"])]
+        columns += [[[c[i] for c in found[arm, start]] for start in STARTS] for i in shown]
+        lines.append(f"| {' | '.join([arm, *(difference(*pair) for pair in columns)])} |")
+    where = measured(record, f"Accuracy in % of {record['settings']['test_images']} test images")
+    return "\n".join([*lines, "", where]) + "\n"
 
 
-def _difference(reused, random):
-    return cell([a - b for a, b in zip(reused, random, strict=True)], "+")
+def page_tables(record):
+    """Return the tables of a record of 05_train_mllm.py, and where it was measured, as Markdown."""
+    found, losses = accuracy(record), series(record, "loss")
+    tokens = {(row["arm"], row["start"]): row["visual_tokens"] for row in record["rows"]}
+    shown = [0, *(record["steps"].index(step) for step in record["ends"].values())]
+    titles = ["step 0", *(f"{name}, step {step}" for name, step in record["ends"].items())]
+    titles = " | ".join(titles)
+    lines = []
+    for title, values, digits in (("exact", found, 1), ("loss", losses, 3)):
+        lines += [f"| {title} | start | tokens | {titles} |", "|---|---|" + "---:|" * 6]
+        for (arm, start), seeds in values.items():
+            cells = [cell([curve[i] for curve in seeds], "", digits) for i in shown]
+            lines.append(f"| {' | '.join([arm, start, str(tokens[arm, start]), *cells])} |")
+        lines.append("")
+    lines += ["Reused minus random, by pairs of the same seed:", ""]
+    lines += [f"| | {titles} |", "|---|" + "---:|" * 5]
+    for title, values, digits in (("exact", found, 1), ("loss", losses, 3)):
+        (arm,) = {arm for arm, start in values if start}
+        columns = [[[c[i] for c in values[arm, start]] for start in STARTS] for i in shown]
+        cells = [difference(*pair, digits) for pair in columns]
+        lines.append(f"| {' | '.join([title, *cells])} |")
+    pages = record["settings"]["test_images"]
+    where = measured(
+        record,
+        f"*Exact*: test pages without a wrong letter, in % of {pages}; *loss*: of a token of the "
+        "answer; *tokens*: visual tokens per page in the decoder",
+    )
+    return "\n".join([*lines, "", where]) + "\n"
 
 
-def measured(record):
-    """Where and with what, in a sentence."""
+def difference(reused, random, digits=1):
+    return cell([a - b for a, b in zip(reused, random, strict=True)], "+", digits)
+
+
+def measured(record, what):
+    """What, where and with what, in a sentence or two."""
     e = record["environment"]
     changed = " with uncommitted changes" if e["uncommitted_changes"] else ""
-    versions = ", ".join(
-        f"{name} {e[name]}" for name in ("python", "torch", "timm", "scikit-learn")
-    )
+    packages = ("python", "torch", "timm", "transformers", "scikit-learn", "pillow")
+    versions = ", ".join(f"{name} {e[name]}" for name in packages if name in e)
+    processes = "1 process" if e["processes"] == 1 else f"{e['processes']} processes"
     return (
-        f"Accuracy in % of {record['settings']['test_images']} test images: mean ± standard "
-        f"deviation over {len(record['seeds'])} seeds. Measured {e['date']} on "
-        f"{e['logical_cpus']} logical CPUs of an {e['cpu']} ({e['cpu_isa']} kernels), "
-        f"{e['processes']} processes of {e['threads_per_process']} thread, "
-        f"{record['cpu_seconds']} s of CPU time; {versions}, commit {e['commit']}{changed}."
+        f"{what}: mean ± standard deviation over {len(record['seeds'])} seeds. Measured "
+        f"{e['date']} on {e['logical_cpus']} logical CPUs of an {e['cpu']} ({e['cpu_isa']} "
+        f"kernels), {processes} of {e['threads_per_process']} thread, {record['cpu_seconds']} s of "
+        f"CPU time; {versions}, commit {e['commit']}{changed}."
     )
 
 
 def plot(record, path):
     """Draw the recovery curves: one panel per variant, its two starts and the two references."""
-    found = curves(record)
+    found = accuracy(record)
     names = [name for name in dict.fromkeys(arm for arm, _ in found) if name not in REFERENCES]
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     panels = figure.subplots(2, 4, sharex=True, sharey=True)
@@ -167,6 +188,25 @@ def plot(record, path):
     figure.savefig(path, dpi=90)
 
 
+def plot_pages(record, path):
+    """Draw the curves of 05_train_mllm.py: accuracy and loss, all arms in each."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    for panel, found in ((left, accuracy(record)), (right, series(record, "loss"))):
+        for (name, start), seeds in found.items():
+            style = {"color": COLOURS[start] if start else "grey"}
+            style["linestyle"] = "-" if start else REFERENCES[name.partition(",")[0]]
+            _draw(panel, record, seeds, f"{name} {start}", **style)
+        for end in record["ends"].values():
+            panel.axvline(end, color="lightgrey", linewidth=1)
+        panel.legend(fontsize=8)
+    left.set_ylabel("pages read exactly, in %")
+    right.set_ylabel("loss")
+    right.set_yscale("log")
+    figure.supxlabel("step of fine-tuning; a stage ends at each vertical line; band: ± 1 std. dev.")
+    figure.savefig(path, dpi=90)
+
+
 REFERENCES = {"untouched": ":", "post-ViT": "--"}
 """Arms that every panel shows, and their line styles."""
 
@@ -180,24 +220,37 @@ def _draw(panel, record, seeds, label, **style):
         panel.fill_between(record["steps"], low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def newest():
+EXPERIMENTS = {"warm_start": tables, "train_mllm": page_tables}
+"""What makes the tables of each, under the name that its results begin with."""
+IN_PAGE = ("warm_start",)
+"""Those in the page, between markers with their names."""
+
+
+def newest(experiment):
     """Return the committed results with the latest date."""
-    return max((ROOT / "benchmarks" / "results").glob("warm_start_*.json"))
+    return max((ROOT / "benchmarks" / "results").glob(f"{experiment}_????-??-??.json"))
 
 
-def with_results(page, path):
-    """Return ``page`` with the tables of the results at ``path`` between its markers."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
+def with_results(page, experiment, path):
+    """Return ``page`` with the tables of the results at ``path`` between their markers."""
+    begin, end = (f"<!-- {experiment}:{side} -->" for side in ("begin", "end"))
+    before, rest = page.split(f"{begin}\n")
+    _, after = rest.split(end)
     name, picture = path.relative_to(ROOT), path.with_suffix(".png").relative_to(ROOT)
-    text = tables(json.loads(path.read_text()))
+    text = EXPERIMENTS[experiment](json.loads(path.read_text()))
     block = f"{text}`{name}` has every curve.\n\n![Recovery curves](../{picture})\n"
-    return before + BEGIN + block + END + after
+    return f"{before}{begin}\n{block}{end}{after}"
+
+
+def with_newest_results(page):
+    for experiment in IN_PAGE:
+        page = with_results(page, experiment, newest(experiment))
+    return page
 
 
 def main():
     page = PAGE.read_text()
-    wanted = with_results(page, newest())
+    wanted = with_newest_results(page)
     if "--check" in sys.argv[1:]:
         return int(page != wanted)
     PAGE.write_text(wanted)

@@ -80,7 +80,9 @@ def test_every_example_is_tested():
         "02_retrofit_timm_vit.py",
         "03_ops_in_your_model.py",
         "04_warm_start.py",
+        "05_train_mllm.py",
         "06_merge_stability.py",
+        "pages.py",
         "warm_start_report.py",
     }
 

@@ -38,14 +38,14 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def record(report):
-    return json.loads(report.newest().read_text())
+    return json.loads(report.newest("warm_start").read_text())
 
 
 def test_page_agrees_with_the_results(report):
     page = (ROOT / "docs" / "warm_start.md").read_text()
-    assert page == report.with_results(page, report.newest())
+    assert page == report.with_newest_results(page)
     assert len(page.splitlines()) <= 80
-    picture = report.newest().with_suffix(".png")
+    picture = report.newest("warm_start").with_suffix(".png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 200_000
 

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MLLM example: what its model is given, what its arms start from, and that it can go on."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.6")
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def example():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        patch.setattr(torch, "set_num_threads", lambda threads: None)
+        spec = importlib.util.spec_from_file_location("train_mllm", EXAMPLES / "05_train_mllm.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture(scope="module")
+def trained(example):
+    """Weights that differ from every initialisation."""
+    torch.manual_seed(3)
+    reader = example.Reader()
+    with torch.no_grad():
+        for parameter in reader.parameters():
+            parameter.normal_(std=0.2)
+    return reader.state_dict()
+
+
+def test_a_page_is_drawn_from_its_seed(example):
+    first, same, other = (example.pages.render(seed) for seed in ("7", "7", "8"))
+    assert first.text == same.text
+    assert first.image.tobytes() == same.image.tobytes()
+    assert first.image.tobytes() != other.image.tobytes()
+    assert [len(word) for word in first.text.split()] == [4, 4]
+    assert first.image.size == example.pages.PAGE
+    assert np.asarray(first.image).min() < 64  # ink
+
+
+def test_a_page_is_larger_than_a_view(example):
+    plan = example.pages.plan()
+    assert plan.grid == (1, 2)
+    assert list(plan.grids) == [(4, 12), (8, 8), (8, 8)]
+
+
+def test_fonts_that_are_missing(example, monkeypatch):
+    """Pillow's own is there everywhere, and scales."""
+    pages = example.pages
+    monkeypatch.setattr(pages, "FONTS", ["no such font.ttf"])
+    for cached in (pages.fonts, pages.font):
+        cached.cache_clear()
+    try:
+        assert pages.fonts() == [pages.BUILT_IN]
+        small, large = (pages.font(pages.BUILT_IN, size).getlength("A") for size in (20, 40))
+        assert large == pytest.approx(2 * small, rel=0.1)
+        assert np.asarray(pages.render("7").image).min() < 64
+    finally:
+        for cached in (pages.fonts, pages.font):
+            cached.cache_clear()
+
+
+def test_letters_are_where_they_are_drawn(example):
+    """A patch that a letter covers has ink in it or beside it; one without is nearly white."""
+    pages = example.pages
+    page = pages.render("7")
+    numbers = torch.from_numpy(pages.letters(page))
+    pixels, grids = pages.pack([page])
+    assert len(numbers) == grids.num_tokens == len(pixels)
+    assert set(numbers.unique().tolist()) == {0} | {
+        1 + pages.ALPHABET.index(letter) for letter in page.text.replace(" ", "")
+    }
+    assert pixels[numbers > 0].mean() < pixels[numbers == 0].mean() - 0.3
+    left = numbers[48:112].view(8, 8)  # the first slice
+    words = page.text.split()
+    for word, rows in zip(words, (left[:4], left[4:]), strict=True):
+        assert set(rows[rows > 0].tolist()) <= {1 + pages.ALPHABET.index(c) for c in word[:3]}
+
+
+def test_prompt_by_hand(example):
+    visual = ["<visual>"]
+    expected = ["<image>", *visual * 3, "</image>", *(["<slice>", *visual * 4, "</slice>"] * 2)]
+    assert example.prompt(example.pages.plan(), 4) == [*expected, "\n", "<answer>"]
+
+
+def test_batch_by_hand(example):
+    batch = example.make_batch(["1", "2"], 4)
+    assert batch.pixels.shape == (2 * 176, 3, 8, 8)
+    names = list(example.NUMBER)
+    for row, seed in enumerate(("1", "2")):
+        text = example.pages.render(seed).text
+        prompt = example.prompt(example.pages.plan(), 4)
+        assert [names[i] for i in batch.ids[row].tolist()] == [*prompt, *text, "<end>"]
+        assert batch.labels[row].tolist() == [
+            *[example.IGNORED] * len(prompt),
+            *batch.ids[row, len(prompt) :].tolist(),
+        ]
+
+
+def test_visual_tokens_stand_in_their_places(example, trained):
+    """The decoder meets those of each page, in order, behind that page's text tokens."""
+    reader = example.Reader()
+    reader.load_state_dict(trained)
+    seen = []
+    reader.llm.model.register_forward_pre_hook(
+        lambda module, args, options: seen.append(options["inputs_embeds"]), with_kwargs=True
+    )
+    batch = example.make_batch(["1", "2"], reader.side)
+    with torch.no_grad():
+        reader(batch)
+        alone = []
+        for seed in ("1", "2"):
+            pixels, grids = example.pages.pack([example.pages.render(seed)])
+            encoded = reader.tower(pixels, grids)
+            alone.append(reader.connector(encoded.tokens, encoded.grids))
+    places = batch.ids == example.NUMBER["<visual>"]
+    for row in range(2):
+        torch.testing.assert_close(seen[0][row][places[row]], alone[row], rtol=1e-4, atol=1e-4)
+
+
+def test_exact_means_generated(example, trained):
+    """What is generated token by token is what teacher forcing counts as right, and no other."""
+    reader = example.Reader()
+    reader.load_state_dict(trained)
+    answer = example.transcribe(reader, "1")
+    batch = example.make_batch(["1"], reader.side)
+    question = batch.ids[:, : int((batch.labels == example.IGNORED).sum())]
+    for last in (answer[-1], "A" if answer[-1] != "A" else "E"):
+        ids = torch.tensor([[example.NUMBER[name] for name in (*answer[:-1], last)]])
+        labels = torch.cat([torch.full_like(question, example.IGNORED), ids], 1)
+        forced = batch._replace(ids=torch.cat([question, ids], 1), labels=labels)
+        with torch.no_grad():
+            right = reader(forced).argmax(-1) == ids[0]
+        assert bool(right.all()) == (last == answer[-1])
+
+
+def started(example, trained, arm):
+    torch.manual_seed(0)
+    reader = example.Reader()
+    reader.load_state_dict(trained)
+    example.compress(reader, arm)
+    return reader, dict(reader.named_parameters())
+
+
+def test_arms_start_from_the_trained_model(example, trained):
+    starts = {arm: started(example, trained, arm) for arm in example.ARMS}
+    tokens = {arm: example.prompt(example.pages.plan(), r.side) for arm, (r, _) in starts.items()}
+    assert [tokens[arm].count("<visual>") for arm in example.ARMS] == [44, 11, 11, 11]
+    for arm, (reader, parameters) in starts.items():
+        reader(example.make_batch(["1"], reader.side))
+        moved = {n.replace("stages.1.", "stages.0."): p for n, p in parameters.items()}
+        for name, value in trained.items():
+            found = moved if arm == example.POST else parameters
+            assert torch.equal(found[name], value), (arm, name)
+    _, reused = starts[example.REUSED]
+    _, random = starts[example.RANDOM]
+    inserted = {name for name in reused if ".compressor." in name}
+    assert reused.keys() == random.keys() == trained.keys() | inserted
+    block = f"tower.vit.blocks.{example.LAYER}"
+    weight = f"{block}.compressor.attn.qkv.weight"
+    assert torch.equal(reused[weight], trained[f"{block}.attn.qkv.weight"])
+    for name in inserted:
+        if "norm" in name:
+            assert (random[name] == float(name.endswith("weight"))).all(), name
+        else:
+            bound = random[name.replace("bias", "weight")].shape[-1] ** -0.5
+            assert 0.8 * bound < random[name].abs().max() <= bound, name
+
+
+def test_phases_train_what_they_say(example, trained):
+    trains = {}
+    for number, phase in enumerate(example.PHASES):
+        reader = example.Reader()
+        if number >= example.INSERTION:
+            example.compress(reader, example.REUSED)
+        optimizer = example.prepare(reader, phase, example.ALONE)
+        names = {n for n, p in reader.named_parameters() if p.requires_grad}
+        in_groups = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert in_groups == {id(p) for p in reader.parameters() if p.requires_grad}
+        peaks = {group["name"].partition(".")[0]: group["peak"] for group in optimizer.param_groups}
+        parts = {name.split(".")[0] for name in names if ".compressor." not in name}
+        trains[phase.name] = (parts, any(".compressor." in name for name in names), peaks)
+    everything = {"tower", "connector", "llm"}
+    assert {name: (parts, new) for name, (parts, new, _) in trains.items()} == {
+        "letters": ({"tower", "letters"}, False),
+        "reading": (everything, False),
+        "stage 1": ({"connector"}, True),
+        "stage 2": (everything, True),
+        "stage 3": (everything, True),
+        "stage 4": (everything, True),
+    }
+    assert trains["letters"][2] == {"tower": 8e-3}
+    assert trains["stage 1"][2] == pytest.approx({"compressor": 8e-3, "connector": 8e-3})
+    rest = dict.fromkeys(("compressor", "tower", "connector"), 8e-4)
+    assert trains["stage 3"][2] == pytest.approx({**rest, "llm": 4e-3})
+
+
+STEPS = (1, 2, 3, 3, 1, 1)
+
+
+def phases(example):
+    return [p._replace(steps=steps) for p, steps in zip(example.PHASES, STEPS, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def straight(example):
+    return example.run(example.REUSED, 0, phases(example), example.ALONE)
+
+
+@pytest.mark.parametrize("stop", [(2, 3), (3, 2)])
+def test_resuming_is_exact(example, straight, tmp_path, stop):
+    """Stopped at the end of a phase, and in one."""
+
+    def after(number, step, reader, optimizer):
+        if (number, step) == stop:
+            name = f"phase-{number}-step-{step:06}"
+            example.save(tmp_path / name, reader, optimizer, example.ALONE)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        example.run(example.REUSED, 0, phases(example), example.ALONE, after=after)
+    (tmp_path / "phase-5-step-000001").mkdir()  # not finished, so without DCP's .metadata
+    at = example.newest(tmp_path)
+    assert at[:2] == stop
+    resumed = example.run(example.REUSED, 0, phases(example), example.ALONE, at=at)
+    assert resumed.keys() == straight.keys()
+    assert [name for name in straight if not torch.equal(resumed[name], straight[name])] == []
+
+
+def command_line(example, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["05_train_mllm.py", *map(str, arguments)])
+    example.main()
+
+
+def test_command_line(example, tmp_path, monkeypatch, capsys):
+    command_line(example, monkeypatch, "--quick", "--out", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    for line, phase in zip(lines, example.PHASES, strict=False):
+        assert line.startswith(f"{phase.name}: loss ")
+    assert sum(" is read as " in line for line in lines) == 4
+    assert len(list(tmp_path.glob("checkpoints/phase-?-step-000002/.metadata"))) == 6
+
+
+@pytest.mark.slow
+def test_experiment(example, tmp_path, monkeypatch, capsys):
+    command_line(example, monkeypatch, "--quick", "--seeds", 1, "--out", tmp_path)
+    (results,) = tmp_path.glob("train_mllm_*.json")
+    record = json.loads(results.read_text())
+    assert record["steps"] == [0, 2, 4, 6, 8]
+    assert record["ends"] == {"stage 1": 2, "stage 2": 4, "stage 3": 6, "stage 4": 8}
+    assert [(row["arm"], row["start"]) for row in record["rows"]] == list(example.ARMS)
+    assert [row["visual_tokens"] for row in record["rows"]] == [44, 11, 11, 11]
+    assert all(len(row["loss"]) == len(row["correct"]) == 5 for row in record["rows"])
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("| compressor | random | 11 |") == 2
+
+
+def test_checkpoints_are_not_overwritten(example, tmp_path, monkeypatch):
+    done = tmp_path / "checkpoints" / "phase-0-step-000002"
+    done.mkdir(parents=True)
+    (done / ".metadata").touch()
+    with pytest.raises(SystemExit, match="has checkpoints: give --resume to go on"):
+        command_line(example, monkeypatch, "--quick", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1, got 0"),
+    ],
+)
+def test_refusals(example, monkeypatch, capsys, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        command_line(example, monkeypatch, "--out", tmp_path, *arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["transformers", "PIL", "timm.layers", "matplotlib.figure"])
+def test_missing_packages_are_named(monkeypatch, module):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    for name in ("pages", "warm_start_report"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    spec = importlib.util.spec_from_file_location("without", EXAMPLES / "05_train_mllm.py")
+    with pytest.raises(SystemExit, match=rf"{module}.*pip install uhd_ops\[examples\]"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(example, tmp_path):
+    """By torchrun, on FSDP2; its checkpoints are read by one process, which goes on."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    script = [EXAMPLES / "05_train_mllm.py", "--quick", "--out", tmp_path]
+    subprocess.run([sys.executable, *launch, *script], check=True, capture_output=True)
+    number = len(example.PHASES) - 1
+    at = example.newest(tmp_path / "checkpoints")
+    assert at[:2] == (number, 2)
+    settings = example.QUICK
+    two = example.run(example.REUSED, 0, settings.phases, example.ALONE, at=at)
+    one = example.run(example.REUSED, 0, settings.phases, example.ALONE)
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4, msg=name)
