@@ -5,6 +5,7 @@ import gc
 import sys
 import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -139,6 +140,31 @@ class Seen(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+class Watched(torch.Tensor):
+    """A subclass that sees what is called with it."""
+
+    names: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.names.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@every_op
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_subclass_sees_every_call(name, requires_grad):
+    grids, function = PackedGrids(PAIRS), getattr(uhd_ops, name)
+    tensors = tensors_of(name, requires_grad)
+    watched = [x.as_subclass(Watched) for x in tensors]
+    for _ in range(4):  # beginning with the second, a call of plain tensors finds its plan
+        expected = function(*tensors, grids)
+        Watched.names.clear()
+        out = function(*watched, grids)
+        assert f"uhd_ops.{name}.default" in Watched.names
+        assert_same_bits(out.as_subclass(torch.Tensor), expected)
 
 
 def test_a_default_device_changes_nothing():

@@ -6,6 +6,8 @@ import torch
 from battery import ISAS, assert_same_bits, using_isa
 from battery.allocations import Allocations
 from battery.marks import native_only
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -92,6 +94,55 @@ def test_values_and_gradients(isa, dtype, rotate_half):
                     assert got.dtype == dtype
                     allowed = error_of(dtype, rounded=rounded) * wanted.abs().max()
                     assert (got.double() - wanted).abs().max() <= allowed
+
+
+# Ragged, whole, and without tokens.
+MANY_GRIDS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=4)
+
+
+@st.composite
+def rotated_calls(draw):
+    """Grids, tensors and options of a call that window_attention takes, whatever they are."""
+    grids = draw(MANY_GRIDS)
+    tokens = sum(height * width for height, width in grids)
+    dtype, rotate_half = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 3))
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    dim = (2 * rotate_half or 2) * draw(st.integers(1, 12))
+    count = kv_heads * group
+    per_head = draw(st.sampled_from([(), (1,)] if group > 1 else [(), (1,), (count,)]))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    torch.manual_seed(draw(st.integers(0, 100)))
+    options = {
+        "window": draw(st.integers(1, 5)),
+        "order": draw(st.sampled_from(["raster", "window", "block"])),
+        "rotary": tables(tokens, *per_head, dim, dtype=draw(st.sampled_from([wide, dtype]))),
+        "rotate_half": rotate_half,
+    }
+    return grids, heads(dtype, count, kv_heads, dim, tokens), options
+
+
+@example(([], heads(torch.float32, tokens=0), {"rotary": tables(0, 8, dtype=torch.float32)}))
+@given(rotated_calls())
+def test_any_grids_heads_and_pairs_of_channels(call):
+    grids, (q, k, v), options = call
+    grad_out = torch.randn(q.shape, dtype=torch.float64).to(q.dtype)
+    actual = passes(lambda *x: window_attention(*x, grids, **options), (q, k, v), grad_out)
+    packed, joined = passes(
+        lambda x: window_attention_qkvpacked(x, grids, num_heads=q.shape[1], **options),
+        [torch.cat([q, k, v], 1)],
+        grad_out,
+    )
+    assert_same_bits(packed, actual[0])
+    assert_same_bits(joined, torch.cat(actual[1:], 1), "gradient")
+    options = {"window": 2, "rotate_half": 1} | options
+    exact = passes(
+        lambda *x: by_hand(*x, grids, **options), [x.double() for x in (q, k, v)], grad_out
+    )
+    allowed = error_of(q.dtype, rounded="emulated" in ISAS)
+    for got, wanted in zip(actual, exact, strict=True):
+        assert got.shape == wanted.shape
+        if wanted.numel():
+            assert (got.double() - wanted).abs().max() <= allowed * wanted.abs().max()
 
 
 @native_only("the definition rounds its results as it likes")

@@ -153,6 +153,54 @@ void run_attention(Side& side, const Views& views, int64_t heads, int64_t kv_hea
            views.windows());
 }
 
+// The definition, for the tokens [begin, end) of the host. The way back is the transposed matrix.
+void rotate_by_definition(const RotateHeads& args, int64_t begin, int64_t end) {
+  const int64_t dim = args.head_dim, apart = args.parts == 0 ? 1 : dim / (2 * args.parts);
+  for (int64_t i = begin * args.heads; i < end * args.heads; ++i) {
+    const int64_t token = i / args.heads, head = i % args.heads;
+    const auto at = [=](const void* first, TokenStrides strides) {
+      return static_cast<const double*>(first) + token * strides.token + head * strides.head;
+    };
+    const double *x = at(args.x, args.x_strides), *cos = at(args.cos, args.table_strides),
+                 *sin = at(args.sin, args.table_strides);
+    const std::vector<double> row(x, x + dim);  // x may be out
+    double* out = static_cast<double*>(args.out) + token * args.out_stride + head * dim;
+    for (int64_t c = 0; c < dim; ++c) {
+      const bool second = c / apart % 2;
+      const int64_t other = second ? c - apart : c + apart;
+      const double product = row[static_cast<size_t>(other)] * sin[args.back ? other : c];
+      out[c] = row[static_cast<size_t>(c)] * cos[c] + (second != args.back ? product : -product);
+    }
+  }
+}
+
+// From rows that are wider than the heads, forth and back, and back again in place.
+void run_rotary(Side& side, const Views& views, int64_t heads, int64_t head_dim, int64_t parts,
+                bool table_per_head) {
+  const int64_t tokens = views.rows.back().token_begin, width = heads * head_dim;
+  const int64_t angles = table_per_head ? width : head_dim;
+  RotateHeads args{};
+  args.views = views.table(side);
+  args.dtype = side.dtype();
+  args.heads = heads;
+  args.head_dim = head_dim;
+  args.parts = parts;
+  args.x = views.per_token(side, 2 * width);
+  args.x_strides = {2 * width, head_dim};
+  args.cos = side.parameter(tokens * angles);
+  args.sin = side.parameter(tokens * angles);
+  args.table_strides = {angles, table_per_head ? head_dim : 0};
+  args.out_stride = width;
+  args.out = side.output("rotated", tokens * width);
+  side.run(args, cuda::rotate_heads, rotate_by_definition, tokens);
+  args.back = true;
+  args.out = side.output("back twice", tokens * width);
+  side.run(args, cuda::rotate_heads, rotate_by_definition, tokens);
+  args.x = args.out;
+  args.x_strides = {width, head_dim};
+  side.run(args, cuda::rotate_heads, rotate_by_definition, tokens);
+}
+
 void run_activation(Side& side, int activation, int64_t rows, int64_t group, int64_t width,
                     bool bias) {
   const int64_t count = rows * group * width;
@@ -277,6 +325,13 @@ std::vector<Case> all_cases() {
     }
     add_row_per_window(cases, dtype, Views(2, {{0, 0}}), 8);  // padding alone
     for (const int64_t cols : {72, 7}) add_tiles(cases, dtype, cols);
+    // More pairs than a block has threads, and fewer; neighbours pair, halves, halves of halves.
+    for (const int64_t parts : {0, 1, 2}) {
+      const int64_t head_dim = parts == 1 ? 8 : 72;
+      cases.push_back(
+          {"rotary embedding, " + std::to_string(parts) + " parts", dtype, 4,
+           [=](Side& at) { run_rotary(at, ragged(2), 5, head_dim, parts, parts != 1); }});
+    }
   }
   // More windows than an H200 holds blocks of two warps: each loops over several.
   const Views many(2, {{132, 132}});

@@ -216,6 +216,50 @@ FAULTS = [
         "begin + heads_each",
         "window_attention, side 2, head size 72, bfloat16",
     ),
+    # Rotary embedding, and heads that share keys and values.
+    Fault(
+        "rotary embedding: the way back takes the sine of the other channel of the pair",
+        f"{ATTENTION}_rotary_cuda.cu",
+        "b * cos_b - a * sin_a",
+        "b * cos_b - a * sin_b",
+        "rotary embedding, 1 parts, float32",
+    ),
+    Fault(
+        "rotary embedding: all heads take the angles of the first",
+        f"{ATTENTION}_rotary_cuda.cu",
+        "angles = head * args.table_strides.head;",
+        "angles = 0;",
+        "rotary embedding, 0 parts, bfloat16",
+    ),
+    Fault(
+        "rotary embedding: a head that has two parts is taken for one part",
+        f"{ATTENTION}_rotary_cuda.cu",
+        "pairs / int(args.parts)",
+        "pairs",
+        "rotary embedding, 2 parts, float16",
+    ),
+    Fault(
+        "grouped queries, small windows: every so many heads share keys, not neighbours",
+        f"{ATTENTION}_small_cuda.cu",
+        "args.group == 1 ? head : head / int(args.group)",
+        "head % int(args.kv_heads)",
+        "window_attention, side 2, head size 72, bfloat16",
+    ),
+    Fault(
+        "grouped queries, large windows: the same",
+        "window_attention/large_rows.cuh",
+        "work.head / int(args.group)",
+        "work.head % int(args.kv_heads)",
+        "window_attention, side 8, head size 72, bfloat16",
+        f"{ATTENTION}_large_cuda.cu",
+    ),
+    Fault(
+        "grouped queries, backward: keys do without the last head of their group",
+        f"{ATTENTION}_general_backward_cuda.cu",
+        "end = first + int(args.group);",
+        "end = first + int(args.group) - (args.group > 1);",
+        "window_attention, side 2, head size 72, float32",
+    ),
     # Sums of gradients.
     Fault(
         "norm: a block writes its sums over those of another",
