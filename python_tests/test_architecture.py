@@ -35,8 +35,8 @@ ASIDE = {
     "integrations": {"grids", "padded_grids"},
     "retrofit": {"slicing", "flops", "grids", "windows", "_cache"},
     "nn": {"slicing", "grids", "windows", "_cache"},
-    "ops": {"_plans", "grids", "padded_grids", "windows", "reference"},
-    "_native": set(),
+    "ops": {"_plans", "_sharding", "grids", "padded_grids", "windows", "reference"},
+    "_native": {"_sharding"},
     "slicing": {"grids", "_native", "_host"},
     "flops": {"grids", "nn"},
     "grids": {"_native"},
@@ -362,6 +362,7 @@ def test_examples_in_docstrings(module):
 
 def test_import_is_light():
     heavy = ("timm", "transformers", "PIL", "rich", "matplotlib", "torchvision", "safetensors")
+    heavy += ("torch._dynamo", "torch.distributed.tensor")
     code = f"import sys, uhd_ops; print([name for name in {heavy} if name in sys.modules])"
     code += "; print(uhd_ops.integrations.transformers.from_pretrained.__name__)"
     result = subprocess.run(

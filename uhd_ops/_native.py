@@ -19,6 +19,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+from uhd_ops import _sharding
+from uhd_ops._sharding import Rules
+
 _DIRECTORY = Path(__file__).resolve().parent
 _LIBRARIES = {"cpu": "libuhd_cpu.so", "cuda": "libuhd_cuda.so"}
 
@@ -211,6 +214,7 @@ def register(
     setup_context: Callable[..., None],
     twice: tuple[Callable[..., Any], Callable[..., None]] | None = None,
     public: str | None = None,
+    sharding: tuple[Rules, Rules] = ((), ()),
 ) -> None:
     """Tell torch the shapes and the gradients of an operator, where it is there.
 
@@ -226,6 +230,8 @@ def register(
             which is an error then, in the second backward pass: torch would give no gradient, and
             ``create_graph=True`` alone is fine.
         public: Public function that calls the operator, where that has another name.
+        sharding: How DTensor may shard the operator, and ``_<name>_backward``, beside replicating
+            both.
     """
     if not hasattr(torch.ops.uhd_ops, name):
         return
@@ -240,6 +246,8 @@ def register(
     again, setup_again = twice or (refuse, lambda ctx, inputs, output: None)
     _register_one(name, fake, backward, setup_context, False)
     _register_one(derivative, backward_fake, again, setup_again, True)
+    for operator, rules in zip((name, derivative), sharding, strict=True):
+        _sharding.declare(operator, rules)
 
 
 def _register_one(name, fake, backward, setup_context, derivative) -> None:
@@ -297,6 +305,7 @@ def _eager_call(
     those of a dataclass are: with ``*args`` a call takes a microsecond more.
     """
     every = [argument.name for argument in operator._schema.arguments]
+    tables = _sharding.tables_of(operator)
     # Tables of views hold integers.
     tensors = {
         argument.name: "Optional" in str(argument.type)
@@ -340,14 +349,19 @@ def _eager_call(
     def call(*args):
         for place in places:
             if type(args[place]) not in PLAIN_TENSORS:
-                return operator(*args)
+                return _sharding.call(operator, args, tables)
         return eager(*args) if is_eager() else operator(*args)
 
     call.eager = eager
     return call
 
 
-def register_linear(name: str, fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> None:
+def register_linear(
+    name: str,
+    fake: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    sharding: tuple[Rules, Rules],
+) -> None:
     """As :func:`register`, for a linear operator ``(rows, views, side, rows of the result)``.
 
     The derivative of its backward pass is its forward pass.
@@ -366,7 +380,8 @@ def register_linear(name: str, fake: Callable[..., Any], backward_fake: Callable
         return backward
 
     twice = by(name), setup_context
-    register(name, fake, backward_fake, by(f"_{name}_backward"), setup_context, twice)
+    backward = by(f"_{name}_backward")
+    register(name, fake, backward_fake, backward, setup_context, twice, sharding=sharding)
 
 
 _load_all()

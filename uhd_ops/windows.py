@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from uhd_ops import _native
+from uhd_ops import _native, _sharding
 from uhd_ops._cache import clock, kept, to_device
 from uhd_ops._checks import LARGEST_INT, check_positive_int, check_tensor
 from uhd_ops._plans import Checked, checked_once
@@ -555,7 +555,7 @@ def reorder(
     x: torch.Tensor, where: Windows, order_in: tuple[int, ...], order: tuple[int, ...]
 ) -> torch.Tensor:
     """Return packed ``x (N, ...)`` in another order, in new memory."""
-    return Permute.apply(x, *where.permutation(order_in, order))
+    return Permute.apply(x, *_sharding.beside(x, *where.permutation(order_in, order)))
 
 
 def arrange(

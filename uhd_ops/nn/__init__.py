@@ -10,6 +10,7 @@ from uhd_ops.nn.query_resampler import QueryResampler
 from uhd_ops.nn.slice_encoder import SliceEncoder, SliceTokens
 from uhd_ops.nn.training import freeze_for_stage, param_groups
 from uhd_ops.nn.view_ratios import ViewRatios, choose_ratios, merge_by_ratio, token_variance
+from uhd_ops.nn.view_shares import ViewShares
 from uhd_ops.nn.window_token_compressor import WindowTokenCompressor
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SliceEncoder",
     "SliceTokens",
     "ViewRatios",
+    "ViewShares",
     "WeightView",
     "WindowTokenCompressor",
     "choose_ratios",

@@ -80,4 +80,6 @@ def _backward_fake(grad_out, views, factor, num_tokens):
     return grad_out.new_empty((num_tokens, grad_out.shape[1] // (factor * factor)))
 
 
-_native.register_linear("pixel_unshuffle", _fake, _backward_fake)
+# A rank's channels would not lie side by side in the result, where those of a token do.
+_SHARDING = [({"x": "sum"}, ["sum"])], [({"grad_out": "sum"}, ["sum"])]
+_native.register_linear("pixel_unshuffle", _fake, _backward_fake, _SHARDING)

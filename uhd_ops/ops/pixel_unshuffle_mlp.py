@@ -426,6 +426,20 @@ _native.register(
     _norm_setup_context,
     public="pixel_unshuffle_mlp",
 )
+
+
+def _layer_rules(z, weight, bias, activation, group, *_):
+    """By outputs, as the first layer of a pair is; or by rows where each stands alone."""
+    by_outputs = {"weight": 0, "bias": 0}, [1, 1]
+    return [by_outputs, ({"z": 0}, [0, 0])] if group == 1 else [by_outputs]
+
+
+def _layer_backward_rules(grad_h, u, bias, activation, group, *_):
+    by_outputs = {"grad_h": 1, "u": 1, "bias": 0}, [1, 0]
+    by_rows = {"grad_h": 0, "u": 0}, [0, "sum"]
+    return [by_outputs, by_rows] if group == 1 else [by_outputs]
+
+
 _native.register(
     "_linear_activation",
     _layer_fake,
@@ -433,4 +447,5 @@ _native.register(
     _layer_backward,
     _layer_setup_context,
     public="pixel_unshuffle_mlp",
+    sharding=(_layer_rules, _layer_backward_rules),
 )

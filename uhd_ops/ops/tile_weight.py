@@ -143,6 +143,15 @@ def _double_backward(ctx, grad_grad_weight):
     return _native.operators.tile_weight(grad_grad_weight, ctx.tiles, ctx.mode), None, None
 
 
+def _rules(weight, tiles, mode):
+    return [({"weight": "sum"}, ["sum"]), *([({"weight": 0}, [0])] if mode == "average" else [])]
+
+
+def _backward_rules(grad_out, tiles, mode):
+    rows = [({"grad_out": 0}, [0])] if mode == "average" else []
+    return [({"grad_out": "sum"}, ["sum"]), *rows]
+
+
 _native.register(
     "tile_weight",
     _fake,
@@ -150,4 +159,5 @@ _native.register(
     _backward,
     _setup_context,
     twice=(_double_backward, _setup_context),
+    sharding=(_rules, _backward_rules),
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch.nn import functional
 
-from uhd_ops import _checks, _native, windows
+from uhd_ops import _checks, _native, _sharding, windows
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.padded_grids import PaddedGrids
 
@@ -61,6 +61,9 @@ def view_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grids: Gri
     where = windows.locate(q, "q", grids, 1, ("H", "D"))
     q, k, v = _checks.autocast(q, k, v)
     if where.batch is not None:
+        if _sharding.is_sharded(q):  # our operator has rules, torch's not on every device
+            packed = (where.pack(x) for x in (q, k, v))
+            return where.unpack_tokens(attend_views(*packed, where.grids))
         return _attend(q, k, v)
     return attend_views(q, k, v, PackedGrids.of(grids))
 
@@ -82,7 +85,7 @@ def attend_views(
         cu_seqlens, longest = grids.cu_seqlens(q.device), grids.max_seqlen
         options = {} if scale is None else {"scale": scale}
         return _varlen_attn()(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _sharding.is_sharded(q):
         return _native.operators._view_attention(q, k, v, grids.rows, scale)
     return attend_by_length(q, k, v, [height * width for height, width in grids], scale)
 
@@ -256,6 +259,13 @@ def _backward(ctx, grad_out):
     return *grads, None, None
 
 
+_HEADS = {"q": 1, "k": 1, "v": 1}
 _native.register(
-    "_view_attention", _fake, _backward_fake, _backward, _setup_context, public="view_attention"
+    "_view_attention",
+    _fake,
+    _backward_fake,
+    _backward,
+    _setup_context,
+    public="view_attention",
+    sharding=([(_HEADS, [1])], [({"grad_out": 1, **_HEADS}, [1, 1, 1])]),
 )

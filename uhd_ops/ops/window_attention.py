@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from uhd_ops import _checks, _native, reference, windows
+from uhd_ops import _checks, _native, _sharding, reference, windows
 from uhd_ops._plans import Checked, checked_once
 from uhd_ops.grids import Grids
 from uhd_ops.ops.view_attention import attend_by_length
@@ -194,6 +194,14 @@ def window_attention_qkvpacked(
         packed = qkv.flatten(1, 2) if num_heads is None else qkv
         return _native.operators.window_attention_qkvpacked.eager(packed, *rest)
     where, heads, scale, sides_in, sides = found
+    if type(qkv) not in _native.PLAIN_TENSORS and _sharding.is_sharded(qkv):
+        # A rank has heads of all three, not a share of one after the other.
+        others = (qkv.shape[-2] - heads) // 2
+        sizes = [heads, others, others]
+        parts = qkv.unbind(-3) if num_heads is None else qkv.split(sizes, -2)
+        options = {"scale": scale, "order": order, "order_in": order_in}
+        options |= {"rotary": rotary, "rotate_half": rotate_half}
+        return window_attention(*parts, grids, window, **options)
     tables = None
     if rotary is not None:
         kv_heads = heads if num_heads is None else (qkv.shape[-2] - heads) // 2
@@ -441,7 +449,36 @@ def _backward(ctx, grad_out):
     return *grads, None, None, None, None, None
 
 
-_native.register("window_attention", _fake, _backward_fake, _backward, _setup_context)
+def _by_heads(q, k, v, *tables) -> dict[str, int]:
+    """The sides of a call in which each rank has whole groups: heads, and those that they share."""
+    if k is None:  # all in one tensor: a rank's share of that is no share of each
+        return {}
+    ranks = q.mesh.size()
+    if k.shape != q.shape and (q.shape[1] % ranks or k.shape[1] % ranks):
+        return {}
+    sides = dict.fromkeys(("q", "k", "v"), 1)
+    own = tables and tables[0].shape[1] == q.shape[1]  # else all heads turn by the same angles
+    return sides | dict.fromkeys(("cos", "sin"), 1) if own else sides
+
+
+def _rules(q, k, v, *_):
+    sides = _by_heads(q, k, v)
+    return [(sides, [1])] if sides else []
+
+
+def _backward_rules(grad_out, q, k, v, *_):
+    sides = _by_heads(q, k, v)
+    return [(sides | {"grad_out": 1}, [1, 1, 1])] if sides else []
+
+
+_native.register(
+    "window_attention",
+    _fake,
+    _backward_fake,
+    _backward,
+    _setup_context,
+    sharding=(_rules, _backward_rules),
+)
 
 
 def _packed_fake(qkv, num_heads, views, window, num_windows, scale, window_order):
@@ -498,6 +535,16 @@ def _rotary_backward(ctx, grad_out):
     return grads[0], *((None, None) if k is None else grads[1:]), *[None] * 9
 
 
+def _rotary_rules(q, k, v, num_heads, cos, *_):
+    sides = _by_heads(q, k, v, cos)
+    return [(sides, [1])] if sides else []
+
+
+def _rotary_backward_rules(grad_out, q, k, v, num_heads, cos, *_):
+    sides = _by_heads(q, k, v, cos)
+    return [(sides | {"grad_out": 1}, [1, 1, 1])] if sides else []
+
+
 _native.register(
     "_window_attention_rotary",
     _rotary_fake,
@@ -505,4 +552,5 @@ _native.register(
     _rotary_backward,
     _rotary_setup_context,
     public="window_attention",
+    sharding=(_rotary_rules, _rotary_backward_rules),
 )

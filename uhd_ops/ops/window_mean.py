@@ -74,4 +74,8 @@ def _backward_fake(grad_out, views, window, num_tokens):
     return grad_out.new_empty((num_tokens, grad_out.shape[1]))
 
 
-_native.register_linear("window_mean", _fake, _backward_fake)
+_SHARDING = (
+    [({"x": 1}, [1]), ({"x": "sum"}, ["sum"])],
+    [({"grad_out": 1}, [1]), ({"grad_out": "sum"}, ["sum"])],
+)
+_native.register_linear("window_mean", _fake, _backward_fake, _SHARDING)

@@ -105,4 +105,10 @@ def _backward(ctx, grad_out):
     return *grads, None, None, None
 
 
-_native.register("window_pool", _fake, _backward_fake, _backward, _setup_context)
+_SHARDING = (
+    [({"x": 1, "logits": 1}, [1])],
+    [({"grad_out": 1, "x": 1, "logits": 1}, [1, 1])],
+)
+_native.register(
+    "window_pool", _fake, _backward_fake, _backward, _setup_context, sharding=_SHARDING
+)
