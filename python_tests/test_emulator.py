@@ -111,6 +111,12 @@ def test_launches_from_two_host_threads(emulator_check):
         assert numbers(emulator_check("concurrent", host_threads=host_threads), int) == [1, 1]
 
 
+@pytest.mark.parametrize("build", ["plain", "asan"])
+def test_the_cuda_runtime_is_asked_once(emulator_check, build):
+    """But for a question without an answer, such as one that failed: launches of four threads."""
+    assert numbers(emulator_check("asked_once", build=build), int) == [1, 1, 400, 0]
+
+
 def test_orders(emulator_check):
     ascending = [100 * block + thread for block in range(5) for thread in range(8)]
     assert numbers(emulator_check("orders"), int) == ascending

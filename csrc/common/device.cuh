@@ -15,6 +15,12 @@
 #define UHD_RESTRICT __restrict__
 #else
 #include <cuda_runtime.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "common/asked_once.h"
 #define UHD_DEVICE __device__ __forceinline__
 #define UHD_HOST_DEVICE __host__ __device__ __forceinline__
 #define UHD_RESTRICT __restrict__
@@ -39,6 +45,24 @@ inline size_t shared_memory_limit() {
 #endif
 }
 
+#ifndef UHD_EMULATED
+// For the most there is, not for what a launch needs: the limit belongs to the kernel, and another
+// thread may be about to launch it with more.
+inline cudaError_t allow_all_shared_memory(const void* kernel) {
+  // Lives as long as the process: at its end another thread may still launch.
+  static auto& asked = *new AskedOnce<std::pair<const void*, int>, bool>;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  asked.of({kernel, device}, [&]() -> std::optional<bool> {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(shared_memory_limit()));
+    return error == cudaSuccess ? std::optional<bool>(true) : std::nullopt;
+  });
+  return error;
+}
+#endif
+
 // Launches and returns nullptr, or the error's text. The parameters are copied by value. A kernel
 // may have been given an empty grid, which a GPU refuses: then there is nothing to do.
 template <class... Parameters, class... Arguments>
@@ -51,11 +75,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return nullptr;
 #else
   if (shared_bytes > 48 * 1024) {  // more than a kernel gets unless it asks
-    // For the most there is, not for shared_bytes: the limit belongs to the kernel, and another
-    // thread may be about to launch it with more.
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   int(shared_memory_limit()));
+    const cudaError_t error = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) {
       (void)cudaGetLastError();  // or the next launch would report it again
       return cudaGetErrorString(error);
@@ -96,11 +116,19 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t share
   (void)kernel, (void)threads, (void)shared_bytes;
   return 3;  // few, so that small tests loop
 #else
-  int device = 0, processors = 0, blocks = 0;  // where a query fails, so does the launch
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
-  return processors * blocks > 0 ? int64_t(processors) * blocks : 1;
+  using Question = std::tuple<const void*, int, int, size_t>;
+  static auto& asked = *new AskedOnce<Question, int64_t>;  // as above
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;  // where a query fails, so does the launch
+  const Question question{reinterpret_cast<const void*>(kernel), device, threads, shared_bytes};
+  const auto ask = [&]() -> std::optional<int64_t> {
+    int processors = 0, blocks = 0;
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+    if (processors * blocks <= 0) return std::nullopt;
+    return int64_t(processors) * blocks;
+  };
+  return asked.of(question, ask).value_or(1);
 #endif
 }
 

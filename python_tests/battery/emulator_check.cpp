@@ -10,15 +10,19 @@
 //   emulator_check poison             what shared memory holds when a block starts
 //   emulator_check faults             each misuse, its message, and whether the next launch works
 //   emulator_check concurrent         launches from two host threads at once
+//   emulator_check asked_once         how often four threads ask two questions, and one in vain
 //   emulator_check overrun WHERE N    stores, N places past the end (for AddressSanitizer)
 //   emulator_check layouts|products|words|...   see emulator_layouts.cpp
+#include <atomic>
 #include <cstdio>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "common/asked_once.h"
 #include "emulator/cuda.h"
 
 int layouts_main(int argc, char** argv);
@@ -316,6 +320,29 @@ int overrun(const std::string& where, int past) {
   return 0;
 }
 
+// Each of four threads asks each question 100 times; the third has no answer.
+int print_asked_once() {
+  uhd::AskedOnce<int, int> asked;
+  std::atomic<int> count[3] = {}, wrong{0};
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 4; ++thread) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 300; ++i) {
+        const int key = i % 3;
+        const auto ask = [&]() -> std::optional<int> {
+          const int before = count[key]++;
+          std::this_thread::yield();
+          return key == 2 ? std::nullopt : std::optional<int>(10 * key + before);
+        };
+        if (asked.of(key, ask).value_or(-1) != (key == 2 ? -1 : 10 * key)) ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::printf("%d %d %d %d\n", count[0].load(), count[1].load(), count[2].load(), wrong.load());
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -330,6 +357,7 @@ int main(int argc, char** argv) {
     if (command == "poison") return print_poison();
     if (command == "faults") return print_faults();
     if (command == "concurrent") return check_concurrent();
+    if (command == "asked_once") return print_asked_once();
     if (command == "overrun" && argc == 4) return overrun(argv[2], std::atoi(argv[3]));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
