@@ -330,9 +330,11 @@ class PrefillCosts:
         self._llm, self._name = llm, name
         self._known: dict[int, int] = {}
         short = self._trace(self._SHORT)
-        self._head = sum(row.total for row in short.layers if row.name == "head")
-        self._linear = sum(row.linear for row in short.layers) - self._head
-        self._attention = sum(row.attention for row in short.layers)
+        blocks = [row for row in short.layers if row.name not in ("patch_embed", "head")]
+        self._head = sum(row.linear for row in short.layers if row.name == "head")
+        self._attention = sum(row.attention for row in blocks)
+        # Outside the blocks, angles of rotary embeddings are a product without a weight.
+        self._linear = short.total - self._head - self._attention
         self._grows = self._predict(self._LONG) == self._trace(self._LONG).total
 
     def of(self, tokens: int) -> int:
