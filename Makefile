@@ -33,17 +33,19 @@ test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test
 	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
 		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
-test-all: test lint  ## Then types, slow tests, timm's own, vLLM and SGLang, Ray, other machines, emulated CUDA kernels and faults planted in them, the oldest packages, the call on a GPU rehearsed, sanitizers
+test-all: test lint  ## Then types, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels and faults planted in them, the oldest packages, the call on a GPU rehearsed, sanitizers
 	$(PYTHON) -m pytest -n 2 -m slow
 	bash .ci/timm_suite.sh $(PYTHON)
 	bash .ci/serving_suite.sh $(PYTHON)
 	bash .ci/ray_suite.sh $(PYTHON)
+	bash .ci/fuzz.sh $(PYTHON)
 	bash .ci/machines.sh $(PYTHON)
 	bash .ci/emulate.sh $(PYTHON)
 	bash .ci/mutants.sh $(PYTHON)
 	bash .ci/compat.sh $(PYTHON)
 	bash .ci/gpu_call.sh $(PYTHON)
 	bash .ci/sanitize.sh $(PYTHON)
+	bash .ci/fuzz.sh $(PYTHON) --sanitize
 	bash .ci/emulate.sh $(PYTHON) --sanitize
 
 mutants: $(INSTALLED)  ## Plant faults in the CUDA kernels and show that the checks notice each: make mutants PART=norm for some

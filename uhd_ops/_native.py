@@ -251,7 +251,7 @@ def register(
 
 
 def _register_one(name, fake, backward, setup_context, derivative) -> None:
-    torch.library.register_fake(f"uhd_ops::{name}", fake)
+    torch.library.register_fake(f"uhd_ops::{name}", _on_one_device(name, fake))
     torch.library.register_autograd(f"uhd_ops::{name}", backward, setup_context=setup_context)
     operator = getattr(torch.ops.uhd_ops, name).default
     setattr(operators, name, _eager_call(operator, backward, setup_context, derivative))
@@ -285,6 +285,23 @@ def eager({every}):
         return apply({tensors}, ({others}))
     return {call}
 """
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse tensors of several devices, as the kernels do.
+
+    The dispatcher asks the fake as soon as one tensor is on "meta", and what it returns is taken
+    for a result: on the CPU, if the first tensor is there, in memory that nobody has written.
+    """
+
+    def checked(*args):
+        devices = {x.device for x in args if isinstance(x, torch.Tensor)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise RuntimeError(f"{name}: tensors must be on one device, got {found}")
+        return fake(*args)
+
+    return checked
 
 
 def _eager_call(

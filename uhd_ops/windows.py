@@ -371,7 +371,7 @@ def _runs(grids: PackedGrids, window: int) -> list[tuple[int, int]]:
             runs.append((height, width))
 
     for height, width in grids:
-        for top in range(0, height, window):
+        for top in range(0, height if width else 0, window):
             rows = min(window, height - top)
             if rows == window:
                 add(width // window * window, window)

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -88,6 +89,38 @@ inline int64_t checked_product(int64_t a, int64_t b) {
 // Reads an (S + 1, 4) int64 view table that describes tensors of so many rows. On the CPU the table
 // is checked, because a kernel trusts it with its addresses.
 ViewTable view_table(const Tensor& views, int64_t window, int64_t token_rows, int64_t window_rows);
+
+#ifdef UHD_WITH_CUDA
+
+inline const Tensor* as_tensor(const Tensor& x) { return &x; }
+inline const Tensor* as_tensor(const std::optional<Tensor>& x) { return x ? &*x : nullptr; }
+template <class T>
+const Tensor* as_tensor(const T&) {
+  return nullptr;
+}
+
+// The dispatcher comes here if any tensor is on a CUDA device; kernels need all of them on one.
+template <auto function>
+struct OnOneDevice;
+template <class Result, class... Arguments, Result (*function)(Arguments...)>
+struct OnOneDevice<function> {
+  static Result call(Arguments... arguments) {
+    const Tensor* first = nullptr;
+    for (const Tensor* x : {as_tensor(arguments)...}) {
+      if (x == nullptr) continue;
+      if (first == nullptr) first = x;
+      STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == first->get_device_index(),
+                      "tensors must be on one device");
+    }
+    return function(arguments...);
+  }
+};
+#define UHD_BOX(function) TORCH_BOX((&uhd::OnOneDevice<function>::call))
+
+#else
+// No kernel for the CPU is called if any tensor is on another device.
+#define UHD_BOX(function) TORCH_BOX(function)
+#endif
 
 constexpr int64_t kLargestCount = (int64_t{1} << 31) - 1;
 

@@ -6,6 +6,24 @@
 #include "common/glue.h"
 
 namespace uhd {
+namespace {
+
+// The row below one whose sides are known, its own sides zero. Sides that wrap around would pass
+// for few tokens.
+ViewRow next_row(const ViewRow& row, int64_t window) {
+  STD_TORCH_CHECK(row.height >= 0 && row.width >= 0, "grids must not be negative, got (",
+                  row.height, ", ", row.width, ")");
+  const int64_t tokens = checked_product(row.height, row.width);
+  // No more than the tokens: this product fits.
+  const int64_t windows = ceil_div(row.height, window) * ceil_div(row.width, window);
+  ViewRow next{};
+  STD_TORCH_CHECK(!__builtin_add_overflow(row.token_begin, tokens, &next.token_begin),
+                  "the tokens of all views do not fit in 64 bits");
+  next.window_begin = row.window_begin + windows;  // no more than the tokens, again
+  return next;
+}
+
+}  // namespace
 
 ViewTable view_table(const Tensor& views, int64_t window, int64_t token_rows, int64_t window_rows) {
   STD_TORCH_CHECK(views.dim() == 2 && views.size(0) >= 1 && views.size(1) == 4 &&
@@ -14,23 +32,19 @@ ViewTable view_table(const Tensor& views, int64_t window, int64_t token_rows, in
   STD_TORCH_CHECK(window >= 1, "window must be at least 1, got ", window);
   const ViewTable table{static_cast<const ViewRow*>(views.const_data_ptr()), views.size(0) - 1,
                         window, token_rows, window_rows};
-#ifdef UHD_WITH_CUDA
-  STD_TORCH_CHECK(views.is_cuda(), "views must be on the device of the tokens");
-#endif
 #ifdef UHD_CUDA_KERNELS
   // The table cannot be read here. Kernels count tokens, windows and views in 32 bits.
   STD_TORCH_CHECK(
       token_rows < kLargestCount && window_rows < kLargestCount && table.num_views < kLargestCount,
       "a call takes less than 2^31 tokens, got ", token_rows);
 #else
-  int64_t token = 0, first_window = 0;
+  ViewRow expected{};
   for (int64_t i = 0; i <= table.num_views; ++i) {
     const ViewRow& row = table.rows[i];
-    STD_TORCH_CHECK(row.token_begin == token && row.window_begin == first_window &&
-                        row.height >= 0 && row.width >= 0,
-                    "views: row ", i, " does not continue the rows above it");
-    token += row.height * row.width;
-    first_window += ceil_div(row.height, window) * ceil_div(row.width, window);
+    STD_TORCH_CHECK(
+        row.token_begin == expected.token_begin && row.window_begin == expected.window_begin,
+        "views: row ", i, " does not continue the rows above it");
+    if (i < table.num_views) expected = next_row(row, window);
   }
   STD_TORCH_CHECK(table.num_tokens() <= token_rows, "the views hold ", table.num_tokens(),
                   " tokens, more than the ", token_rows, " rows");
@@ -51,16 +65,17 @@ class TableWriter {
     STD_TORCH_CHECK(window >= 1, "window must be at least 1, got ", window);
   }
   void add(int64_t height, int64_t width) {
-    STD_TORCH_CHECK(height >= 0 && width >= 0, "grids must not be negative");
-    *row_++ = {token_, height, width, first_window_};
-    token_ += height * width;
-    first_window_ += ceil_div(height, window_) * ceil_div(width, window_);
+    next_.height = height;
+    next_.width = width;
+    *row_++ = next_;
+    next_ = next_row(next_, window_);
   }
-  void finish() { *row_ = {token_, 0, 0, first_window_}; }
+  void finish() { *row_ = next_; }
 
  private:
   ViewRow* row_;
-  int64_t window_, token_ = 0, first_window_ = 0;
+  int64_t window_;
+  ViewRow next_{};
 };
 
 Tensor empty_table(int64_t num_views) {
@@ -72,9 +87,9 @@ Tensor empty_table(int64_t num_views) {
 Tensor make_view_table(std::vector<int64_t> sides, int64_t repeat, int64_t window) {
   STD_TORCH_CHECK(sides.size() % 2 == 0 && repeat >= 0, "sides must hold (h, w) pairs");
   const int64_t num_views = static_cast<int64_t>(sides.size()) / 2;
-  Tensor table = empty_table(num_views * repeat);
+  Tensor table = empty_table(checked_product(num_views, repeat));
   TableWriter writer(table, window);
-  for (int64_t r = 0; r < repeat; ++r) {
+  for (int64_t r = 0; r < repeat && num_views > 0; ++r) {
     for (int64_t i = 0; i < num_views; ++i) writer.add(sides[2 * i], sides[2 * i + 1]);
   }
   writer.finish();

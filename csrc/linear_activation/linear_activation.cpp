@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_h_any, const Tensor& u_an
                                     int64_t group, bool grad_bias) {
   const Tensor grad_h = with_contiguous_rows(grad_h_any), u = torch::stable::contiguous(u_any);
   STD_TORCH_CHECK(u.dim() == 2 && grad_h.dim() == 2 && grad_h.size(1) == u.size(1) &&
-                      grad_h.size(0) * group == u.size(0) &&
+                      checked_product(grad_h.size(0), group) == u.size(0) &&
                       grad_h.scalar_type() == u.scalar_type(),
                   "linear_activation: grad_h (R / group, O) and u (R, O) do not fit");
   LinearActivation args = arguments(u, bias, u.size(1), activation, group);
@@ -187,6 +187,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_h_any, const Tensor& u_an
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
-  m.impl("_linear_activation", TORCH_BOX(&uhd::forward));
-  m.impl("_linear_activation_backward", TORCH_BOX(&uhd::backward));
+  m.impl("_linear_activation", UHD_BOX(&uhd::forward));
+  m.impl("_linear_activation_backward", UHD_BOX(&uhd::backward));
 }

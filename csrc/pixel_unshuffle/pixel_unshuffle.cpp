@@ -77,6 +77,6 @@ Tensor backward(const Tensor& grad_out_any, const Tensor& views, int64_t factor,
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
-  m.impl("pixel_unshuffle", TORCH_BOX(&uhd::forward));
-  m.impl("_pixel_unshuffle_backward", TORCH_BOX(&uhd::backward));
+  m.impl("pixel_unshuffle", UHD_BOX(&uhd::forward));
+  m.impl("_pixel_unshuffle_backward", UHD_BOX(&uhd::backward));
 }

@@ -89,6 +89,6 @@ Tensor backward(const Tensor& grad_out_any, int64_t tiles, std::string mode) {
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
-  m.impl("tile_weight", TORCH_BOX(&uhd::forward));
-  m.impl("_tile_weight_backward", TORCH_BOX(&uhd::backward));
+  m.impl("tile_weight", UHD_BOX(&uhd::forward));
+  m.impl("_tile_weight_backward", UHD_BOX(&uhd::backward));
 }

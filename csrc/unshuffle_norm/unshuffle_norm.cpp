@@ -144,6 +144,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_z_any,
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
-  m.impl("_unshuffle_norm", TORCH_BOX(&uhd::forward));
-  m.impl("_unshuffle_norm_backward", TORCH_BOX(&uhd::backward));
+  m.impl("_unshuffle_norm", UHD_BOX(&uhd::forward));
+  m.impl("_unshuffle_norm_backward", UHD_BOX(&uhd::backward));
 }

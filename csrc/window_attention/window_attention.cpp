@@ -116,8 +116,9 @@ struct Packed {
 
   template <class... Rest>
   Packed(const Tensor& qkv_any, int64_t heads, Rest... rest) : qkv(readable(qkv_any)) {
-    STD_TORCH_CHECK(qkv.dim() == 3 && (qkv.size(1) - heads) % 2 == 0,
-                    "window_attention: qkv must be (N, H + 2 H_kv, D)");
+    STD_TORCH_CHECK(
+        qkv.dim() == 3 && heads >= 0 && heads <= qkv.size(1) && (qkv.size(1) - heads) % 2 == 0,
+        "window_attention: qkv must be (N, H + 2 H_kv, D)");
     args = sizes(qkv, heads, (qkv.size(1) - heads) / 2, rest...);
     args.q = qkv.const_data_ptr();
     args.k = from_head(qkv, heads);
@@ -278,7 +279,7 @@ class Rotary {
     const bool shared = cos_.size(1) == 1;
     STD_TORCH_CHECK(shared || args.group == 1,
                     "window_attention: rotary tables per head need as many heads of k");
-    STD_TORCH_CHECK(parts >= 0 && args.head_dim % (parts == 0 ? 2 : 2 * parts) == 0,
+    STD_TORCH_CHECK(parts >= 0 && args.head_dim % checked_product(2, parts == 0 ? 1 : parts) == 0,
                     "window_attention: channels cannot pair in ", parts, " parts");
     args.cos = cos_.const_data_ptr();
     args.sin = sin_.const_data_ptr();
@@ -357,10 +358,10 @@ Gradients rotary_backward(const Tensor& grad_out, const Tensor& q, std::optional
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
-  m.impl("window_attention", TORCH_BOX(&uhd::separate_forward));
-  m.impl("_window_attention_backward", TORCH_BOX(&uhd::separate_backward));
-  m.impl("window_attention_qkvpacked", TORCH_BOX(&uhd::packed_forward));
-  m.impl("_window_attention_qkvpacked_backward", TORCH_BOX(&uhd::packed_backward));
-  m.impl("_window_attention_rotary", TORCH_BOX(&uhd::rotary_forward));
-  m.impl("_window_attention_rotary_backward", TORCH_BOX(&uhd::rotary_backward));
+  m.impl("window_attention", UHD_BOX(&uhd::separate_forward));
+  m.impl("_window_attention_backward", UHD_BOX(&uhd::separate_backward));
+  m.impl("window_attention_qkvpacked", UHD_BOX(&uhd::packed_forward));
+  m.impl("_window_attention_qkvpacked_backward", UHD_BOX(&uhd::packed_backward));
+  m.impl("_window_attention_rotary", UHD_BOX(&uhd::rotary_forward));
+  m.impl("_window_attention_rotary_backward", UHD_BOX(&uhd::rotary_backward));
 }

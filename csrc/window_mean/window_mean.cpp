@@ -74,6 +74,6 @@ Tensor backward(const Tensor& grad_out_any, const Tensor& views, int64_t window,
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
-  m.impl("window_mean", TORCH_BOX(&uhd::forward));
-  m.impl("_window_mean_backward", TORCH_BOX(&uhd::backward));
+  m.impl("window_mean", UHD_BOX(&uhd::forward));
+  m.impl("_window_mean_backward", UHD_BOX(&uhd::backward));
 }

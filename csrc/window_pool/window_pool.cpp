@@ -92,6 +92,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out_any, const Tensor& x_
 }  // namespace uhd
 
 STABLE_TORCH_LIBRARY_IMPL(uhd_ops, UHD_DEVICE_KEY, m) {
-  m.impl("window_pool", TORCH_BOX(&uhd::forward));
-  m.impl("_window_pool_backward", TORCH_BOX(&uhd::backward));
+  m.impl("window_pool", UHD_BOX(&uhd::forward));
+  m.impl("_window_pool_backward", UHD_BOX(&uhd::backward));
 }

@@ -124,8 +124,13 @@ def _attend(
     """Attention of equally long views, ``(S, L, H, D)`` to ``(S, L, H, D)``."""
     if q.numel() == 0:  # some backends refuse empty tensors
         return q * k * v
-    heads_first = (x.transpose(-2, -3) for x in (q, k, v))
+    heads_first = (_without_overlap(x).transpose(-2, -3) for x in (q, k, v))
     return functional.scaled_dot_product_attention(*heads_first, scale=scale).transpose(-2, -3)
+
+
+def _without_overlap(x: torch.Tensor) -> torch.Tensor:
+    """Tokens that share memory, copied: torch's attention on the CPU reads others for them."""
+    return x if x.stride(-3) >= x.shape[-1] or x.shape[-3] == 1 else x.contiguous()
 
 
 def attend_by_length(
