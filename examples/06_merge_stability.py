@@ -106,7 +106,7 @@ def run(seeds, settings):
         rows += run_seed(seed, settings)
         print(f"seed {seed}: {time.process_time() - cpu:.0f} CPU seconds so far", flush=True)
     return {
-        "environment": {**report.environment(), "processes": 1},
+        "environment": report.environment("timm", "scikit-learn", processes=1),
         "settings": {
             **settings._asdict(),
             "model": {"dim": CHANNELS, "depth": BLOCKS, "heads": warm_start.HEADS, "grid": GRID},
@@ -124,7 +124,8 @@ def run(seeds, settings):
 
 def tables(record):
     """Return the table of a record, and where it was measured, as Markdown."""
-    steps, found, readout = record["steps"], report.curves(record), report.readable(record)
+    steps, found = record["steps"], report.accuracy(record)
+    readout = report.accuracy(record, "readable")
     shown = [0, 1, -1]
     titles = ["readout, step 0", *(f"step {steps[i]}" for i in shown)]
     lines = [
@@ -141,7 +142,9 @@ def tables(record):
         cells.append(report.cell(readout[pool, n]))
         cells += [report.cell([curve[i] for curve in seeds]) for i in shown]
         lines.append(f"| {' | '.join([where, pool, *cells])} |")
-    return "\n".join([*lines, "", report.measured(record)]) + "\n"
+    images = record["settings"]["test_images"]
+    measured = report.measured(record, f"Accuracy in % of {images} test images")
+    return "\n".join([*lines, "", measured]) + "\n"
 
 
 def main():
