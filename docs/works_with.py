@@ -22,7 +22,7 @@ HEAD = """# Works with
 
 Each line is a test of `python_tests/test_works_with.py`, on small models with random weights, with
 the versions of `requirements-dev.txt`. `python docs/works_with.py` writes this page. Other files
-test DDP and FSDP2 (`test_distributed.py`), `torch.compile` (`test_families_lifecycle.py`),
+test DDP, FSDP2 and DTensor (`test_distributed.py`), `torch.compile` (`test_families_lifecycle.py`),
 `save_pretrained` and `from_pretrained` (`test_hf_pretrained.py`).
 
 | tool | version | what holds |

@@ -5,7 +5,7 @@ import pytest
 import torch
 from families.case import assert_close
 from families.vision_transformer import make as tiny_vit
-from torch import nn
+from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -259,6 +259,28 @@ def check_views_over_ranks(rank, world, folder):
             assert_close(found.grad, p.grad, ROUNDINGS)
 
 
+def check_wrong_shares(rank, world, folder):
+    """What one rank is given wrong is refused before any other waits for it."""
+    grids = PackedGrids([(4, 6), (3, 5)])
+    shares = ViewShares(grids)
+    with pytest.raises(ValueError, match=r"packed must have 39 rows, got shape \(38, 2\)"):
+        shares.take(torch.zeros(38, 2))
+    with pytest.raises(TypeError, match=r"packed must be a torch\.Tensor, got list"):
+        shares.take([0.0] * 39)
+    rows = shares.own.num_windows(2)
+    for wrong in (torch.zeros(rows + 1, 2), torch.zeros(())):
+        with pytest.raises(ValueError, match=f"tokens must have {rows} rows, got shape"):
+            shares.gather(wrong, window=2)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        shares.gather(torch.zeros(rows, 2), window=0)
+    first = distributed.new_group([0])
+    if rank == 0:
+        assert ViewShares(grids, first).own == grids
+    else:
+        with pytest.raises(RuntimeError, match="this process must be in group"):
+            ViewShares(grids, first)
+
+
 # ---- without a second rank -----------------------------------------------------------------------
 
 
@@ -284,4 +306,5 @@ CHECKS = {
     "stages": check_stages,
     "DCP": check_checkpoints,
     "views": check_views_over_ranks,
+    "wrong shares": check_wrong_shares,
 }

@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 from uhd_ops._checks import check_positive_int
 from uhd_ops.grids import Grids, PackedGrids
 
-# Their names now, and those of older versions of torch, which newer ones warn of.
-_all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
-_reduce_scatter = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
+# Newer versions of torch warn of the older names.
+_NEW = hasattr(distributed, "all_gather_single")
+_all_gather = distributed.all_gather_single if _NEW else distributed.all_gather_into_tensor
+_reduce_scatter = distributed.reduce_scatter_single if _NEW else distributed.reduce_scatter_tensor
 
 
 class ViewShares:
