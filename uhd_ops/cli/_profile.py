@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale-resolution",
         type=positive_int,
         metavar="PX",
-        help="side of about what a slice covers (default: the size that the model was made for)",
+        help="a slice has about as many pixels as a square of this side (default: the size that "
+        "the model was made for)",
     )
     add(
         "--progressive",
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=DEFAULT_MAX_TOKENS,
         metavar="N",
-        help="patches of a native view at most (default: %(default)s)",
+        help="largest number of patches in a native view (default: %(default)s)",
     )
     add(
         "--llm",
@@ -116,8 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="measure",  # the parser's "run" is what runs a command
         help="also run everything, with random weights, and time it",
     )
-    add("--dtype", choices=tuple(DTYPES), help="with --run (default: float32)")
-    add("--device", choices=("auto", "cpu", "cuda"), help="with --run (default: auto)")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of weights and pixels, with --run (default: float32)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), help="to run on, with --run (default: auto)")
     add("--rounds", type=positive_int, help="timed passes of each, with --run (default: 3)")
     add("--threads", type=threads, help="CPU threads, with --run (default: PyTorch's choice)")
     add("--plot", type=Path, metavar="FILE", help="draw cost over resolution to a PNG file")
