@@ -173,7 +173,7 @@ def _result(arguments: argparse.Namespace) -> dict[str, Any]:
     device = find_device(arguments.device) if arguments.measure else None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    llm, prefill, out_dim, text = None, None, arguments.out_dim or 4096, 0
+    config, llm, prefill, out_dim, text = None, None, None, arguments.out_dim or 4096, 0
     if arguments.llm is not None:
         config = ways.read_llm_config(arguments.llm)
         planned = ways.make_llm(config, "meta", torch.float32, arguments.llm)
@@ -196,7 +196,7 @@ def _result(arguments: argparse.Namespace) -> dict[str, Any]:
                 for variant in arguments.variants
             ]
         planned_models.append((name, options, rows))
-    if arguments.measure and arguments.llm is not None:
+    if arguments.measure and config is not None:
         llm = ways.make_llm(config, device, DTYPES[arguments.dtype], arguments.llm)
     models = []
     for name, options, rows in planned_models:
