@@ -221,9 +221,7 @@ def _draw(panel, record, seeds, label, **style):
 
 
 EXPERIMENTS = {"warm_start": tables, "train_mllm": page_tables}
-"""What makes the tables of each, under the name that its results begin with."""
-IN_PAGE = ("warm_start",)
-"""Those in the page, between markers with their names."""
+"""What makes the tables of each, by the name that its results and its markers in the page have."""
 
 
 def newest(experiment):
@@ -243,7 +241,7 @@ def with_results(page, experiment, path):
 
 
 def with_newest_results(page):
-    for experiment in IN_PAGE:
+    for experiment in EXPERIMENTS:
         page = with_results(page, experiment, newest(experiment))
     return page
 

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -295,6 +296,44 @@ def test_missing_packages_are_named(monkeypatch, module):
     spec = importlib.util.spec_from_file_location("without", EXAMPLES / "05_train_mllm.py")
     with pytest.raises(SystemExit, match=rf"{module}.*pip install uhd_ops\[examples\]"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_results_are_complete(example):
+    """Those in docs/warm_start.md, with the settings that the example still has."""
+    record = json.loads(example.report.newest("train_mllm").read_text())
+    assert len(record["seeds"]) >= 2
+    found = [(row["seed"], row["arm"], row["start"]) for row in record["rows"]]
+    assert found == [(seed, *arm) for seed in record["seeds"] for arm in example.ARMS]
+    settings = example.Settings()
+    assert record["settings"]["phases"] == [phase._asdict() for phase in settings.phases]
+    assert record["settings"]["test_images"] == settings.test_pages
+    assert record["steps"] == example.measured_steps(settings)
+    assert list(record["ends"].values()) == [60, 80, 200, 220]
+    for row in record["rows"]:
+        assert len(row["correct"]) == len(row["loss"]) == len(record["steps"])
+        assert all(0 <= n <= settings.test_pages for n in row["correct"])
+
+
+def test_page_tables_by_hand(example):
+    """The last column of each."""
+    record = json.loads(example.report.newest("train_mllm").read_text())
+    lines = example.report.page_tables(record).splitlines()
+    for title, key, unit, digits in (
+        ("exact", "correct", 100 / record["settings"]["test_images"], 1),
+        ("loss", "loss", 1, 3),
+    ):
+        table = lines[next(i for i, line in enumerate(lines) if line.startswith(f"| {title} |")) :]
+        last = {}
+        for start in ("reused", "random"):
+            rows = [row for row in record["rows"] if row["start"] == start]
+            last[start] = [unit * row[key][-1] for row in rows]
+            mean, deviation = statistics.mean(last[start]), statistics.stdev(last[start])
+            line = next(line for line in table if line.startswith(f"| compressor | {start} | 11 |"))
+            assert line.endswith(f"| {mean:.{digits}f} ± {deviation:.{digits}f} |")
+        gain = [a - b for a, b in zip(*last.values(), strict=True)]
+        mean, deviation = statistics.mean(gain), statistics.stdev(gain)
+        line = [line for line in table if line.startswith(f"| {title} | ")][-1]
+        assert line.endswith(f"| {mean:+.{digits}f} ± {deviation:.{digits}f} |")
 
 
 def restored(example, number, step, folder):
