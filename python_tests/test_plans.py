@@ -273,6 +273,59 @@ def test_a_second_mlp_checks_nothing(biases):
             uhd_ops.pixel_unshuffle_mlp(x, grids, *mlp, **options)
 
 
+def names_of(node):
+    """The nodes of a backward pass, from this one on."""
+    after = [edge for edge, _ in node.next_functions if edge is not None]
+    return {type(node).__name__}.union(*map(names_of, after))
+
+
+PARTS = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "norm_weight", "norm_bias")
+
+
+@pytest.mark.parametrize("form", ["dense", "block", "tied"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_mlp_has_the_gradients_of_its_operators(form, residual, dtype, monkeypatch):
+    """Whatever requires one; what torch.compile sees has a node for each operator."""
+    blocks, width = ((4,), CHANNELS) if form == "block" else ((), CHANNELS)
+    width = 4 * CHANNELS if form == "dense" else width
+    shapes = (TOKENS, CHANNELS), (*blocks, 5, width), (*blocks, 5), (*blocks, CHANNELS, 5)
+    shapes += (CHANNELS,), (4 * CHANNELS,), (4 * CHANNELS,)
+    values = {k: torch.randn(shape).to(dtype) for k, shape in zip(PARTS, shapes, strict=True)}
+    grids = PackedGrids(PAIRS)
+
+    def gradients(*chosen):
+        leaves = {name: x.detach().requires_grad_(name in chosen) for name, x in values.items()}
+        out = uhd_ops.pixel_unshuffle_mlp(grids=grids, residual=residual, **leaves)
+        nodes = names_of(out.grad_fn)
+        out.backward(torch.ones_like(out), retain_graph=True)
+        out.backward(torch.ones_like(out))
+        assert [name for name, x in leaves.items() if x.grad is not None] == [*chosen]
+        return nodes, out, *(leaves[name].grad for name in chosen)
+
+    # All, each alone, and those that leave out a part of the node.
+    for chosen in (PARTS, *((name,) for name in PARTS), PARTS[1:3], ("x", "norm_bias")):
+        for _ in range(2):
+            gradients(*chosen)
+        nodes, *found = gradients(*chosen)
+        joined = form != "block" and not {*chosen} <= {"fc2_weight", "fc2_bias"}
+        assert ("_NormAndLayerBackward" in nodes) == joined
+        with monkeypatch.context() as patched:
+            patched.setattr(_native, "is_eager", lambda: False)
+            patched.setattr(_plans, "is_eager", lambda: False)
+            for got, wanted in zip(found, gradients(*chosen)[1:], strict=True):
+                assert_same_bits(got, wanted)
+
+
+def test_an_mlp_has_no_second_derivative():
+    x, fc1, fc2 = (torch.randn(s, requires_grad=True) for s in ((TOKENS, 4), (5, 4), (4, 5)))
+    for _ in range(3):
+        out = uhd_ops.pixel_unshuffle_mlp(x, PackedGrids(PAIRS), fc1, None, fc2, None)
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=r"reference\.pixel_unshuffle_mlp has one"):
+            grad.sum().backward()
+
+
 def test_sizes_take_turns():
     grids = PackedGrids(PAIRS)
     for channels in (3, 5, 3, 5):
