@@ -257,6 +257,23 @@ def _register_one(name, fake, backward, setup_context, derivative) -> None:
     setattr(operators, name, _eager_call(operator, backward, setup_context, derivative))
 
 
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse tensors of several devices, as the kernels do.
+
+    The dispatcher asks the fake as soon as one tensor is on "meta", and what it returns is taken
+    for a result: on the CPU, if the first tensor is there, in memory that nobody has written.
+    """
+
+    def checked(*args):
+        devices = {x.device for x in args if isinstance(x, torch.Tensor)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise RuntimeError(f"{name}: tensors must be on one device, got {found}")
+        return fake(*args)
+
+    return checked
+
+
 # Where nothing is to be done between a call of an operator and its kernel, the kernel is called by
 # its dispatch key, which is a microsecond less. A profiler gets the operator's name from the
 # dispatcher, which also sees to tensors that are only marked as negated, or as zeros. The gradients
@@ -285,23 +302,6 @@ def eager({every}):
         return apply({tensors}, ({others}))
     return {call}
 """
-
-
-def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse tensors of several devices, as the kernels do.
-
-    The dispatcher asks the fake as soon as one tensor is on "meta", and what it returns is taken
-    for a result: on the CPU, if the first tensor is there, in memory that nobody has written.
-    """
-
-    def checked(*args):
-        devices = {x.device for x in args if isinstance(x, torch.Tensor)}
-        if len(devices) > 1:
-            found = ", ".join(sorted(map(str, devices)))
-            raise RuntimeError(f"{name}: tensors must be on one device, got {found}")
-        return fake(*args)
-
-    return checked
 
 
 def _eager_call(
