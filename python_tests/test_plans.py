@@ -285,14 +285,20 @@ PARTS = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "norm_weight",
 @pytest.mark.parametrize("form", ["dense", "block", "tied"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_mlp_has_the_gradients_of_its_operators(form, residual, dtype, monkeypatch):
+@pytest.mark.parametrize("pairs", [PAIRS, []], ids=["two views", "no view"])
+def test_an_mlp_has_the_gradients_of_its_operators(pairs, form, residual, dtype, monkeypatch):
     """Whatever requires one; what torch.compile sees has a node for each operator."""
     blocks, width = ((4,), CHANNELS) if form == "block" else ((), CHANNELS)
     width = 4 * CHANNELS if form == "dense" else width
-    shapes = (TOKENS, CHANNELS), (*blocks, 5, width), (*blocks, 5), (*blocks, CHANNELS, 5)
+    shapes = (
+        (TOKENS if pairs else 0, CHANNELS),
+        (*blocks, 5, width),
+        (*blocks, 5),
+        (*blocks, CHANNELS, 5),
+    )
     shapes += (CHANNELS,), (4 * CHANNELS,), (4 * CHANNELS,)
     values = {k: torch.randn(shape).to(dtype) for k, shape in zip(PARTS, shapes, strict=True)}
-    grids = PackedGrids(PAIRS)
+    grids = PackedGrids(pairs)
 
     def gradients(*chosen):
         leaves = {name: x.detach().requires_grad_(name in chosen) for name, x in values.items()}

@@ -444,7 +444,7 @@ class _NormAndLayer(torch.autograd.Function):
         num_windows, eps, factor, residual, activation, group = others
         of_norm = x, views, num_windows, norm_weight, norm_bias, eps, factor, residual
         normalised = _native.operators._unshuffle_norm.eager(*of_norm)
-        z = normalised[0].view(num_windows * group, -1)
+        z = normalised[0].view(num_windows * group, weight.shape[1])
         of_layer = z, weight, bias, activation, group, True, _fused(z, activation, group)
         products = _native.operators._linear_activation.eager(*of_layer)
         norm, layer = _Part(), _Part()
@@ -467,7 +467,8 @@ class _NormAndLayer(torch.autograd.Function):
         grad_z, grad_weight, grad_bias, *_ = _layer_backward(layer, grad_h, None)
         if not needs_z:
             return None, None, None, grad_weight, grad_bias, None, None
-        grad_z = grad_z.view(norm.saved_tensors[3].shape[0], -1)  # a row for each window's mean
+        windows = norm.saved_tensors[3].shape[0]  # a mean for each
+        grad_z = grad_z.view(windows, layer.group * grad_z.shape[1])
         grad_x, _, _, *grad_norm = _norm_backward(norm, grad_z, grad_mean)
         return grad_x, *grad_norm[:2], grad_weight, grad_bias, None, None
 
