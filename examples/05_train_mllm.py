@@ -10,7 +10,7 @@ the stages of LLaVA-UHD v4 follow, as its released scripts have them (docs/train
 One process on the CPU, two minutes or so:   python examples/05_train_mllm.py
 Any number of GPUs, or CPUs, with FSDP2:    torchrun --nproc-per-node 2 examples/05_train_mllm.py
 Go on from the last checkpoint:             the same command with --resume
-The experiment of docs/warm_start.md:       python examples/05_train_mllm.py --seeds 3
+The experiment of docs/warm_start.md:       python examples/05_train_mllm.py --seeds 5
 """
 
 import argparse

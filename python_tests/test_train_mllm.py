@@ -301,7 +301,7 @@ def test_missing_packages_are_named(monkeypatch, module):
 def test_results_are_complete(example):
     """Those in docs/warm_start.md, with the settings that the example still has."""
     record = json.loads(example.report.newest("train_mllm").read_text())
-    assert len(record["seeds"]) >= 2
+    assert len(record["seeds"]) >= 5
     found = [(row["seed"], row["arm"], row["start"]) for row in record["rows"]]
     assert found == [(seed, *arm) for seed in record["seeds"] for arm in example.ARMS]
     settings = example.Settings()
