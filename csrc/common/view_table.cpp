@@ -6,6 +6,7 @@
 #include "common/glue.h"
 
 namespace uhd {
+#ifndef UHD_WITH_CUDA
 namespace {
 
 // The row below one whose sides are known, its own sides zero. Sides that wrap around would pass
@@ -24,6 +25,7 @@ ViewRow next_row(const ViewRow& row, int64_t window) {
 }
 
 }  // namespace
+#endif
 
 ViewTable view_table(const Tensor& views, int64_t window, int64_t token_rows, int64_t window_rows) {
   STD_TORCH_CHECK(views.dim() == 2 && views.size(0) >= 1 && views.size(1) == 4 &&
