@@ -462,7 +462,8 @@ class _NormAndLayer(torch.autograd.Function):
         norm, layer = _Part(), _Part()
         for part, options in zip((norm, layer), ctx.parts, strict=True):
             vars(part).update(options)
-        norm.saved_tensors, layer.saved_tensors = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # asked for once: gradient checkpointing allows no more
+        norm.saved_tensors, layer.saved_tensors = saved[:5], saved[5:]
         layer.needs_input_grad = needs_z, needs_weight, needs_bias
         grad_z, grad_weight, grad_bias, *_ = _layer_backward(layer, grad_h, None)
         if not needs_z:
