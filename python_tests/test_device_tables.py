@@ -5,7 +5,6 @@ The meta device stands for a GPU: its tables are made in the same way, and so ar
 """
 
 import contextlib
-import gc
 from functools import partial
 
 import pytest
@@ -137,7 +136,6 @@ def devices():
 
     yield seen, aot_autograd(fw_compiler=record, bw_compiler=record)
     torch._dynamo.reset()
-    gc.collect()  # what was compiled holds its grids in cycles
     uhd_ops.clear_caches()  # grids that were moved stay so, which others' graphs would notice
 
 
