@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time to first token over resolutions: from the pixels of an image to the logits of one token.
 
-    python benchmarks/bench_ttft.py            all sizes; prints times and ratios, writes results/
+    python benchmarks/bench_ttft.py            all sizes, in seven minutes; prints times and ratios,
+                                               writes results/
     python benchmarks/bench_ttft.py --quick    tiny models, to see that it runs; writes nothing
 
 Every way has an encoder of the sizes of ViT-B/16, a connector, and the same small Qwen3 of
@@ -356,6 +357,7 @@ def measure(bench: Bench, image: tuple[int, int], rounds: int) -> list[dict]:
         pairs = zip(first[name][1:], first[OURS][1:], strict=True)
         rows.append(
             {
+                "dtype": str(bench.dtype).removeprefix("torch."),
                 "image": list(image),
                 "way": name,
                 "tokens": tokens[name][-1],
@@ -371,13 +373,13 @@ def measure(bench: Bench, image: tuple[int, int], rounds: int) -> list[dict]:
 def report(rows: list[dict]) -> str:
     """Return a table, a line for each way and image."""
     lines = [
-        f"{'image':<12}{'':<20}{'tokens':>8}{'encode ms':>12}{'first token ms':>16}"
+        f"{'dtype':<10}{'image':<12}{'':<20}{'tokens':>8}{'encode ms':>12}{'first token ms':>16}"
         f"{'times ours':>12}"
     ]
     for row in rows:
         image = "x".join(map(str, row["image"]))
         lines.append(
-            f"{image:<12}{row['way']:<20}{row['tokens']:>8}{row['encode_ms']:>12.1f}"
+            f"{row['dtype']:<10}{image:<12}{row['way']:<20}{row['tokens']:>8}{row['encode_ms']:>12.1f}"
             f"{row['first_token_ms']:>16.1f}{row['ratio']:>12.2f}"
         )
     return "\n".join(lines)
@@ -387,14 +389,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print the table, and store the rows under ``results/``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models; writes nothing")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="default: all of them")
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else Sizes()
-    bench, rows = Bench(sizes, DTYPES[options.dtype]), []
-    for image, rounds in sizes.images.items():
-        rows += measure(bench, image, rounds)
-    for row in rows:
-        row["dtype"] = options.dtype
+    rows = []
+    for name in options.dtype or DTYPES:
+        bench = Bench(sizes, DTYPES[name])
+        for image, rounds in sizes.images.items():
+            rows += measure(bench, image, rounds)
     print(report(rows))
     if not options.quick:
         harness.store("ttft", rows)

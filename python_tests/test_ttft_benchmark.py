@@ -105,9 +105,13 @@ def test_quick_run(monkeypatch, capsys):
     assert bench_ttft.main(["--quick"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[-2:] == ["times", "ours"]
-    expected = [f"{w}x{h}" for w, h in bench_ttft.QUICK.images for _ in bench_ttft.WAYS]
-    assert [line.split()[0] for line in lines] == expected
-    assert [line[12:32].strip() for line in lines] == list(bench_ttft.WAYS) * 2
+    expected = [
+        [dtype, f"{w}x{h}", way]
+        for dtype in bench_ttft.DTYPES
+        for w, h in bench_ttft.QUICK.images
+        for way in bench_ttft.WAYS
+    ]
+    assert [[*line.split()[:2], line[22:42].strip()] for line in lines] == expected
 
 
 def test_rows(bench):
@@ -115,6 +119,6 @@ def test_rows(bench):
     assert [row["way"] for row in rows] == list(bench_ttft.WAYS)
     for row in rows:
         assert 0 < row["encode_ms"] < row["first_token_ms"]
-        assert (row["rounds"], row["image"]) == (2, [64, 64])
+        assert (row["rounds"], row["image"], row["dtype"]) == (2, [64, 64], "float32")
         assert row["ratio"] > 0
     assert rows[0]["ratio"] == 1
