@@ -154,6 +154,10 @@ def test_bad_inputs_are_listed(name):
     assert len(set(labels)) == len(labels)
 
 
+_OF_FRAMES = (
+    "; if this is Qwen's grid_thw, whose first column counts frames, pass its columns of height "
+    "and width, grid_thw[:, 1:], one row for each frame"
+)
 _FORMS = (
     "grids must be a PackedGrids, a sequence of (h, w) pairs, one (h, w) pair, "
     "or a CPU integer tensor or array of shape (S, 2); got "
@@ -169,7 +173,7 @@ BAD_GRIDS = {
     "set": ({(4, 6)}, TypeError, _FORMS + "set"),
     "float sides": ([(4.0, 6)], TypeError, _FORMS + "the entry (4.0, 6)"),
     "bool sides": ([(True, 6)], TypeError, _FORMS + "the entry (True, 6)"),
-    "three numbers": ([(4, 6, 1)], TypeError, _FORMS + "the entry (4, 6, 1)"),
+    "three numbers": ([(4, 6, 1)], TypeError, _FORMS + "the entry (4, 6, 1)" + _OF_FRAMES),
     "text entry": (["46", "35"], TypeError, _FORMS + "the entry '46'"),
     "negative": (
         [(4, 6), (3, -5)],
@@ -208,7 +212,7 @@ BAD_GRID_TENSORS = {
     "triples": (
         lambda g: torch.ones(2, 3, dtype=torch.int64),
         ValueError,
-        "grids must have shape (S, 2), got (2, 3)",
+        "grids must have shape (S, 2), got (2, 3)" + _OF_FRAMES,
     ),
     "meta": (lambda g: torch.tensor(g, device="meta"), ValueError, _ON_DEVICE.format("meta")),
     "cuda": (on_cuda, ValueError, _ON_DEVICE.format("cuda:0")),

@@ -108,6 +108,10 @@ def test_equality_and_hash():
     assert a[0] == (4, 6)
     assert a[-1] == (4, 6)
     assert repr(a) == "PackedGrids([(4, 6)])"
+    many = PackedGrids([(n, 6) for n in range(1, 501)])
+    assert repr(many) == (
+        "PackedGrids([(1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (6, 6), ... 493 more ..., (500, 6)])"
+    )
     with pytest.raises(IndexError):
         a[1]
 

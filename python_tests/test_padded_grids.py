@@ -135,6 +135,11 @@ def test_refusals():
         PaddedGrids(1.0, 1, device="cpu")
     with pytest.raises(ValueError, match="max_views must be at least 1, got 0"):
         PaddedGrids(1, 0, device="cpu")
+    absent = "device must be one that is there, got 'cuda:99': "
+    with pytest.raises(ValueError, match=absent):
+        PaddedGrids(1, 1, device="cuda:99")
+    with pytest.raises(ValueError, match=absent):
+        PackedGrids([]).to("cuda:99")
     with pytest.raises(TypeError, match="it has no copies"):
         copy.deepcopy(grids)
 

@@ -89,6 +89,11 @@ def test_packed_patches_equal_views():
     assert torch.equal(result.tokens, encoder(views).tokens)
     assert torch.equal(encoder(torch.cat(tiles), PackedGrids(GRIDS)).tokens, result.tokens)
     assert result.views_per_image == (6,)
+    assert repr(result) == (
+        f"SliceTokens(tokens={tuple(result.tokens.shape)}, grids={result.grids!r}, "
+        f"prefix={tuple(result.prefix.shape)}, views_per_image=(6,), dtype=torch.float32, "
+        "device='cpu')"
+    )
 
 
 def test_padded_views():

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,14 @@ import pytest
 from hypothesis import given, settings
 
 from uhd_ops import _host, _native
-from uhd_ops.slicing import SlicePlan, plan_slices, plan_slices_batch, planner, reference_planner
+from uhd_ops.slicing import (
+    SlicePlan,
+    plan_native,
+    plan_slices,
+    plan_slices_batch,
+    planner,
+    reference_planner,
+)
 
 DEFAULTS = {"max_slices": 9, "scale_resolution": 448, "patch_size": 14, "merge": 4}
 # width, height, grid (rows, columns), thumbnail (w, h), slice (w, h), views, patches, merged tokens
@@ -172,6 +180,13 @@ def test_side_out_of_range(side, value):
     message = rf"^{side} must be an integer in \[1, 2147483647\], got {value}$"
     with pytest.raises(ValueError, match=message):
         plan_slices(**sides)
+
+
+@pytest.mark.parametrize("function", [plan_slices, plan_native])
+def test_size_in_one_argument(function):
+    message = "height is missing: width and height must be two integers, got (640, 480) alone; "
+    with pytest.raises(TypeError, match=re.escape(message)):
+        function((640, 480))
 
 
 @pytest.mark.parametrize("name", ["width", "height", *DEFAULTS])

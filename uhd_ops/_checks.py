@@ -73,6 +73,19 @@ def check_finite(value: object, name: str) -> float:
     return float(value)
 
 
+def check_device(device: torch.device | str, name: str = "device") -> torch.device:
+    """``device`` is one that is there; returns it with the index that tensors on it have.
+
+    Raises:
+        ValueError: There is no GPU that PyTorch can use, or none of that number.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} must be one that is there, got '{device}': {reason}") from None
+
+
 def check_tensor(x: object, name: str) -> None:
     """``x`` is a tensor of a floating dtype that the kernels know."""
     if not isinstance(x, torch.Tensor):

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from uhd_ops import _view_tables
 from uhd_ops._cache import Tables, kept, note, outlives_modes, to_device
-from uhd_ops._checks import check_int, is_int
+from uhd_ops._checks import check_device, check_int, is_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,6 +161,7 @@ class PackedGrids:
             for any tensor, another stream has to wait for it.
 
         Raises:
+            ValueError: The device is not there.
             NotImplementedError: A CUDA graph is being captured.
 
         Example:
@@ -169,7 +170,7 @@ class PackedGrids:
         """
         if torch.compiler.is_compiling() or not self.is_kept:
             return self
-        device = torch.empty(0, device=device).device  # with the index of the current one
+        device = check_device(device)
         if device.type != "cpu" and device not in self._moved:
             with outlives_modes():
                 rows = to_device(self._rows, device)
@@ -210,7 +211,7 @@ class PackedGrids:
         return hash(self._pairs)
 
     def __repr__(self) -> str:
-        return f"PackedGrids({list(self._pairs)})"
+        return f"PackedGrids([{brief(self._pairs)}])"
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"PackedGrids is immutable; cannot set {name!r}")
@@ -386,6 +387,13 @@ def _callers_own() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else outlives_modes()
 
 
+def brief(values: Sequence[object]) -> str:
+    """Return values with commas between them, and of more than eight the first six and the last."""
+    if len(values) <= 8:
+        return ", ".join(map(str, values))
+    return f"{brief(values[:6])}, ... {len(values) - 7} more ..., {values[-1]}"
+
+
 def is_single_pair(grids: Grids) -> bool:
     """Whether ``grids`` is one bare ``(h, w)`` pair rather than a collection of pairs."""
     if not isinstance(grids, (tuple, list)) or len(grids) != 2:
@@ -413,7 +421,8 @@ def pairs_of(grids: Grids) -> tuple[tuple[int, int], ...]:
         )
     if hasattr(grids, "shape") and hasattr(grids, "tolist"):  # tensor or array
         if len(grids.shape) != 2 or grids.shape[1] != 2:
-            raise ValueError(f"grids must have shape (S, 2), got {tuple(grids.shape)}")
+            shape = tuple(grids.shape)
+            raise ValueError(f"grids must have shape (S, 2), got {shape}{_of_frames(shape[-1:])}")
         if torch.compiler.is_compiling():
             raise TypeError(
                 "grids must be a PackedGrids or (h, w) pairs while tracing, got a tensor, whose "
@@ -430,11 +439,21 @@ def _pair(pair: Sequence[int]) -> tuple[int, int]:
         pair = pair.tolist()
     sides = [_number(side) for side in pair] if isinstance(pair, Sequence) else ()
     if len(sides) != 2 or not all(is_int(side) for side in sides):
-        raise TypeError(f"{_EXPECTED}; got the entry {pair!r}")
+        raise TypeError(f"{_EXPECTED}; got the entry {pair!r}{_of_frames([len(sides)])}")
     height, width = (check_int(side, "a side in grids") for side in sides)
     if height < 0 or width < 0:
         raise ValueError(f"grids must not have negative sides, got ({height}, {width})")
     return height, width
+
+
+def _of_frames(columns: Sequence[int]) -> str:
+    """What to do with the three columns of a processor of Qwen's."""
+    if tuple(columns) != (3,):
+        return ""
+    return (
+        "; if this is Qwen's grid_thw, whose first column counts frames, pass its columns of "
+        "height and width, grid_thw[:, 1:], one row for each frame"
+    )
 
 
 def _number(side: object) -> object:

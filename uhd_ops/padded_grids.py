@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from uhd_ops._cache import staged
-from uhd_ops._checks import check_int
+from uhd_ops._checks import check_device, check_int
 from uhd_ops.grids import Grids, PackedGrids, pairs_of
 
 
@@ -34,7 +34,7 @@ class PaddedGrids:
 
     Raises:
         TypeError: A number is not an int.
-        ValueError: A number is less than 1.
+        ValueError: A number is less than 1, or the device is not there.
 
     Example:
         >>> grids = PaddedGrids(max_tokens=64, max_views=4, windows={2: 16}, device="cpu")
@@ -51,6 +51,7 @@ class PaddedGrids:
         windows: Mapping[int, int] | Iterable[int] = (2,),
         device: torch.device | str = "cuda",
     ) -> None:
+        self.device = device = check_device(device)
         self.num_tokens = check_int(max_tokens, "max_tokens", 1)
         self.max_views = check_int(max_views, "max_views", 1)
         if not isinstance(windows, Mapping):
@@ -66,7 +67,6 @@ class PaddedGrids:
                 side: torch.zeros((max_views + 1, 4), dtype=torch.int64, device=device)
                 for side in self._rows
             }
-        self.device = self.cu_seqlens.device
         self.current = PackedGrids([])
 
     def update(self, grids: Grids) -> None:
@@ -119,7 +119,7 @@ class PaddedGrids:
     def __repr__(self) -> str:
         return (
             f"PaddedGrids(max_tokens={self.num_tokens}, max_views={self.max_views}, "
-            f"windows={self._rows}, device={str(self.device)!r}, current={list(self.current)})"
+            f"windows={self._rows}, device={str(self.device)!r}, current={self.current})"
         )
 
     def __getstate__(self) -> Any:

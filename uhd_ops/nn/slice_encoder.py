@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from uhd_ops import _checks
-from uhd_ops.grids import Grids, PackedGrids, TracedGrids
+from uhd_ops.grids import Grids, PackedGrids, TracedGrids, brief
 from uhd_ops.nn.attention import ViewScope
 from uhd_ops.nn.block_spec import BlockSpec, families
 from uhd_ops.nn.positions import Rotary
@@ -41,6 +41,14 @@ class SliceTokens:
     grids: PackedGrids
     prefix: torch.Tensor
     views_per_image: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        tokens, prefix = tuple(self.tokens.shape), tuple(self.prefix.shape)
+        return (
+            f"SliceTokens(tokens={tokens}, grids={self.grids!r}, prefix={prefix}, "
+            f"views_per_image=({brief(self.views_per_image)},), dtype={self.tokens.dtype}, "
+            f"device='{self.tokens.device}')"
+        )
 
     def per_view(self) -> list[torch.Tensor]:
         """The tokens of each view, ``(h * w, C)``, without a copy."""

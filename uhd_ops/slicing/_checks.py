@@ -18,6 +18,21 @@ LARGEST_OPTION = {
 }
 
 
+MISSING: Any = ...
+"""The default of a required argument whose absence deserves words of its own."""
+
+
+def sides(width: Any, height: Any) -> tuple[int, int]:
+    """Return an image's sides as ints in [1, LARGEST_SIDE]."""
+    if height is MISSING:
+        raise TypeError(
+            f"height is missing: width and height must be two integers, got {width!r} alone; "
+            "unpack the size of an image: plan_slices(*image.size)"
+        )
+    width = check_int(width, "width", 1, LARGEST_SIDE)
+    return width, check_int(height, "height", 1, LARGEST_SIDE)
+
+
 def options(**values: Any) -> dict[str, int]:
     """Return the planner's options as ints in their ranges."""
     return {name: check_int(value, name, 1, LARGEST_OPTION[name]) for name, value in values.items()}

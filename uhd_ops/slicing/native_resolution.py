@@ -17,7 +17,7 @@ LEAST_MAX_TOKENS = _MERGE**2  # for this merge
 
 def plan_native(
     width: int,
-    height: int,
+    height: int = _checks.MISSING,
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     patch_size: int = 14,
@@ -70,8 +70,7 @@ def plan_native(
         >>> plan_native(3840, 2160, max_tokens=4096)
         SlicePlan(image 3840x2160 px, thumbnail 1176x672 px, no slices, 4032 tokens)
     """
-    width = check_int(width, "width", 1, _checks.LARGEST_SIDE)
-    height = check_int(height, "height", 1, _checks.LARGEST_SIDE)
+    width, height = _checks.sides(width, height)
     options = _checks.options(patch_size=patch_size, merge=merge)
     patch_size, merge = options["patch_size"], options["merge"]
     max_tokens = check_int(max_tokens, "max_tokens", 1, 2**63 - 1)

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from uhd_ops import _native
-from uhd_ops._checks import check_int
 from uhd_ops.slicing import _checks, reference_planner
 from uhd_ops.slicing.plan import SlicePlan
 
@@ -28,7 +27,7 @@ def planner_backend() -> str:
 
 def plan_slices(
     width: int,
-    height: int,
+    height: int = _checks.MISSING,
     *,
     max_slices: int = 9,
     scale_resolution: int = 448,
@@ -71,8 +70,7 @@ def plan_slices(
         >>> plan_slices(448, 448).num_merged_tokens
         64
     """
-    width = check_int(width, "width", 1, _checks.LARGEST_SIDE)
-    height = check_int(height, "height", 1, _checks.LARGEST_SIDE)
+    width, height = _checks.sides(width, height)
     options = _checks.options(
         max_slices=max_slices, scale_resolution=scale_resolution, patch_size=patch_size, merge=merge
     )
