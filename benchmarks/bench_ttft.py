@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time to first token over resolutions: from the pixels of an image to the logits of one token.
 
-    python benchmarks/bench_ttft.py            all sizes, in seven minutes; prints times and ratios,
+    python benchmarks/bench_ttft.py            all sizes, in six minutes; prints times and ratios,
                                                writes results/
     python benchmarks/bench_ttft.py --quick    tiny models, to see that it runs; writes nothing
 

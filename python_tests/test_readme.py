@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's code runs, its numbers and commands are true; so is what docs/models.md says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,14 @@ from specs import SPECS
 import uhd_ops
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+
+RATIOS = {"eager SDPA": 1.2, "eager matmul": 0.9, "compiled": 1.5, "copy of the same bytes": 0.8}
+ENVIRONMENT = dict.fromkeys(
+    ("date", "logical_cpus", "cpu", "cpu_isa", "threads", "torch", "commit"), "x"
+)
 README = (ROOT / "README.md").read_text()
 
 
@@ -50,6 +59,37 @@ def test_numbers_are_those_of_the_newest_results():
     report = ROOT / "benchmarks" / "report.py"
     done = subprocess.run([sys.executable, str(report), "--check"], check=False)
     assert done.returncode == 0, "run `python benchmarks/report.py`"
+
+
+def test_tables_name_the_worst_of_the_alternatives_and_the_time(tmp_path):
+    rows = [
+        {"case": "a", "dtype": "float32", "ours_ms": 2.0, "ratios": RATIOS},
+        {"case": "b", "dtype": "float32", "ours_ms": 3.0, "ratios": {}},
+    ]
+    path = tmp_path / "cpu_x.json"
+    path.write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows}))
+    lines = report.cpu_block(path).splitlines()
+    assert lines[2] == "| a | float32 | 2.0 ms | 0.9x (matmul) | 1.5x |"
+    assert lines[3] == "| b | float32 | 3.0 ms |  |  |"
+    assert report.cpu_block(path, [("b", "float32")]).splitlines()[2] == lines[3]
+    ways = [("ours", 7.2, 1.0), ("theirs", 3.6, 0.5)]
+    rows = [
+        {
+            "dtype": dtype,
+            "image": [64, 32],
+            "way": way,
+            "tokens": 4,
+            "first_token_ms": ms,
+            "ratio": r,
+        }
+        for dtype in ("float32", "bfloat16")
+        for way, ms, r in ways
+    ]
+    path.write_text(json.dumps({"environment": ENVIRONMENT, "rows": rows}))
+    head, rule, _, line, *_ = report.ttft_block(path, (64, 32)).splitlines()
+    assert head == "| image, px | encoder | visual tokens | float32 | bfloat16 |"
+    assert line == "| 64 x 32 | theirs | 4 | 4 ms (0.50x) | 4 ms (0.50x) |"
+    assert {text.count("|") for text in (head, rule, line)} == {6}
 
 
 def test_make_targets_exist():
