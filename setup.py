@@ -85,7 +85,7 @@ def torch_include():
 
 
 def _text(path):
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def find_nvcc():
@@ -219,6 +219,16 @@ elif "dist_info" in sys.argv:
     torch_include()  # pip asks for the metadata, and downloads what they require before it builds
 
 
+def package_page(readme):
+    """README.md as the page of a package: an index has no files that a relative address could mean.
+
+    Images with one are left out, and of links the text is kept.
+    """
+    relative = r"\((?![a-z]+:|#)[^()\s]+\)"
+    readme = re.sub(rf"^!\[[^\]]*\]{relative}\n+", "", readme, flags=re.M)
+    return re.sub(rf"(?<!!)\[([^\]]+)\]{relative}", r"\1", readme)
+
+
 class NativeDistribution(Distribution):
     def has_ext_modules(self):
         return reason is None
@@ -231,6 +241,8 @@ license_field = "license" if before_expressions else "license_expression"
 setup(
     version=VERSION + ("+reference" if reason and "sdist" not in sys.argv else ""),
     **{license_field: "Apache-2.0"},
+    long_description=package_page(_text(ROOT / "README.md")),
+    long_description_content_type="text/markdown",
     distclass=NativeDistribution,
     ext_modules=[] if reason else [Extension(f"{PACKAGE}._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installing: with which torch, without a compiler, with native kernels required."""
+"""Packages: what their metadata say, and installing them with and without a compiler and torch."""
 
+import ast
+import email
+import email.policy
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import tomllib
 
 import uhd_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 USE_IT = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -169,7 +176,7 @@ def write_torch(folder, minor):
     header.parent.mkdir(parents=True, exist_ok=True)
     header.write_text(f"#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR {minor}\n")
     (folder / "torch" / "__init__.py").write_text("raise SystemExit('torch must not be imported')")
-    return header.parent.parent.parent
+    return header.parents[2]
 
 
 @pytest.mark.parametrize("where", ["path file", "user's packages", "named"])
@@ -209,3 +216,82 @@ def test_a_source_archive_needs_no_torch_and_has_the_plain_version(tmp_path):
     assert done.returncode == 0, done.stderr
     archives = [archive.name for archive in (build.source / "dist").iterdir()]
     assert archives == [f"uhd_ops-{uhd_ops.__version__}.tar.gz"]
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory):
+    """METADATA of a package with kernels."""
+    folder = tmp_path_factory.mktemp("metadata")
+    build = IsolatedBuild(folder)
+    include = write_torch(folder / "elsewhere", minor=10)
+    done = build.run("dist_info", UHD_OPS_TORCH_INCLUDE=str(include))
+    assert done.returncode == 0, done.stderr
+    assert "deprecat" not in done.stderr.lower(), done.stderr
+    (path,) = build.source.glob("uhd_ops-*.dist-info/METADATA")
+    return email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
+
+
+def test_metadata_say_who_what_and_for_which_python(metadata):
+    assert (metadata["Name"], metadata["Version"]) == ("uhd_ops", uhd_ops.__version__)
+    assert metadata["Author"] == "uhd_ops developers"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert metadata["Summary"] == PROJECT["description"]
+    assert metadata["Keywords"].split(",") == PROJECT["keywords"] == sorted(PROJECT["keywords"])
+    classifiers = metadata.get_all("Classifier")
+    assert classifiers == sorted(classifiers)
+    assert {"Typing :: Typed", "Operating System :: POSIX :: Linux"} <= {*classifiers}
+    assert any(entry.startswith("Development Status :: ") for entry in classifiers)
+    versions = [entry for entry in classifiers if re.search(r":: 3\.\d+$", entry)]
+    assert versions[0].endswith(metadata["Requires-Python"].removeprefix(">="))
+    # There is no address yet, and an invented one would be somebody else's.
+    assert {"Home-page", "Project-URL", "Author-email"}.isdisjoint(metadata.keys())
+
+
+def test_the_page_of_a_package_names_no_file_that_an_index_lacks(metadata):
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    page = metadata.get_content()
+    assert "```python" in page
+    assert "Any vision transformer" in page
+    targets = re.findall(r"\]\(([^)]*)\)|(?:src|srcset|href)=[\"']?([^\"'\s>]*)", page)
+    addresses = [one or other for one, other in targets]
+    assert [x for x in addresses if not re.match(r"https?://|mailto:|#", x)] == []
+
+
+def test_every_import_has_an_extra(metadata):
+    required = [re.match(r"[\w-]+", entry)[0] for entry in metadata.get_all("Requires-Dist")]
+    assert metadata.get_all("Provides-Extra") == [*PROJECT["optional-dependencies"]]
+    known = {*sys.stdlib_module_names, "uhd_ops"}
+    imported = {
+        name.split(".")[0]
+        for path in (ROOT / "uhd_ops").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in imported_by(node)
+    }
+    distributions = importlib.metadata.packages_distributions()
+    # vLLM calls its plugin, and pins a torch of its own; Ray is installed by .ci/ray_suite.sh.
+    installed = {name: distributions.get(name, [name]) for name in imported - known - {"vllm"}}
+    assert [name for name, found in installed.items() if not {*found} & {*required}] == []
+
+
+def imported_by(node):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) else []
+
+
+def test_the_version_stands_in_one_place():
+    assert "version" in PROJECT["dynamic"]
+    written = re.compile(rf"(?<![\d.]){re.escape(uhd_ops.__version__)}(?![\d.])")
+    kinds = ["*.py", "*.toml", "*.txt", "*.cff", "*.in"]
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *kinds],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    found = [x for x in listed if (ROOT / x).exists() and written.search((ROOT / x).read_text())]
+    assert found == ["uhd_ops/__init__.py"]
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert newest == uhd_ops.__version__
