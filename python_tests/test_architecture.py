@@ -30,7 +30,8 @@ TOP_LEVEL = {
 # A floor may import the ones below it and those that stand aside; nothing of uhd_ops otherwise.
 FLOORS = ("cli", "corpus", "integrations", "retrofit", "nn", "ops", "_native")
 ASIDE = {
-    "cli": {"", "slicing", "flops", "grids", "_build_info"},  # "": public names
+    "cli": {"", "slicing", "flops", "grids", "plot", "_build_info"},  # "": public names
+    "plot": {"slicing", "flops", "grids", "windows", "nn", "ops"},
     "corpus": {"slicing", "grids"},
     "integrations": {"grids", "padded_grids"},
     "retrofit": {"slicing", "flops", "grids", "windows", "_cache"},

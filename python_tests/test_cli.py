@@ -13,8 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import uhd_ops
-from uhd_ops.cli import main
-from uhd_ops.cli._report import norm_map
+from uhd_ops.cli import _report, main
 
 MODEL = "test_vit"  # timm's smallest: 6 blocks of width 64, patch 16, one class token
 
@@ -39,7 +38,14 @@ def test_encode_writes_and_prints(photo, capsys):
     printed = capsys.readouterr().out
     assert "RANDOM weights" in printed
     backend = uhd_ops.build_info().backends["window_attention"]["cpu"]
-    for word in ("photo.png", backend, "GMACs", "seconds", "tokens.safetensors", "random (seed 0)"):
+    for word in (
+        "photo.png",
+        backend,
+        "MACs",
+        "time",
+        "tokens.safetensors",
+        "random (seed 0)",
+    ):
         assert word in printed
     assert {f.name for f in folder.iterdir()} == {
         "tokens.safetensors",
@@ -210,23 +216,77 @@ def test_encode_two_images_of_one_name(photo, capsys):
         assert file.get_tensor("tokens").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("size", [(900, 20), (20, 900), (1, 1)])
+@pytest.mark.parametrize("size", [(20000, 10), (10, 20000), (1, 1)])
 def test_encode_extreme_shapes(size, tmp_path):
     path = tmp_path / "photo.png"
     Image.new("RGB", size, "teal").save(path)
     code, folder = encode(path)
     assert code == 0
     with Image.open(folder / "slices.png") as picture:
-        assert min(picture.size) > 200
+        assert min(picture.size) > 400
         assert max(picture.size) < 3000
 
 
-def test_norm_map():
-    """Two by three slices of 1x2 tokens behind a thumbnail of four."""
-    norms = torch.arange(16.0)
-    expected = [[4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15]]
-    assert norm_map(norms, [(2, 2), *[(1, 2)] * 6], (2, 3)).tolist() == expected
-    assert norm_map(norms[:4], [(2, 2)], None).tolist() == [[0, 1], [2, 3]]
+def test_what_the_picture_shows(photo, monkeypatch):
+    """The photograph once, with its slices; the norms of the tokens on both sides of the merge."""
+    drawn = []
+    monkeypatch.setattr(_report, "_save", lambda figure, file: drawn.append(figure))
+    _, folder = encode(photo)
+    plan = uhd_ops.SlicePlan.from_dict(json.loads((folder / "summary.json").read_text())["plan"])
+    image, before, after, *bars = drawn[0].axes
+    slices = plan.num_slices
+    assert slices > 1
+    assert [len(axes.images) for axes in (image, before, after)] == [1, slices, slices]
+    assert len(image.patches) == slices
+    rows, columns = plan.grids[1]
+    shapes = [{shown.get_array().shape for shown in axes.images} for axes in (before, after)]
+    assert shapes == [{(rows, columns)}, {(rows // 2, columns // 2)}]
+    with safe_open(folder / "tokens.safetensors", "pt") as file:
+        assert file.get_tensor("grids")[1].tolist() == [rows // 2, columns // 2]
+    assert {bar.get_xlabel() for bar in bars} == {"L2 norm of a token"}
+    assert drawn[0].get_suptitle() == "photo.png, test_vit after layer 2, weights: random (seed 0)"
+
+
+def test_many_images_take_a_line_each(tmp_path, capsys):
+    paths = [tmp_path / f"photo [{number}].png" for number in range(4)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (60 + 50 * number, 70), "teal").save(path)
+    out = tmp_path / "out"
+    options = ["--model", MODEL, "--layer", "2", "--max-slices", "1", "--out", str(out)]
+    assert main(["encode", *map(str, paths), *options]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) <= len(paths) + 18
+    assert not printed.err  # a terminal would show how far it is, and nothing of that afterwards
+    summaries = [json.loads((out / p.stem / "summary.json").read_text()) for p in paths]
+    for path, summary in zip(paths, summaries, strict=True):
+        (line,) = [line for line in lines if str(path) in line]
+        tokens = summary["tokens"]
+        width, height = summary["plan"]["image_size"]
+        expected = (
+            f"{path}: {width}x{height} px, 1 view, {tokens['in']} to {tokens['out']} tokens, "
+        )
+        assert line.startswith(expected)
+        assert line.endswith("s")
+    sums = [sum(summary["tokens"][key] for summary in summaries) for key in ("in", "out")]
+    (row,) = [line for line in lines if "tokens out" in line]
+    assert [int(cell) for cell in row.split("│")[2:4]] == sums
+    assert "75.0% saved" in row
+    assert lines[-1].endswith(f"for each of 4 images into folders of {out}")
+
+
+def test_costs_in_words(capsys):
+    """Tiny numbers get small units; what takes longer is not said to save less than nothing."""
+    summary = {
+        "tokens": {"in": 8, "out": 2},
+        "giga_macs": {"without": 4.1e-5, "with": 3.66e-5},
+        "seconds": {"without": 0.0006, "with": 0.0017},
+    }
+    _report._show_costs([summary])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert ["MACs", "41 kMACs", "36.6 kMACs", "10.7% saved"] in rows
+    assert ["time", "600 µs", "1.7 ms", "2.83 times as much"] in rows
 
 
 def test_info(capsys):

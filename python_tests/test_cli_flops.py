@@ -5,6 +5,7 @@ import json
 
 import pytest
 import timm
+from matplotlib.figure import Figure
 from PIL import Image
 
 from uhd_ops import flops, insert_early_compressor, insert_progressive_compression
@@ -115,8 +116,13 @@ def test_model_table(capsys):
     lines = [line for line in printed.splitlines() if "blocks." in line or "compressor " in line]
     assert len(lines) == 6 + 1
     assert "layer 2, attention window, mlp reuse, form dense, window 2\n" in printed
-    assert f"{report.giga:.3f}" in printed
-    assert "saved: " in printed
+    assert "1e6 multiply-accumulates" in printed  # in 1e9, layers would be 0.002
+    totals = [line.split("│")[-3:-1] for line in printed.splitlines() if "total  " in line]
+    without = flops.of_vit(timm.create_model(MODEL), [(10, 10)])
+    assert [[float(cell) for cell in row] for row in totals] == [
+        [round(report.total / 1e6, 3), round(without.total / 1e6, 3)]
+    ]
+    assert printed.endswith(f"{1 - report.total / without.total:.1%} saved\n")
     assert "10x10 patches of 16x16 px" in printed
 
 
@@ -131,14 +137,43 @@ def test_other_families(capsys):
     assert (tokens["blocks.1"], tokens["blocks.2"]) == (29, 11)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *args, **kwargs: (figures.append(figure), save(figure, *args, **kwargs))[1],
+    )
+    return figures
+
+
 @pytest.mark.parametrize("options", [["--paper"], ["--paper", "v3"], [MODEL, "--layer", "2"]])
-def test_plot(options, tmp_path, capsys):
+def test_plot(options, drawn, tmp_path, capsys):
     path = tmp_path / "flops.png"
     assert main(["flops", *options, "--plot", str(path)]) == 0
     assert capsys.readouterr().out.endswith(f"wrote {path}\n")
     with Image.open(path) as picture:
         assert min(picture.size) > 400
-        assert len(picture.convert("L").getcolors()) > 10  # not blank
+    (figure,) = drawn
+    if options == ["--paper"]:
+        left, differences, savings = figure.axes
+        assert len(left.get_yticklabels()) == len(flops.PAPER_ROWS)
+        found = differences.collections[1].get_offsets()[:, 0]
+        assert found.tolist() == pytest.approx([row.difference for row in flops.PAPER_ROWS])
+        assert [len(bars) for bars in savings.containers] == [7, 7]
+        assert savings.texts[0].get_text() == "55.8 %"
+    elif options[0] == "--paper":
+        rows = flops.v3_rows(1024)
+        costs, tokens = figure.axes
+        assert [bar.get_width() for bar in costs.patches] == [row.released for row in rows]
+        assert [bar.get_width() for bar in tokens.patches] == [row.merged_tokens for row in rows]
+    else:
+        (axes,) = figure.axes
+        assert len(axes.containers[0]) == 1 + 6 + 1
+        assert "MMACs to" in axes.get_title()
+        assert figure.get_suptitle() == f"{MODEL}, 10x10 patches"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``uhd_ops.flops`` against torch's counter on real passes, for every family of models."""
 
-import contextlib
-
 import hf_models
 import pytest
 import torch
 import transformers
 from families import all_cases
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from uhd_ops import flops, insert_early_compressor, insert_progressive_compression
@@ -39,7 +36,7 @@ def counted(forward, blocks, *inputs, **options):
     """Count a real pass: the total, and what happens inside each block, in MACs."""
     flops.register_formulas()
     per_block, handles = [], []
-    with FlopCounterMode(display=False) as counter, contextlib.ExitStack() as stack:
+    with FlopCounterMode(display=False) as counter:
         for block in blocks:
             enter = block.register_forward_pre_hook(
                 lambda *_: per_block.append(-counter.get_total_flops())
@@ -49,8 +46,6 @@ def counted(forward, blocks, *inputs, **options):
                 per_block[-1] += counter.get_total_flops()
 
             handles += [enter, block.register_forward_hook(leave)]
-        # The fused kernels of the CPU have no formula.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         with torch.no_grad():
             forward(*inputs, **options)
     for handle in handles:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counting a forward pass without data, and torch's counter with the library's formulas."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from battery.marks import native_only
 from families.eva import DINOV3, make
@@ -17,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uhd_ops
 from uhd_ops import _native, flops, insert_early_compressor
+from uhd_ops.cli import main
+from uhd_ops.flops import trace
 from uhd_ops.nn import EarlyCompressor, PixelUnshuffleConnector, SliceEncoder
 
 GRIDS = [(4, 6), (3, 5), (1, 1)]
@@ -88,6 +92,36 @@ def test_formula_without_data():
         q = torch.empty(15, 2, 8)
         with pytest.raises(NotImplementedError, match="do not tell how the 6 windows share 15"):
             uhd_ops.window_attention(q, q, q, [(3, 5)])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_formula_of_torchs_attention_on_the_cpu(backward, masked):
+    """As many products as torch counts of its fused attention on CUDA."""
+    flops.register_formulas()
+    q = torch.randn(2, 3, 10, 16, requires_grad=True)
+    k, v = (torch.randn(2, 3, 7, 16, requires_grad=True) for _ in range(2))
+    mask = torch.zeros(10, 7) if masked else None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if backward:
+            out.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert {str(name) for name in counts} <= {f"aten.{name}" for name in trace._OF_TORCH}
+    assert counter.get_total_flops() == 2 * 2 * 3 * 10 * 7 * 16 * (7 if backward else 2)
+
+
+def test_the_counter_agrees_with_the_command_line(capsys):
+    """On the CPU as a user runs it, with torch's choice of the attention."""
+    assert main(["flops", "test_vit", "--layer", "2", "--form", "tied", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    vit, x = timm.create_model("test_vit").eval(), torch.randn(1, 3, 160, 160)
+    flops.register_formulas()
+    for key in ("without", "with"):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vit.forward_features(x)
+        assert counter.get_total_flops() == 2 * result[key]["total"]
+        insert_early_compressor(vit, 2, form="tied")
 
 
 def test_registering_is_lazy_and_repeatable():

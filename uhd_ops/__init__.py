@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators for high-resolution visual encoding: slice, pack, compress inside the ViT."""
 
-from uhd_ops import flops, integrations, nn, reference
+from uhd_ops import flops, integrations, nn, plot, reference
 from uhd_ops._build_info import build_info
 from uhd_ops._cache import clear_caches, set_cache_limit
 from uhd_ops._native import definitions
@@ -63,6 +63,7 @@ __all__ = [
     "plan_native",
     "plan_slices",
     "plan_slices_batch",
+    "plot",
     "reference",
     "refine_patch_embedding",
     "register_family",

@@ -4,28 +4,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import uhd_ops
+from uhd_ops import plot
 from uhd_ops.cli import rivals
 from uhd_ops.cli._models import find_device
 from uhd_ops.cli._support import (
-    BLUE,
-    GREY,
     UserError,
     new_table,
     positive_int,
+    report,
     require,
     threads,
-    user_errors,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Grid = tuple[int, int]
 SUMMARY = "time the operators against plain PyTorch"
@@ -164,15 +165,7 @@ def run(arguments: argparse.Namespace) -> None:
         "versions": info.versions,
         "results": rows,
     }
-    if arguments.plot:
-        with user_errors(OSError, ValueError, prefix="cannot write the plot: "):
-            _draw(arguments.plot, result)
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    _show(result)
-    if arguments.plot:
-        print(f"wrote {arguments.plot}")
+    report(arguments, result, _show, _draw)
 
 
 def time_interleaved(
@@ -249,35 +242,12 @@ def _show(result: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _draw(path: Path, result: dict[str, Any]) -> None:
-    """Draw the medians of every case.
-
-    Args:
-        path: PNG file to write.
-        result: What ``--json`` prints.
-    """
-    from matplotlib.figure import Figure
-
-    cases: dict[str, list[dict[str, Any]]] = {}
+def _draw(result: dict[str, Any], figure: Figure) -> None:
+    """Draw the medians of every case."""
+    cases: dict[str, dict[str, float]] = {}
     for row in result["results"]:
-        cases.setdefault(row["case"], []).append(row)
-    heights = [len(rows) for rows in cases.values()]
-    figure = Figure(figsize=(9, 1 + 0.3 * sum(heights) + 0.6 * len(cases)), layout="constrained")
-    panels = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (name, rows) in zip(panels, cases.items(), strict=True):
-        colors = [BLUE if row["variant"].startswith("uhd_ops") else GREY for row in rows]
-        bars = axes.barh([row["variant"] for row in rows], [r["milliseconds"] for r in rows])
-        for bar, color in zip(bars, colors, strict=True):
-            bar.set_color(color)
-        labels = [f"{row['milliseconds']:.3g} ms, {row['ratio']:.2f}x" for row in rows]
-        axes.bar_label(bars, labels, padding=2, fontsize=7)
-        axes.set_title(name, loc="left", fontsize=9)
-        axes.invert_yaxis()
-        axes.margins(x=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("median milliseconds, and times ours")
-    figure.suptitle(_setting(result), fontsize=10)
-    figure.savefig(path, dpi=110)
+        cases.setdefault(row["case"], {})[row["variant"]] = row["milliseconds"] / 1e3
+    plot.timings(cases, figure=figure).suptitle(_setting(result), fontsize=10)
 
 
 def _grids(text: str) -> list[Grid]:

@@ -86,25 +86,32 @@ def run(arguments: argparse.Namespace) -> None:
     encoder.vit.to(device)
     with user_errors(ValueError, NotImplementedError, prefix=f"model {arguments.model}: "):
         _measure.check_compressor(encoder.vit, arguments.layer, arguments.form)
-    summaries, failed = [], 0
+    summaries, count = [], len(arguments.images)
+    done = []
     with user_errors(OSError, prefix="cannot write the results: "), Folder(arguments.out) as out:
-        for path, name in zip(arguments.images, _names(arguments.images), strict=True):
+        names = _names(arguments.images)
+        for number, (path, name) in enumerate(zip(arguments.images, names, strict=True), 1):
+            title = path.name if count == 1 else f"{number} of {count}, {path.name}"
             try:
-                summary = _encode(path, out, name, encoder, arguments)
+                summary = _encode(path, out, name, title, encoder, arguments)
             except UserError as error:
-                if len(arguments.images) == 1:
+                if count == 1:
                     raise
-                failed += 1
                 summary = {"image": str(path), "error": str(error)}
                 print(f"uhd-ops encode: {error}", file=sys.stderr)
             else:
-                if not arguments.json:
-                    _report.show(summary)
+                done.append(summary)
+                if not arguments.json and count > 1:
+                    _report.show_one_of_many(summary, first=len(done) == 1)
             summaries.append(summary)
     if arguments.json:
         print(json.dumps(summaries, indent=2))
-    if failed:
-        raise UserError(f"{failed} of {len(summaries)} images could not be encoded")
+    elif count == 1:
+        _report.show(done[0])
+    elif done:
+        _report.show_all(done, arguments.out)
+    if len(done) < count:
+        raise UserError(f"{count - len(done)} of {count} images could not be encoded")
 
 
 def _open(path: Path) -> UserError | None:
@@ -163,7 +170,12 @@ def _numbered(stem: str) -> Iterator[str]:
 
 
 def _encode(
-    path: Path, out: Folder, name: str, encoder: Encoder, arguments: argparse.Namespace
+    path: Path,
+    out: Folder,
+    name: str,
+    title: str,
+    encoder: Encoder,
+    arguments: argparse.Namespace,
 ) -> dict:
     from uhd_ops.cli import _measure
     from uhd_ops.slicing import pack_views, slice_image
@@ -181,10 +193,11 @@ def _encode(
         layer=arguments.layer,
         form=arguments.form,
         compare=arguments.compare,
+        title=title,
     )
     summary = _report.summarise(path, plan, encoder, runs, arguments)
     picture = io.BytesIO()
-    _report.draw(picture, image, views[0], plan, runs, summary)
+    _report.draw(picture, image, plan, runs, summary)
     with out.folder(name) as folder:
         summary["files"] = [str(arguments.out / name / file) for file in _report.FILES]
         contents = (

@@ -4,30 +4,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uhd_ops import flops
+from uhd_ops import flops, plot
 from uhd_ops.cli import _paper
 from uhd_ops.cli._models import make_without_weights
 from uhd_ops.cli._support import (
-    BLUE,
-    GREY,
-    ORANGE,
     UserError,
     new_table,
     non_negative_int,
     positive_int,
+    report,
     require,
-    share,
     user_errors,
 )
 from uhd_ops.nn.early_compressor import ATTENTIONS, FORMS, MLPS, POOLS
+from uhd_ops.plot.figures import prefix_of, saved
 from uhd_ops.retrofit import insert_early_compressor, insert_progressive_compression
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import nn
 
 SUMMARY = "count the operations of a model with and without compression"
@@ -98,15 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         require("timm")
         result, show, draw = _model(arguments), _show_model, _draw_model
-    if arguments.plot:
-        with user_errors(OSError, ValueError, prefix="cannot write the plot: "):
-            draw(arguments.plot, result)
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    show(result)
-    if arguments.plot:
-        print(f"wrote {arguments.plot}")
+    report(arguments, result, show, draw)
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -200,30 +190,32 @@ def _show_model(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     height, width = result["grid"]
+    with_it, without = result["with"]["total"], result["without"]["total"]
+    # The papers count in 1e9; what would be 0.000 of that gets a smaller unit.
+    size, _ = prefix_of(min(without, 1e9))
+
+    def cell(count: int | None) -> str:
+        return "" if count is None else f"{count / size:.3f}"
+
     print(f"{result['model']}, {height}x{width} patches of {_pixels(result['patch'])} px")
     print(", ".join(f"{name} {_words(value)}" for name, value in result["compressor"].items()))
     table = new_table(
         "layer",
         numbers=("tokens", "linear", "attention", "total", "without"),
-        title="1e9 multiply-accumulates",
+        title=f"{size:.0e} multiply-accumulates".replace("e+0", "e"),
     )
     before = {row["name"]: row["total"] for row in result["without"]["layers"]}
     for row in result["with"]["layers"]:
         counts = row["linear"], row["attention"], row["total"], before.get(row["name"])
-        table.add_row(row["name"], str(row["tokens"]), *map(_giga, counts))
-    with_it, without = result["with"]["total"], result["without"]["total"]
+        table.add_row(row["name"], str(row["tokens"]), *map(cell, counts))
     table.add_section()
-    table.add_row("total", "", "", "", _giga(with_it), _giga(without))
+    table.add_row("total", "", "", "", cell(with_it), cell(without))
     Console().print(table)
-    print(f"saved: {share(1 - with_it / without)}")
+    print(saved(without, with_it))
 
 
 def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _giga(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e9:.3f}"
 
 
 def _pixels(patch: list[int]) -> str:
@@ -233,34 +225,17 @@ def _pixels(patch: list[int]) -> str:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def _draw_model(path: Path, result: dict[str, Any]) -> None:
-    """Draw the layers of a model with and without compression.
-
-    Args:
-        path: PNG file to write.
-        result: What ``--json`` prints.
-    """
-    from matplotlib.figure import Figure
-
-    layers = result["with"]["layers"]
-    before = {row["name"]: row["total"] / 1e9 for row in result["without"]["layers"]}
-    after = [row["total"] / 1e9 for row in layers]
-    places = range(len(layers))
-    figure = Figure(figsize=(max(6, 0.32 * len(layers)), 5), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(
-        places, [before.get(row["name"], 0) for row in layers], 0.9, color=GREY, label="without"
-    )
-    colors = [ORANGE if row["name"].startswith("compressor") else BLUE for row in layers]
-    axes.bar(places, after, 0.6, color=colors, label="with compression")
-    axes.set_xticks(places, [row["name"] for row in layers], rotation=90)
-    axes.set_ylabel("1e9 multiply-accumulates")
-    without, with_it = (result[key]["total"] / 1e9 for key in ("without", "with"))
+def _draw_model(result: dict[str, Any], figure: Figure) -> None:
+    """Draw the layers of a model with and without compression."""
+    with_it, without = (_report_of(result[key]) for key in ("with", "without"))
+    figure.set_size_inches(max(6, 0.32 * len(with_it.layers)), 5)
+    figure.set_layout_engine("constrained")
+    plot.layers(with_it, without, axes=figure.subplots())
     height, width = result["grid"]
-    figure.suptitle(
-        f"{result['model']}, {height}x{width} patches\n"
-        f"{without:.1f} to {with_it:.1f}, {1 - with_it / without:.1%} saved"
-    )
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.suptitle(f"{result['model']}, {height}x{width} patches")
+
+
+def _report_of(printed: dict[str, Any]) -> flops.FlopReport:
+    """Return the report that ``FlopReport.to_dict`` was called of."""
+    rows = ({k: v for k, v in row.items() if k != "total"} for row in printed["layers"])
+    return flops.FlopReport(tuple(flops.LayerCount(**row) for row in rows), printed["counting"])

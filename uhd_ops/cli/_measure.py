@@ -67,6 +67,7 @@ def measure(
     layer: int,
     form: str,
     compare: bool,
+    title: str,
 ) -> Runs:
     """Encode the views with the compressor, and without it too if asked, with the same weights.
 
@@ -81,6 +82,7 @@ def measure(
         layer: Block after which the compressor runs.
         form: Weight form of its MLP.
         compare: Whether to run the model without it.
+        title: What the progress on the terminal is called.
     """
     without, compressed, passed, blocks = [], [], {}, _blocks(vit)
     macs = _giga_macs(vit, pixels, grids)
@@ -90,7 +92,8 @@ def measure(
     finally:
         remove_early_compressor(vit)
     passes = PASSES if compare else 1
-    with torch.inference_mode(), _progress(blocks) as begin:
+    timed = 2 * passes if compare else passes
+    with torch.inference_mode(), _progress(blocks, title, 2 * timed) as begin:
         for number in range(1, passes + 1):
             if compare:
                 name = f"without compressor, pass {number}"
@@ -153,19 +156,26 @@ def _blocks(vit: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _progress(blocks: nn.Module) -> Iterator[Callable[[str], None]]:
-    """Show one bar per pass; it moves with every block."""
+def _progress(blocks: nn.Module, title: str, passes: int) -> Iterator[Callable[[str], None]]:
+    """Show one bar for all passes of an image while they run; it moves with every block."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    # Where nobody looks, rich would write an empty line.
+    options = {"transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, console=console, **options) as progress:
+        task, begun = progress.add_task(escape(title), total=passes * len(blocks)), 0
 
         def begin(name: str) -> None:
-            progress.add_task(name, total=len(blocks))
+            nonlocal begun
+            progress.update(task, description=f"{escape(title)}: {name}")
+            begun += 1
 
         def enter(number: int, *_: object) -> None:
-            progress.update(progress.task_ids[-1], completed=number)
+            progress.update(task, completed=(begun - 1) * len(blocks) + number)
 
         # On all parts: the slice encoder runs those of a block, not the block itself.
         hooks = [

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from uhd_ops import flops
-from uhd_ops.cli._support import BLUE, GREY, ORANGE, new_table, share
+from uhd_ops import flops, plot
+from uhd_ops.cli._support import new_table, share
 from uhd_ops.flops.paper import RECIPE_GRID, STATED_GRID
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # ---- LLaVA-UHD v4 --------------------------------------------------------------------------------
 
@@ -70,43 +72,29 @@ def _show_v4(result: dict[str, Any]) -> None:
         console.print(table)
 
 
-def _draw_v4(path: Path, result: dict[str, Any]) -> None:
-    """Draw every published number beside the computed one, and the corrected totals.
-
-    Args:
-        path: PNG file to write.
-        result: What ``--json`` prints.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=(12, 8))
-    rows = result["rows"]
-    names = [f"{row['name']} ({row['table']})" for row in rows]
-    places = range(len(rows))
-    for shift, key, color in ((-0.2, "published", GREY), (0.2, "computed", BLUE)):
-        values = [row[key] for row in rows]
-        bars = top.barh([p + shift for p in places], values, 0.4, color=color, label=key)
-        top.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
-    top.set_yticks(places, names)
-    top.set_title("LLaVA-UHD v4, tables 4, 5 and A3: encoder at 980x980 px, 1e9 operations")
-    at_980, at_448 = (part["variants"] for part in result["corrected"])
-    places = range(len(at_980))
-    for shift, variants, color, label in (
-        (-0.2, at_980, BLUE, "980x980 px"),
-        (0.2, at_448, ORANGE, "448x448 px"),
-    ):
-        values = [100 * v["saved"] for v in variants]
-        bars = bottom.barh([p + shift for p in places], values, 0.4, color=color, label=label)
-        bottom.bar_label(bars, fmt="%.1f %%", padding=2, fontsize=7)
-    bottom.set_yticks(places, [v["name"] for v in at_980])
-    bottom.set_title("window attention + reused MLP after layer 6: operations saved, in %")
-    for axes in (top, bottom):
-        axes.invert_yaxis()
-        axes.margins(x=0.08)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+def _draw_v4(result: dict[str, Any], figure: Figure) -> None:
+    """Draw how far published and computed numbers are apart, and the corrected totals."""
+    figure.set_size_inches(11, 9)
+    figure.set_layout_engine("constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(12, 8))
+    top.suptitle("LLaVA-UHD v4, tables 4, 5 and A3: encoder at 980x980 px")
+    rows = [
+        (f"{row['name']} ({row['table']})", row["published"], row["computed"])
+        for row in result["rows"]
+    ]
+    plot.agreement(rows, rounding=0.05, unit="1e9 operations", figure=top)
+    axes = bottom.subplots()
+    names = [variant["name"] for variant in result["corrected"][0]["variants"]]
+    sizes = [f"{14 * w}x{14 * h} px" for h, w in (part["grid"] for part in result["corrected"])]
+    saved = [[100 * v["saved"] for v in part["variants"]] for part in result["corrected"]]
+    plot.bars(
+        names,
+        dict(zip(sizes, saved, strict=True)),
+        texts={size: [f"{n:.1f} %" for n in s] for size, s in zip(sizes, saved, strict=True)},
+        colors=dict(zip(sizes, (plot.BLUE, plot.ORANGE), strict=True)),
+        axes=axes,
+    )
+    axes.set_title("window attention + reused MLP after layer 6: operations saved, in %")
 
 
 # ---- LLaVA-UHD v3 --------------------------------------------------------------------------------
@@ -207,35 +195,25 @@ def _patch(row: dict[str, Any]) -> str:
     return names.get(row["encoder"], f"16 to {row['patch']}")
 
 
-def _draw_v3(path: Path, result: dict[str, Any]) -> None:
-    """Draw what every encoder costs, beside what it hands on.
-
-    Args:
-        path: PNG file to write.
-        result: What ``--json`` prints.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+def _draw_v3(result: dict[str, Any], figure: Figure) -> None:
+    """Draw what every encoder costs, beside what it hands on."""
+    figure.set_size_inches(11, 6)
+    figure.set_layout_engine("constrained")
     rows = result["rows"]
-    places = range(len(rows))
-    colors = {"MoonViT": GREY, "base": BLUE, "refined": ORANGE}
-    for axes, key, title in (
-        (left, "released", "1e9 multiply-accumulates"),
-        (right, "merged_tokens", "tokens handed on"),
-    ):
+    colors = {"MoonViT": plot.GREY, "base": plot.BLUE, "refined": plot.ORANGE}
+    panels = (("released", "1e9 multiply-accumulates"), ("merged_tokens", "tokens handed on"))
+    for axes, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
         values = [row[key] for row in rows]
-        bars = axes.barh(places, values, color=[colors[row["encoder"]] for row in rows])
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+        plot.bars(
+            [f"{_patch(row)} px, merges: {row['merges']}" for row in rows],
+            {title: values},
+            texts={title: [f"{value:.0f}" for value in values]},
+            colors={title: [colors[row["encoder"]] for row in rows]},
+            axes=axes,
+        )
         axes.set_title(title)
-        axes.margins(x=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
-    labels = [f"{_patch(row)} px, merges: {row['merges']}" for row in rows]
-    left.set_yticks(places, labels)
-    left.invert_yaxis()
+        axes.label_outer()
     figure.suptitle(f"{_TITLE}; computed, not published")
-    figure.savefig(path, dpi=110)
 
 
 PAPERS = {"v4": (_v4, _show_v4, _draw_v4), "v3": (_v3, _show_v3, _draw_v3)}

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from uhd_ops import plot
 from uhd_ops.cli._flops import indices
 from uhd_ops.cli._models import (
     DTYPES,
@@ -24,6 +24,7 @@ from uhd_ops.cli._support import (
     new_table,
     non_negative_int,
     positive_int,
+    report,
     require,
     threads,
     user_errors,
@@ -32,6 +33,8 @@ from uhd_ops.grids import PackedGrids
 from uhd_ops.slicing.native_resolution import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from uhd_ops.cli._models import Encoder
     from uhd_ops.cli._variants import Options
 
@@ -140,15 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
     require(*packages, *(["matplotlib"] if arguments.plot else []))
     _check(arguments)
     result = _result(arguments)
-    if arguments.plot:
-        with user_errors(OSError, ValueError, prefix="cannot write the plot: "):
-            _draw(arguments.plot, result)
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    _show(result)
-    if arguments.plot:
-        print(f"wrote {arguments.plot}")
+    report(arguments, result, _show, _draw)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -476,43 +471,24 @@ _COLORS = {
 }
 
 
-def _draw(path: Path, result: dict[str, Any]) -> None:
-    """Draw totals over resolution, one panel for each model, with the points where lines cross.
-
-    Args:
-        path: PNG file to write.
-        result: What ``--json`` prints.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
-
+def _draw(result: dict[str, Any], figure: Figure) -> None:
+    """Draw totals over resolution, one panel for each model, with the points where lines cross."""
     models, compared = result["models"], result["compared"]
-    figure = Figure(figsize=(1 + 6 * len(models), 5.5), layout="constrained")
+    upto = "encoding" if result["llm"] is None else f"until the first token of {result['llm']}"
+    unit, factor, quantity = "MACs", 1e9, "multiply-accumulates"
+    if compared == "milliseconds":
+        unit, factor, quantity = "s", 1e-3, "time"
+    figure.set_size_inches(1 + 6 * len(models), 5.5)
+    figure.set_layout_engine("constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in sorted(model["rows"], key=_side):
-            lines.setdefault(row["variant"], []).append((_side(row), row[compared]["total"]))
-        for name, points in lines.items():
-            style = "--" if name == "none" else "-"  # close to that of post
-            axes.plot(
-                *zip(*points, strict=True), style, marker=".", color=_COLORS[name], label=name
-            )
-        notes = []
-        for number, crossing in enumerate(model["crossings"], 1):
-            place = crossing["side"], crossing["total"]
-            axes.plot(*place, "o", mfc="none", mec="black", ms=9)
-            axes.annotate(str(number), place, (5, 5), textcoords="offset points", fontsize=8)
-            notes.append(f"{number}: {crossing['below']} to {crossing['above']}, {place[0]:.0f} px")
-        axes.text(1, 0, "\n".join(notes), ha="right", va="bottom", transform=axes.transAxes, size=8)
-        axes.set(xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axes.set_xlabel("square root of the area of the image, px")
-        upto = "encoding" if result["llm"] is None else f"until the first token of {result['llm']}"
-        unit = "milliseconds" if compared == "milliseconds" else "1e9 multiply-accumulates"
-        axes.set_ylabel(f"{unit}, {upto}")
+            point = _side(row), factor * row[compared]["total"]
+            lines.setdefault(row["variant"], []).append(point)
+        marks = [
+            (f"{c['below']} to {c['above']}, {c['side']:.0f} px", c["side"], factor * c["total"])
+            for c in model["crossings"]
+        ]
+        label = f"{quantity}, {upto}"
+        plot.costs(lines, unit=unit, label=label, colors=_COLORS, marks=marks, axes=axes)
         axes.set_title(model["model"])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)

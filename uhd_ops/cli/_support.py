@@ -6,11 +6,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-from collections.abc import Iterator
-from typing import Any
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-# In plots: the original or what was published, what compares with it, and what stands out.
-GREY, BLUE, ORANGE = "#b0b0b0", "#1f6fb4", "#e0802b"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class UserError(Exception):
@@ -34,6 +35,39 @@ def user_errors(*errors: type[Exception], prefix: str = "") -> Iterator[None]:
         yield
     except errors as error:
         raise UserError(f"{prefix}{error}") from error
+
+
+def report(
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    show: Callable[[dict[str, Any]], None],
+    draw: Callable[[dict[str, Any], Figure], object],
+) -> None:
+    """Write what ``--plot`` asks for, then print a result as JSON or as tables.
+
+    Args:
+        arguments: With ``plot``, a path or None, and ``json``.
+        result: What ``--json`` prints.
+        show: Prints tables of it.
+        draw: Draws it in a figure.
+
+    Raises:
+        UserError: The plot cannot be written.
+    """
+    if arguments.plot:
+        # A figure without pyplot needs no display and leaves no global state behind.
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        draw(result, figure)
+        with user_errors(OSError, ValueError, prefix="cannot write the plot: "):
+            figure.savefig(arguments.plot, dpi=110)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    show(result)
+    if arguments.plot:
+        print(f"wrote {arguments.plot}")
 
 
 def positive_int(text: str) -> int:

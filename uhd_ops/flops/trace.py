@@ -214,16 +214,17 @@ def _find_blocks(module: nn.Module) -> tuple[str, nn.Module]:
     return max(found, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
 
 
-# ---- formulas by which torch's FlopCounterMode sees native operators -----------------------------
+# ---- formulas by which torch's FlopCounterMode sees fused operators ------------------------------
 
 
 def register_formulas() -> None:
     """Make torch's ``FlopCounterMode`` count the operators of this library.
 
     It counts what it has formulas for. Without this call it misses the attention inside windows and
-    the first layer of :func:`uhd_ops.pixel_unshuffle_mlp`, which run in native code; everything
-    else is made of torch's operators. Counters made before the call do not know the formulas.
-    Calling it again does nothing.
+    the first layer of :func:`uhd_ops.pixel_unshuffle_mlp`, which run in native code, and torch's
+    own fused attention on the CPU; everything else has a formula in torch. With it, the counter
+    sees twice what :func:`of_vit` counts of a forward pass. Counters made before the call do not
+    know the formulas. Calling it again does nothing.
 
     It is no part of ``import uhd_ops`` because torch's module imports Triton, which takes longer
     than all the rest.
@@ -239,11 +240,13 @@ def register_formulas() -> None:
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    for name, formula in _FORMULAS.items():
-        # Without the native library there is no such operator, and the definitions are counted.
-        operator = getattr(torch.ops.uhd_ops, name, None)
-        if operator is not None and operator not in flop_registry:
-            register_flop_formula(operator, get_raw=True)(formula)
+    for operators, formulas in ((torch.ops.uhd_ops, _FORMULAS), (torch.ops.aten, _OF_TORCH)):
+        for name, formula in formulas.items():
+            # Without the native library there is no such operator of ours, and the definitions are
+            # counted; a formula that torch has by now is left alone.
+            operator = getattr(operators, name, None)
+            if operator is not None and operator not in flop_registry:
+                register_flop_formula(operator, get_raw=True)(formula)
 
 
 def _window_attention(
@@ -312,6 +315,31 @@ def _linear_activation(
     return 2 * z.shape[0] * weight.numel()
 
 
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> int:
+    batch, heads, queries, dim = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (dim + value.shape[-1])
+
+
+def _attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    # As torch counts its fused attention on CUDA: the scores again, then the gradients of values,
+    # probabilities, queries and keys.
+    batch, heads, queries, dim = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (3 * dim + 2 * value.shape[-1])
+
+
+_OF_TORCH = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}
 _FORMULAS = {
     "window_attention": _window_attention,
     "_window_attention_backward": _window_attention_backward,

@@ -46,6 +46,25 @@ def slice_image(image: ImageSource, plan: SlicePlan) -> list[Image.Image]:
         >>> [view.size for view in slice_image(np.zeros((600, 800, 3), dtype=np.uint8), plan)]
         [(504, 392), (504, 392), (504, 392), (504, 392), (504, 392)]
     """
+    rgb = load_planned(image, plan)
+    bicubic = require_pillow().Resampling.BICUBIC
+    with readable_errors("a view of the plan"):  # crop refuses what open would call a bomb
+        views = [rgb.resize(plan.thumbnail, bicubic)]
+        if plan.resized_size is not None:
+            resized = rgb.resize(plan.resized_size, bicubic)
+            views += [resized.crop(box) for box in plan.boxes]
+    return views
+
+
+def load_planned(image: ImageSource, plan: SlicePlan) -> Image.Image:
+    """Load the image that a plan was made for.
+
+    Raises:
+        ImportError: If Pillow is not installed.
+        OSError: If a path cannot be opened.
+        TypeError: If ``plan`` is no ``SlicePlan``, or ``image`` is of no accepted type.
+        ValueError: If the image cannot be read, or its size is not ``plan.image_size``.
+    """
     if not isinstance(plan, SlicePlan):
         raise TypeError(f"plan must be a SlicePlan, got {type(plan).__name__}")
     rgb = load_image(image)
@@ -62,13 +81,7 @@ def slice_image(image: ImageSource, plan: SlicePlan) -> list[Image.Image]:
             )
             + hint
         )
-    bicubic = require_pillow().Resampling.BICUBIC
-    with readable_errors("a view of the plan"):  # crop refuses what open would call a bomb
-        views = [rgb.resize(plan.thumbnail, bicubic)]
-        if plan.resized_size is not None:
-            resized = rgb.resize(plan.resized_size, bicubic)
-            views += [resized.crop(box) for box in plan.boxes]
-    return views
+    return rgb
 
 
 def pack_views(
