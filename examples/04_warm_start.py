@@ -12,7 +12,6 @@ Run: python examples/04_warm_start.py [--seeds 5] [--epochs 8] [--out DIR] [--qu
 import argparse
 import contextlib
 import copy
-import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,7 @@ import uhd_ops
 from uhd_ops.nn import ABLATION, PixelUnshuffleConnector
 
 try:
-    import warm_start_report as report
+    import experiments
     from sklearn.datasets import load_digits
     from timm.models.vision_transformer import VisionTransformer
 except ImportError as error:
@@ -62,9 +61,10 @@ class Arm(NamedTuple):
 
 ARMS = [Arm("untouched", "", None), Arm("post-ViT", "", None)]
 for name, options in ABLATION.items():
-    starts = ("",) if name == "average pool" else report.STARTS
+    starts = ("",) if name == "average pool" else experiments.STARTS
     ARMS += [Arm(name, start, options) for start in starts]
-ARMS += [Arm(f"{OURS}, tied", start, {**ABLATION[OURS], "form": "tied"}) for start in report.STARTS]
+tied = {**ABLATION[OURS], "form": "tied"}
+ARMS += [Arm(f"{OURS}, tied", start, tied) for start in experiments.STARTS]
 
 
 class Classifier(nn.Module):
@@ -172,17 +172,6 @@ def measured_steps(settings):
     return sorted({*early, *range(0, settings.epochs * per_epoch + 1, per_epoch)})
 
 
-def reinitialise(compressor):
-    """Initialise as torch does: Linear within ±1 / sqrt(inputs), norms as the identity."""
-    for part in compressor.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.reset_parameters()
-        elif getattr(part, "weight", None) is not None:  # a Linear, or fc1 and fc2 of ours
-            bound = part.weight.shape[-1] ** -0.5
-            for parameter in part.parameters(recurse=False):
-                nn.init.uniform_(parameter, -bound, bound)
-
-
 def compress(trained, arm):
     """Return a copy of the trained model with fewer tokens, as ``arm`` says."""
     model = copy.deepcopy(trained)
@@ -192,7 +181,7 @@ def compress(trained, arm):
     elif arm.options is not None:
         uhd_ops.insert_early_compressor(model.vit, LAYER, **arm.options)
         if arm.start == "random":
-            reinitialise(model.vit.blocks[LAYER].compressor)
+            experiments.reinitialise(model.vit.blocks[LAYER].compressor)
     return model
 
 
@@ -254,7 +243,7 @@ def run(seeds, settings):
             cpu_seconds += seconds
             print(f"seed {done[0]['seed']}: {seconds:.0f} CPU seconds", flush=True)
     return {
-        "environment": report.environment("timm", "scikit-learn", processes=2),
+        "environment": experiments.environment("timm", "scikit-learn", processes=2),
         "settings": {
             **settings._asdict(),
             "model": {"dim": DIM, "depth": DEPTH, "heads": HEADS, "layer": LAYER, "grid": GRID},
@@ -270,27 +259,45 @@ def run(seeds, settings):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many; 0, 1, 2, ...")
-    parser.add_argument("--epochs", type=int, default=8, help="of fine-tuning, both stages")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="for JSON and PNG")
+def command_line(doc, name, run, seeds, usual, quick, tables, plot=None):
+    """Run an experiment on the digits as the command line says, write its record, show its tables.
+
+    Args:
+        doc: The docstring of the script.
+        name: That of the files, in front of the date.
+        run: Takes the number of seeds and the settings, and returns the record.
+        seeds: How many there are without ``--seeds``.
+        usual: Settings; ``--epochs`` replaces theirs.
+        quick: Settings of ``--quick``, with the smallest number of epochs that there may be.
+        tables: Makes Markdown of a record.
+        plot: Draws a record into a file; None draws none.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=seeds, help="how many; 0, 1, 2, ...")
+    parser.add_argument("--epochs", type=int, default=usual.epochs, help="of fine-tuning, in all")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="for all files")
     parser.add_argument("--quick", action="store_true", help="a rehearsal; its numbers say nothing")
     arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
-    if arguments.epochs < 2:
-        parser.error(f"--epochs must be at least 2, one for each stage, got {arguments.epochs}")
-    settings = Settings(arguments.epochs)
-    if arguments.quick:
-        settings = Settings(2, pretraining_epochs=1, train_images=120, test_images=50)
+    for option, least in (("seeds", 1), ("epochs", quick.epochs)):
+        if getattr(arguments, option) < least:
+            parser.error(f"--{option} must be at least {least}, got {getattr(arguments, option)}")
+    settings = quick if arguments.quick else usual._replace(epochs=arguments.epochs)
     record = run(arguments.seeds, settings)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"warm_start_{record['environment']['date']}.json"
-    path.write_text(report.to_json(record))
-    report.plot(record, path.with_suffix(".png"))
-    print(report.tables(json.loads(path.read_text())))
-    print(f"{path}\n{path.with_suffix('.png')}")
+    paths = experiments.write(record, arguments.out, name, plot)
+    print(tables(record), *paths, sep="\n")
+
+
+def main():
+    command_line(
+        __doc__,
+        "warm_start",
+        run,
+        seeds=5,
+        usual=Settings(8),
+        quick=Settings(2, pretraining_epochs=1, train_images=120, test_images=50),
+        tables=experiments.tables,
+        plot=experiments.plot,
+    )
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ from uhd_ops.nn import (
 )
 
 try:
+    import experiments
     import pages
-    import warm_start_report as report
     from pages import IGNORED, NUMBER, make_batch, prompt
     from timm.layers import build_sincos2d_pos_embed
     from timm.models.vision_transformer import VisionTransformer
@@ -233,18 +233,7 @@ def compress(reader, arm):
     elif arm != UNTOUCHED:
         uhd_ops.insert_early_compressor(reader.tower.vit, LAYER)
         if arm.start == "random":
-            reinitialise(reader.tower.vit.blocks[LAYER].compressor)
-
-
-def reinitialise(compressor):
-    """Initialise as torch does: Linear within ±1 / sqrt(inputs), norms as the identity."""
-    for part in compressor.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.reset_parameters()
-        elif getattr(part, "weight", None) is not None:  # a Linear, or fc1 and fc2 of ours
-            bound = part.weight.shape[-1] ** -0.5
-            for parameter in part.parameters(recurse=False):
-                nn.init.uniform_(parameter, -bound, bound)
+            experiments.reinitialise(reader.tower.vit.blocks[LAYER].compressor)
 
 
 def prepare(reader, phase, ranks):
@@ -456,15 +445,15 @@ def run_seed(seed, settings):
 def run_experiment(seeds, settings, out):
     """Run the seeds one after the other on one thread, and write the record behind each."""
     torch.set_num_threads(1)
+    environment = experiments.environment("timm", "transformers", "pillow", processes=1)
     began, rows = time.process_time(), []
-    path = out / f"train_mllm_{time.strftime('%Y-%m-%d')}.json"
     stages = settings.phases[INSERTION:]
     for seed in range(seeds):
         rows += run_seed(seed, settings)
         seconds = time.process_time() - began
         print(f"seed {seed}: {seconds:.0f} CPU seconds since the start", flush=True)
         record = {
-            "environment": report.environment("timm", "transformers", "pillow", processes=1),
+            "environment": environment,  # whatever is checked out while it runs
             "settings": {
                 "phases": [phase._asdict() for phase in settings.phases],
                 "test_images": settings.test_pages,
@@ -481,9 +470,8 @@ def run_experiment(seeds, settings, out):
             },
             "rows": rows,
         }
-        path.write_text(report.to_json(record))
-        report.plot_pages(record, path.with_suffix(".png"))
-    print(report.page_tables(record))
+        experiments.write(record, out, "train_mllm", experiments.plot_pages)
+    print(experiments.page_tables(record))
 
 
 def main():

@@ -9,12 +9,9 @@ results and says what they show.
 Run: python examples/06_merge_stability.py [--seeds 3] [--epochs 2] [--out DIR] [--quick]
 """
 
-import argparse
 import copy
 import importlib
-import json
 import time
-from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -22,7 +19,7 @@ from torch.nn import functional
 import uhd_ops
 
 warm_start = importlib.import_module("04_warm_start")  # a name that an import cannot hold
-report = warm_start.report
+experiments = warm_start.experiments
 
 PAPER_BLOCKS, BLOCKS = 27, 12
 # How many blocks stand in front of the merge: in the paper's transformer, and in this one.
@@ -106,7 +103,7 @@ def run(seeds, settings):
         rows += run_seed(seed, settings)
         print(f"seed {seed}: {time.process_time() - cpu:.0f} CPU seconds so far", flush=True)
     return {
-        "environment": report.environment("timm", "scikit-learn", processes=1),
+        "environment": experiments.environment("timm", "scikit-learn", processes=1),
         "settings": {
             **settings._asdict(),
             "model": {"dim": CHANNELS, "depth": BLOCKS, "heads": warm_start.HEADS, "grid": GRID},
@@ -124,8 +121,8 @@ def run(seeds, settings):
 
 def tables(record):
     """Return the table of a record, and where it was measured, as Markdown."""
-    steps, found = record["steps"], report.accuracy(record)
-    readout = report.accuracy(record, "readable")
+    steps, found = record["steps"], experiments.accuracy(record)
+    readout = experiments.accuracy(record, "readable")
     shown = [0, 1, -1]
     titles = ["readout, step 0", *(f"step {steps[i]}" for i in shown)]
     lines = [
@@ -139,32 +136,24 @@ def tables(record):
             "" if n is None else f"{sum(row[key] for row in rows) / len(rows):.2f}"
             for key in ("redundancy", "similarity")
         ]
-        cells.append(report.cell(readout[pool, n]))
-        cells += [report.cell([curve[i] for curve in seeds]) for i in shown]
+        cells.append(experiments.cell(readout[pool, n]))
+        cells += [experiments.cell([curve[i] for curve in seeds]) for i in shown]
         lines.append(f"| {' | '.join([where, pool, *cells])} |")
     images = record["settings"]["test_images"]
-    measured = report.measured(record, f"Accuracy in % of {images} test images")
+    measured = experiments.measured(record, f"Accuracy in % of {images} test images")
     return "\n".join([*lines, "", measured]) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many; 0, 1, 2, ...")
-    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning")
-    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="for the JSON")
-    parser.add_argument("--quick", action="store_true", help="a rehearsal; its numbers say nothing")
-    arguments = parser.parse_args()
-    if min(arguments.seeds, arguments.epochs) < 1:
-        parser.error("--seeds and --epochs must be at least 1")
-    settings = warm_start.Settings(arguments.epochs, pretraining_epochs=25)
-    if arguments.quick:
-        settings = warm_start.Settings(1, pretraining_epochs=1, train_images=40, test_images=10)
-    record = run(arguments.seeds, settings)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"stability_{record['environment']['date']}.json"
-    path.write_text(report.to_json(record))
-    print(tables(json.loads(path.read_text())))
-    print(path)
+    warm_start.command_line(
+        __doc__,
+        "stability",
+        run,
+        seeds=3,
+        usual=warm_start.Settings(2, pretraining_epochs=25),
+        quick=warm_start.Settings(1, pretraining_epochs=1, train_images=40, test_images=10),
+        tables=tables,
+    )
 
 
 if __name__ == "__main__":

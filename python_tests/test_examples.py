@@ -82,8 +82,8 @@ def test_every_example_is_tested():
         "04_warm_start.py",
         "05_train_mllm.py",
         "06_merge_stability.py",
+        "experiments.py",
         "pages.py",
-        "warm_start_report.py",
     }
 
 

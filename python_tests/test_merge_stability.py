@@ -89,4 +89,4 @@ def test_refusals(experiment, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["06_merge_stability.py", "--seeds", "0"])
     with pytest.raises(SystemExit, match="2"):
         experiment.main()
-    assert "--seeds and --epochs must be at least 1" in capsys.readouterr().err
+    assert "--seeds must be at least 1, got 0" in capsys.readouterr().err

@@ -290,7 +290,7 @@ def test_refusals(example, monkeypatch, capsys, tmp_path, arguments, message):
 @pytest.mark.parametrize("module", ["transformers", "PIL", "timm.layers", "matplotlib.figure"])
 def test_missing_packages_are_named(monkeypatch, module):
     monkeypatch.syspath_prepend(EXAMPLES)
-    for name in ("pages", "warm_start_report"):
+    for name in ("pages", "experiments"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     spec = importlib.util.spec_from_file_location("without", EXAMPLES / "05_train_mllm.py")
@@ -300,7 +300,7 @@ def test_missing_packages_are_named(monkeypatch, module):
 
 def test_results_are_complete(example):
     """Those in docs/warm_start.md, with the settings that the example still has."""
-    record = json.loads(example.report.newest("train_mllm").read_text())
+    record = json.loads(example.experiments.newest("train_mllm").read_text())
     assert len(record["seeds"]) >= 5
     found = [(row["seed"], row["arm"], row["start"]) for row in record["rows"]]
     assert found == [(seed, *arm) for seed in record["seeds"] for arm in example.ARMS]
@@ -316,8 +316,8 @@ def test_results_are_complete(example):
 
 def test_page_tables_by_hand(example):
     """The last column of each."""
-    record = json.loads(example.report.newest("train_mllm").read_text())
-    lines = example.report.page_tables(record).splitlines()
+    record = json.loads(example.experiments.newest("train_mllm").read_text())
+    lines = example.experiments.page_tables(record).splitlines()
     for title, key, unit, digits in (
         ("exact", "correct", 100 / record["settings"]["test_images"], 1),
         ("loss", "loss", 1, 3),

@@ -26,7 +26,7 @@ def load(name):
 
 @pytest.fixture(scope="module")
 def report():
-    return load("warm_start_report.py")
+    return load("experiments.py")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_stages_train_what_they_say(experiment, monkeypatch):
     ("arguments", "message"),
     [
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["--epochs", "1"], "--epochs must be at least 2, one for each stage, got 1"),
+        (["--epochs", "1"], "--epochs must be at least 2, got 1"),
     ],
 )
 def test_refusals(experiment, monkeypatch, capsys, arguments, message):
@@ -189,7 +189,7 @@ def test_refusals(experiment, monkeypatch, capsys, arguments, message):
 )
 def test_missing_packages_are_named(monkeypatch, module):
     monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.delitem(sys.modules, "warm_start_report", raising=False)
+    monkeypatch.delitem(sys.modules, "experiments", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match=rf"{module}.*pip install uhd_ops\[examples\]"):
         load("04_warm_start.py")

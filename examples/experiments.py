@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of what 04_warm_start.py and 05_train_mllm.py recorded.
+"""What 04_warm_start.py, 05_train_mllm.py and 06_merge_stability.py share.
 
-python examples/warm_start_report.py           write the newest results into docs/warm_start.md
-python examples/warm_start_report.py --check   fail where the page is out of date
+The random start, and records: where they were measured, their files, tables and plots.
+
+python examples/experiments.py           write the newest results into docs/warm_start.md
+python examples/experiments.py --check   fail where the page is out of date
 """
 
 import json
@@ -17,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torch import nn
 
 import uhd_ops
 
@@ -24,6 +27,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "warm_start.md"
 STARTS = ("reused", "random")
 COLOURS = {"reused": "tab:blue", "random": "tab:orange", "": "tab:green"}
+
+
+def reinitialise(compressor):
+    """Initialise as torch does: Linear within ±1 / sqrt(inputs), norms as the identity."""
+    for part in compressor.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        elif getattr(part, "weight", None) is not None:  # a Linear, or fc1 and fc2 of ours
+            bound = part.weight.shape[-1] ** -0.5
+            for parameter in part.parameters(recurse=False):
+                nn.init.uniform_(parameter, -bound, bound)
 
 
 def environment(*packages, processes):
@@ -55,6 +69,17 @@ def to_json(record):
     head = {key: value for key, value in record.items() if key != "rows"}
     rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
     return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
+def write(record, out, name, plot=None):
+    """Write a record into the folder ``out``, and its picture; return the paths of the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{name}_{record['environment']['date']}.json"]
+    paths[0].write_text(to_json(record))
+    if plot is not None:
+        paths.append(paths[0].with_suffix(".png"))
+        plot(record, paths[1])
+    return paths
 
 
 def series(record, key, unit=1.0):
