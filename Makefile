@@ -11,7 +11,7 @@ export UHD_OPS_CUDA_ARCHS ?= 80-real;90a-real;100-virtual
 # The virtual environment's cmake and ninja, also where it was not activated.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help build demo test test-op test-all mutants bench style lint format clean
+.PHONY: help build demo docs test test-op test-all mutants bench style lint format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,9 @@ build: $(INSTALLED)  ## Build the native libraries in place
 demo: build  ## Encode a photograph with and without the compressor
 	bash examples/demo.sh $(PYTHON)
 
+docs: build  ## Build the site in build/docs; a warning is an error
+	bash .ci/docs.sh $(PYTHON)
+
 test: style build  ## Check style and run the tests on this build, but for slow ones
 	$(PYTHON) -m pytest -n 2 -m "not slow"
 
@@ -33,7 +36,7 @@ test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test
 	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
 		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
-test-all: test lint  ## Then types, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels and faults planted in them, the oldest packages, the call on a GPU rehearsed, sanitizers
+test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels and faults planted in them, the oldest packages, the call on a GPU rehearsed, sanitizers
 	$(PYTHON) -m pytest -n 2 -m slow
 	bash .ci/timm_suite.sh $(PYTHON)
 	bash .ci/serving_suite.sh $(PYTHON)
@@ -64,8 +67,8 @@ format: $(INSTALLED)  ## Format Python and C++
 	$(PYTHON) -m ruff format .
 	git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(VENV)/bin/clang-format -i
 
-bench: build  ## Measure the operators against their rivals
+bench: build  ## Measure the operators against the same in plain PyTorch
 	$(PYTHON) benchmarks/bench_ops.py
 
 clean:  ## Remove what a build leaves, but not .venv
-	rm -rf build dist *.egg-info uhd_ops/*.so
+	rm -rf build dist docs/generated *.egg-info uhd_ops/*.so

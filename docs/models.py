@@ -93,8 +93,8 @@ def table(rows: list[Row]) -> str:
         f"Written by `python docs/models.py` with timm {timm.__version__}: {supported} of "
         f"{len(rows)} entry points are supported,",
         f"and `nn.SliceEncoder` runs {packed} of them on packed views of different sizes.",
-        "All other classes of timm reduce the resolution in stages or are no transformers, and are",
-        "refused by name.",
+        "All other classes of timm reduce the resolution in stages or are not transformers, and",
+        "are refused by name.",
         "",
         "| class | entry points | supported | packed | refused, and why |",
         "|---|---:|---:|---:|---|",

@@ -32,7 +32,7 @@ BUILT_IN = "Pillow's own"
 
 NAMES = ["<end>", "<answer>", "<visual>", "<image>", "</image>", "<slice>", "</slice>", "\n", " "]
 NUMBER = {name: number for number, name in enumerate([*NAMES, *ALPHABET])}
-IGNORED = -100  # cross_entropy's label for what is no answer
+IGNORED = -100  # cross_entropy's label for what is not an answer
 
 
 class Page(NamedTuple):

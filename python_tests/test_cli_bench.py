@@ -103,7 +103,10 @@ def test_time_is_the_median_of_turns():
     ("options", "message"),
     [
         (["--dim", "10", "--heads", "3"], "--dim must be a multiple of --heads, got 10 and 3"),
-        (["--views", "4x6,3x4"], "multiples of --window, 2, because the rivals know no ragged"),
+        (
+            ["--views", "4x6,3x4"],
+            "multiples of --window, 2, because the plain PyTorch versions take whole",
+        ),
         (["--window", "1"], "--window must be at least 2, got 1"),
         (["--views", "4x4", "--op", "window_mean", "--plot", "{folder}/no/x.png"], "cannot write"),
     ],

@@ -194,7 +194,7 @@ def test_plot(options, drawn, tmp_path, capsys):
         (["vit_tinny"], "timm has no model 'vit_tinny'; it has"),
         (["resnet18"], "model resnet18: vit must tell the side of its patches, got ResNet"),
         ([MODEL, "--layer", "6"], "layer must be in 0..5 for a model of 6 blocks, got 6"),
-        ([MODEL, "--image", "100x64"], "an image of 100x64 px is no whole number of patches"),
+        ([MODEL, "--image", "100x64"], "an image of 100x64 px is not a whole number of patches"),
         ([MODEL, "--window", "1"], "window must be at least 2, got 1"),
         (["--paper", "--plot", "{folder}/no/x.png"], "cannot write the plot: "),
         (["--paper", "--plot", "{folder}/x.nothing"], "Format 'nothing' is not supported"),

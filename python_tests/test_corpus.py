@@ -384,7 +384,7 @@ def test_links_and_pipes_in_a_corpus(tmp_path):
     assert images.failed == {
         "folder.png": "cannot be opened: it is a symbolic link",
         "link.png": "cannot be opened: it is a symbolic link",
-        "pipe.png": "cannot be opened: it is no regular file",
+        "pipe.png": "cannot be opened: it is not a regular file",
     }
     encode(corpus / "list.txt", tmp_path / "listed")
     images = uhd_ops.open_dataset(tmp_path / "listed")

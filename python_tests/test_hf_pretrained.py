@@ -286,7 +286,7 @@ def test_refusals(tmp_path):
     cls = transformers.SiglipVisionModel
     model = CASES["SigLIP"].make()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="config must tell of a compressor"):
+    with pytest.raises(ValueError, match="config must describe a compressor"):
         from_pretrained(cls, tmp_path)
     with pytest.raises(TypeError, match="model_class must be"):
         from_pretrained(tmp_path)

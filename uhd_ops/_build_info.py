@@ -27,7 +27,7 @@ _OPERATORS = (
     "window_mean",
     "window_pool",
 )
-# Operators that are no native operator themselves.
+# Operators that have no native operator of their own name.
 _TORCH_ONLY = {"view_attention": "torch scaled_dot_product_attention"}
 # Likewise, but they need the tables of the native library.
 _TORCH_ON_TABLES = {"reorder_tokens": "torch index_select"}

@@ -39,7 +39,7 @@ def check_int(value: object, name: str, least: int | None = None, most: int | No
     """``value`` is an integer in [least, most], NumPy's included; returns it as an int.
 
     Raises:
-        TypeError: It is no integer; a bool and a float with an integral value are none.
+        TypeError: It is not an integer; a bool and a float with an integral value are none.
         ValueError: It is out of range.
     """
     if type(value) is not int:

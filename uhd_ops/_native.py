@@ -315,9 +315,9 @@ def _eager_call(
     What register_autograd makes is Python that the dispatcher calls, for every call and whether
     there are gradients or not. In eager mode the derivative is the same, by the same functions,
     from a node that calls the operator's kernel below autograd. The attribute ``eager`` of the
-    function is for callers that know that the mode is eager and the tensors are no subclass.
+    function is for callers that know that the mode is eager and the tensors are plain.
 
-    A node looks at each of its inputs by itself, longest at one that is no tensor: so it has the
+    A node looks at each of its inputs by itself, longest at one that is not a tensor: so it has the
     tensors, and one more for all others. The functions are made with the names of the arguments, as
     those of a dataclass are: with ``*args`` a call takes a microsecond more.
     """

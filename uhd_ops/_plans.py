@@ -33,7 +33,7 @@ def checked_once(check: Callable[..., Checked], optional: bool = False) -> Calla
     What it returns must depend on nothing but the shapes, dtypes and devices of the tensors, on
     grids, options and autocast, and must hold no tensor that was passed. It is called as ever
     wherever a call is not quite ordinary: while torch.compile or another transformation is at work,
-    for subclasses of tensors, for grids that are no PackedGrids, in :func:`uhd_ops.definitions`,
+    for subclasses of tensors, for grids that are not PackedGrids, in :func:`uhd_ops.definitions`,
     and where it raises.
 
     Args:
@@ -56,7 +56,7 @@ def checked_once(check: Callable[..., Checked], optional: bool = False) -> Calla
         if type(grids) is not PackedGrids or not is_eager():
             return check(*tensors, grids, *options)[0], None
         try:
-            # Equal is not the same: 2.0 and True are no window sides.
+            # Equal is not the same: 2.0 and True are not window sides.
             key = options, *map(type, options), *map(of, tensors)
             if _any_autocast():
                 key += _autocast_dtypes()

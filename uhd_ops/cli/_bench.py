@@ -86,17 +86,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=2,
         metavar="F",
-        help="side of a window in tokens; it must divide the sides of every view, because the "
-        "rivals know no ragged windows (default: %(default)s)",
+        help="side of a window in tokens; it must divide the sides of every view, because "
+        "the plain PyTorch versions take whole windows only (default: %(default)s)",
     )
     add(
         "--dtype",
         nargs="+",
         choices=tuple(DTYPES),
         default=["float32"],
-        help="one or several (default: float32)",
+        help="types of the tensors, one or several (default: float32)",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run; auto takes a GPU if there is one (default: %(default)s)",
+    )
     add("--dim", type=positive_int, default=1152, help="width of a token (default: %(default)s)")
     add("--heads", type=positive_int, default=16, help="attention heads (default: %(default)s)")
     add(
@@ -130,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
         if height % arguments.window or width % arguments.window:
             raise UserError(
                 f"--views must have sides that are multiples of --window, {arguments.window}, "
-                f"because the rivals know no ragged windows; got {height}x{width}"
+                f"because the plain PyTorch versions take whole windows only; got {height}x{width}"
             )
     device = find_device(arguments.device)
     if arguments.threads:

@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="size of a shard in 10^6 bytes (default: %(default)s)",
     )
-    add("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="what starts the workers (default: %(default)s)",
+    )
     add(
         "--workers",
         type=threads,

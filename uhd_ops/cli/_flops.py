@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="0-based block after which the compressor runs (default: 6)",
     )
-    add("--attention", choices=ATTENTIONS, help="in front of merging (default: window)")
-    add("--mlp", choices=MLPS, help="of the compressor (default: reuse)")
-    add("--form", choices=FORMS, help="weight form (default: dense)")
+    add("--attention", choices=ATTENTIONS, help="attention before merging (default: window)")
+    add("--mlp", choices=MLPS, help="MLP of the compressor (default: reuse)")
+    add("--form", choices=FORMS, help="form of the MLP's weights (default: dense)")
     add("--window", type=positive_int, metavar="F", help="side of a window (default: 2)")
     add(
         "--progressive",
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K,K",
         help="merge after these 0-based blocks, such as 3,17, instead of the early compressor",
     )
-    add("--pool", choices=POOLS, help="how (default: adaptive)")
+    add("--pool", choices=POOLS, help="pooling, with --progressive (default: adaptive)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--grid", type=_sides, metavar="HxW", help="patch grid of the view")
     size.add_argument(
@@ -159,7 +159,7 @@ def _grid(arguments: argparse.Namespace, vit: nn.Module, patch: tuple[int, int])
         height, width = vit.pretrained_cfg["input_size"][1:]
     if height % patch[0] or width % patch[1]:
         raise ValueError(
-            f"an image of {width}x{height} px is no whole number of patches of "
+            f"an image of {width}x{height} px is not a whole number of patches of "
             f"{patch[1]}x{patch[0]} px"
         )
     return height // patch[0], width // patch[1]

@@ -39,10 +39,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="timm vision transformer, see docs/models.md (default: %(default)s)",
     )
     add_compressor_arguments(parser)
-    add("--pretrained", action="store_true", help="fetch the model's weights; random otherwise")
-    add("--seed", type=seed, default=0, help="seed of random weights (default: %(default)s)")
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add("--pretrained", action="store_true", help="fetch trained weights (default: random ones)")
+    add("--seed", type=seed, default=0, help="seed for random weights (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="type of weights and pixels (default: %(default)s)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run; auto takes a GPU if there is one (default: %(default)s)",
+    )
     views = parser.add_mutually_exclusive_group()
     views.add_argument(
         "--max-slices",
@@ -112,7 +122,7 @@ def load_encoder(name: str, *, pretrained: bool, seed: int, dtype: torch.dtype) 
     Args:
         name: Name of a timm model.
         pretrained: Fetch its weights; otherwise they are random.
-        seed: Seed of random weights.
+        seed: Seed for random weights.
         dtype: Dtype of the weights.
 
     Returns:
@@ -193,7 +203,7 @@ def load_corpus_model(
         layer: Block after which the compressor runs.
         form: Weight form of its MLP.
         pretrained: Fetch the model's weights; otherwise they are random.
-        seed: Seed of random weights.
+        seed: Seed for random weights.
         dtype: Dtype of the weights.
         device: Device of the model.
 

@@ -123,11 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         choices=tuple(DTYPES),
-        help="of weights and pixels, with --run (default: float32)",
+        help="type of weights and pixels for --run (default: float32)",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), help="to run on, with --run (default: auto)")
-    add("--rounds", type=positive_int, help="timed passes of each, with --run (default: 3)")
-    add("--threads", type=threads, help="CPU threads, with --run (default: PyTorch's choice)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="device for --run (default: auto)")
+    add("--rounds", type=positive_int, help="timed passes for --run (default: 3)")
+    add("--threads", type=threads, help="CPU threads for --run (default: PyTorch's choice)")
     add("--plot", type=Path, metavar="FILE", help="draw cost over resolution to a PNG file")
     add("--json", action="store_true", help="print JSON")
 

@@ -183,7 +183,7 @@ def read_llm_config(name: str) -> Any:
     """Read a config of transformers: a ``config.json``, a folder with one, or a model type.
 
     Raises:
-        UserError: There is no such file or type, or it is no config.
+        UserError: There is no such file or type, or it is not a config.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 

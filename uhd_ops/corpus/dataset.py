@@ -59,7 +59,7 @@ class EncodedDataset(Mapping[str, EncodedImage]):
     """The images of an encoded corpus, by id, in the order of the corpus.
 
     It can be pickled, and opens its files in each process anew. Images that could not be encoded
-    are in :attr:`failed` only.
+    are in ``failed`` only.
 
     Args:
         folder: What ``encode_dataset`` wrote.

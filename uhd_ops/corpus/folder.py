@@ -68,7 +68,7 @@ class Folder:
         descriptor = self._open(name, flags | os.O_NONBLOCK)  # a pipe would wait for its other end
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise OSError(f"cannot open {name!r} in {self.path!r}: it is no regular file")
+            raise OSError(f"cannot open {name!r} in {self.path!r}: it is not a regular file")
         return descriptor
 
     def read(self, name: str) -> bytes | None:

@@ -47,7 +47,7 @@ def list_images(source: str | os.PathLike[str]) -> tuple[str, Iterator[Source]]:
         text file that is not UTF-8, are an OSError and a ValueError while the images are listed.
 
     Raises:
-        FileNotFoundError: There is no such folder or file, and it is no glob.
+        FileNotFoundError: There is no such folder or file, and it is not a glob.
     """
     source = os.path.abspath(source)
     if os.path.isdir(source):
@@ -139,7 +139,7 @@ def open_regular(path: str) -> BinaryIO:
         raise OSError(f"cannot be opened: {why}") from error
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError("cannot be opened: it is no regular file")
+        raise OSError("cannot be opened: it is not a regular file")
     return os.fdopen(file, "rb")
 
 
@@ -149,7 +149,7 @@ def image_size(file: BinaryIO) -> tuple[int, int]:
     The pixels are not decoded.
 
     Raises:
-        ValueError: The file is no image that Pillow knows, or a broken one.
+        ValueError: The file is not an image that Pillow knows, or a broken one.
     """
     with readable_errors("the file"), require_pillow().open(file) as image:
         width, height = image.size

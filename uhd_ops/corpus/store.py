@@ -156,7 +156,7 @@ class Store:
                 return json.loads(header["__metadata__"][METADATA])
             except (KeyError, TypeError, ValueError, struct.error) as error:
                 raise ValueError(
-                    f"{name} in {self.path!r} is no shard of an encoded corpus: {error}"
+                    f"{name} in {self.path!r} is not a shard of an encoded corpus: {error}"
                 ) from error
 
 

@@ -199,8 +199,8 @@ def count_vit(
 
     Raises:
         TypeError: ``grids`` has no accepted form.
-        ValueError: ``counting`` is unknown, a compressor's layer is no block of the encoder, or two
-            have the same.
+        ValueError: ``counting`` is unknown, the encoder lacks a compressor's layer, or two have the
+            same.
 
     Source:
         LLaVA-UHD v4, tables 4 and 5; the operations per element were fitted to them.

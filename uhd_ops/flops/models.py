@@ -35,8 +35,8 @@ def of_vit(
     Args:
         vit: The model. No weight is read, so it may be on the meta device.
         grids: Patch grids of the views, in any accepted form.
-        counting: See :func:`uhd_ops.flops.count_vit`; only ``"macs"`` for models that are no plain
-            ViT.
+        counting: See :func:`uhd_ops.flops.count_vit`; only ``"macs"`` for models that are not plain
+            ViTs.
         full_window_attention: Likewise; only None or False.
 
     Returns:
@@ -44,7 +44,7 @@ def of_vit(
 
     Raises:
         NotImplementedError: The model does not tell the side of its patches, takes other inputs
-            than images, or is no plain ViT and is to be counted in another way than ``"macs"``.
+            than images, or is not a plain ViT and is to be counted in another way than ``"macs"``.
         TypeError: ``grids`` has no accepted form.
         ValueError: ``counting`` is unknown, or the model takes no image of one of the grids.
 
@@ -147,8 +147,8 @@ def vit_config(vit: nn.Module) -> ViTConfig:
         Its sizes.
 
     Raises:
-        NotImplementedError: The model is no plain ViT with one block size, joint qkv projection and
-            two-layer MLP.
+        NotImplementedError: The model is not a plain ViT with one block size, joint qkv projection
+            and two-layer MLP.
     """
     name = type(vit).__name__
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(vit).__mro__}

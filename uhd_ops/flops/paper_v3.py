@@ -42,7 +42,7 @@ class V3Row:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patch grid: as many whole windows as fit, those of a 2 x 2 connector without merges."""
+        """Patch grid of as many whole windows as fit; without merges, of a 2 x 2 connector's."""
         unit = 2 ** max(1, len(self.layers))
         cells = self.side // (self.patch * unit) * unit
         return cells, cells
@@ -84,7 +84,7 @@ def v3_rows(side: int = 1024) -> tuple[V3Row, ...]:
         px, each without merges, with ViT-UHD's "4-18" in both ways to read it, and with "4-18-27".
 
     Raises:
-        TypeError: ``side`` is no int.
+        TypeError: ``side`` is not an int.
         ValueError: ``side`` is below 128.
 
     Source:

@@ -35,7 +35,7 @@ MODELS = {
 
 
 def register() -> None:
-    """Let vLLM make the models of :data:`MODELS` by the classes of this module.
+    """Let vLLM make the models of ``MODELS`` by the classes of this module.
 
     Safe to call several times. vLLM imports this module again when it makes a model, and takes the
     class from it by name.

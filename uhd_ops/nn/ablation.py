@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variants of LLaVA-UHD v4's ablation, Table 4, by their options."""
 
-from __future__ import annotations
-
 from types import MappingProxyType
 
-# Options of insert_early_compressor and EarlyCompressor. The baseline of the table, "post-ViT", is
-# no insertion at all: the untouched model with PixelUnshuffleConnector(merger_times=2) behind it.
 ABLATION = MappingProxyType(
     {
         "average pool": {"attention": "none", "mlp": "none"},
@@ -18,3 +14,8 @@ ABLATION = MappingProxyType(
         "window attention + reused MLP": {"attention": "window", "mlp": "reuse"},
     }
 )
+"""Options of ``insert_early_compressor`` and ``EarlyCompressor`` for each variant, by its name.
+
+The baseline of the table, "post-ViT", is the untouched model with
+``PixelUnshuffleConnector(merger_times=2)`` behind it.
+"""

@@ -113,7 +113,7 @@ def run_own_attention(
     *,
     training: bool = False,
 ) -> torch.Tensor:
-    """As :func:`run_attention`, for an :class:`uhd_ops.nn.OwnAttentionSpec`.
+    """As ``run_attention``, for an :class:`uhd_ops.nn.OwnAttentionSpec`.
 
     Raises:
         NotImplementedError: ``positions`` are given.

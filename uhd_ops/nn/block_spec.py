@@ -62,9 +62,9 @@ class AttentionSpec:
         inner_norm: Norm of what the heads return, over all of them, or None.
         gate: Projection whose sigmoid multiplies what the heads return, or None.
         rotate_half: How rotary embeddings pair the channels of a head; see
-            :func:`uhd_ops.nn.positions.rotate`. Whether there are any is the caller's business.
+            :func:`uhd_ops.window_attention`. Whether there are any is the caller's business.
         score_bias: Makes the module that adds to the scores, given the side of a window; or None.
-            See :class:`uhd_ops.nn.score_bias.ScoreBias`.
+            See ``uhd_ops.nn.score_bias.ScoreBias``.
         post: What follows the projection: LayerScale factors ``(C,)``, a norm, or None.
         attention_dropout: Probability for the attention weights; those below for what their names
             say. All act in training only.
@@ -99,7 +99,7 @@ class AttentionSpec:
 class OwnAttentionSpec:
     """An attention branch that is computed by the host's own attention module.
 
-    For attention that is no softmax over scores of queries and keys (talking heads, differential
+    For attention that is not a softmax over scores of queries and keys (talking heads, differential
     attention): the module, or a copy, runs on groups of tokens that attend to each other.
 
     Attributes:

@@ -537,7 +537,7 @@ class EarlyCompressor(nn.Module):
         Raises:
             NotImplementedError: ``positions`` are given, but the attention takes none: that of a
                 host without rotary embeddings, or ``attention="cross_mean"``.
-            TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
+            TypeError: ``x`` is not a tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
         grids = parsed(grids, x)

@@ -56,7 +56,7 @@ def form_of(weights: MlpWeights, *, factor: int = 2, channels: int | None = None
             dense ``(J, f²C)`` from tied ``(I, C)``. With ``factor=1`` both are dense.
 
     Raises:
-        ValueError: The shapes are no weight form.
+        ValueError: The shapes are those of no weight form.
     """
     channels = weights.fc2_weight.shape[-2] if channels is None else channels
     form = mlp_form(weights.fc1_weight, channels, factor)
@@ -90,8 +90,8 @@ def convert_mlp(
         Weights in ``form``; ``weights`` itself where it has that form. fc2's bias is shared.
 
     Raises:
-        ValueError: ``form`` is unknown, the shapes are no weight form, or the network is not
-            exactly representable in ``form``.
+        ValueError: ``form`` is unknown, the shapes are those of no weight form, or ``form``
+            cannot represent the network exactly.
 
     Example:
         >>> tied = MlpWeights(torch.randn(12, 4), torch.randn(12), torch.randn(4, 12), None)
@@ -254,7 +254,7 @@ class WindowMlp(nn.Module):
     behind the first norm the branch starts as the mean of what the host's MLP does to each patch.
 
     The layers are ordinary modules: ``torch.nn.Linear`` in the dense form, over the f²C channels of
-    a window, and in the tied form, over the C of a patch; :class:`BlockLinear` in the block form.
+    a window, and in the tied form, over the C of a patch; ``BlockLinear`` in the block form.
     One operator computes the branch from their weights where all of them are exactly plain;
     otherwise they are called, so adapters, hooks, quantised and offloaded weights take effect.
 

@@ -99,7 +99,7 @@ class PixelUnshuffleConnector(nn.Module):
             ``connector.merged(grids)``.
 
         Raises:
-            TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
+            TypeError: ``x`` is not a tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
         grids = parsed(grids, x)

@@ -103,7 +103,7 @@ class QueryResampler(nn.Module):
             ``(S, Q, out_dim)``, or ``(B, Q, out_dim)``.
 
         Raises:
-            TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
+            TypeError: ``x`` is not a tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels, or a view is empty.
         """
         check_tokens(x, grids, 1, self.dim)

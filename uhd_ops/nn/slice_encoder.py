@@ -76,7 +76,7 @@ class SliceEncoder(nn.Module):
     hooks of linear layers and norms run, but those of the model, its blocks and their attention
     and MLP do not. At most three graphs of torch.compile serve all grids, and one of torch.export
     all of two views or more; with ratios, where they are :class:`uhd_ops.nn.ViewRatios`. Positions,
-    and attention that is no plain softmax over scores, are computed by the model itself when a
+    and attention that is not a plain softmax over scores, are computed by the model itself when a
     graph runs, so the encoder must still be there: an exported program runs in the process that
     made it. In training, such attention is computed once more in the backward pass.
 
@@ -92,7 +92,7 @@ class SliceEncoder(nn.Module):
 
     Raises:
         NotImplementedError: The model, its patch embedding or one of its blocks is not understood.
-        TypeError: ``vit`` is no module.
+        TypeError: ``vit`` is not a module.
         ValueError: ``positions`` is neither of the two; or ``"nearest"`` for a model that has not
             one learned position embedding for each patch.
 
@@ -332,7 +332,7 @@ class _Patch:
 
 def _count(number: int) -> int:
     if isinstance(number, bool):
-        raise TypeError("a bool is no number of views")
+        raise TypeError("a bool is not a number of views")
     return operator.index(number)
 
 

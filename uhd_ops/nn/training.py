@@ -89,7 +89,8 @@ def freeze_for_stage(
         ``model`` itself.
 
     Raises:
-        TypeError: ``model`` is no module, ``stage`` no int, or a part neither name nor module.
+        TypeError: ``model`` is not a module, ``stage`` not an int, or a part neither a name nor a
+            module.
         ValueError: The recipe has no such stage, a part is not in ``model``, a parameter is in two
             parts or, where any but the compressor is named, in none, or ``model`` is a tower
             without a compressor. In every case of an error, nothing is changed.
@@ -156,12 +157,12 @@ def param_groups(
         llm: Likewise.
 
     Returns:
-        A dict for each group: ``name``, the part, with ``".no_decay"`` behind it for those without
-        a weight decay; ``params``; ``lr``; and ``weight_decay`` for the latter. The others take
-        that of the optimizer.
+        A dict for each group, with ``name``, the part and ``".no_decay"`` behind it for those
+        without a weight decay; ``params``; ``lr``; and ``weight_decay`` for the latter. The others
+        take that of the optimizer.
 
     Raises:
-        TypeError: As in :func:`freeze_for_stage`, or ``rates`` is no mapping of numbers.
+        TypeError: As in :func:`freeze_for_stage`, or ``rates`` is not a mapping of numbers.
         ValueError: As there; or a part has trainable parameters but no learning rate in this stage,
             or a learning rate but no trainable parameters; or a rate is not positive.
 
@@ -295,7 +296,7 @@ def _found(model: nn.Module, part: str, where: object) -> set[int]:
         elif isinstance(one, nn.Module):
             if not any(module is one for module in model.modules()):
                 raise ValueError(
-                    f"{part} must be in model, got a {type(one).__name__} that is no module of it"
+                    f"{part} must be in model, got a {type(one).__name__} that it does not hold"
                 )
             found += one.parameters()
         else:

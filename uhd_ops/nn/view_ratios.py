@@ -41,8 +41,8 @@ class ViewRatios:
             that does not matter.
 
     Raises:
-        TypeError: ``grids`` has no accepted form, or ``ratios`` holds something that is no int.
-        ValueError: The numbers of views differ, or a ratio is no power of ``window²``.
+        TypeError: ``grids`` has no accepted form, or ``ratios`` holds something that is not an int.
+        ValueError: The numbers of views differ, or a ratio is not a power of ``window²``.
 
     Example:
         >>> ViewRatios([1, 4, 16], [(4, 6)] * 3).grids
@@ -104,9 +104,9 @@ def merge_by_ratio(
         Packed tokens of all views, in order, and their grids.
 
     Raises:
-        TypeError: ``x`` is no tensor of a floating dtype, ``grids`` has no accepted form, or
-            ``ratios`` holds something that is no int.
-        ValueError: Numbers of tokens or views do not fit, or a ratio is no power of ``window²``.
+        TypeError: ``x`` is not a tensor of a floating dtype, ``grids`` has no accepted form, or
+            ``ratios`` holds something that is not an int.
+        ValueError: Numbers of tokens or views do not fit, or a ratio is not a power of ``window²``.
 
     Example:
         >>> from uhd_ops import window_mean

@@ -85,7 +85,7 @@ class ViewShares:
             packed: Anything with a row for each token of all views, ``(N, ...)``.
 
         Raises:
-            TypeError: ``packed`` is no tensor.
+            TypeError: ``packed`` is not a tensor.
             ValueError: It has another number of rows.
         """
         counts = [grids.num_tokens for grids in self.grids]
@@ -103,7 +103,7 @@ class ViewShares:
                 compressor's and the connector's; 1 if nothing was merged.
 
         Raises:
-            TypeError: ``tokens`` is no tensor, or ``window`` no int.
+            TypeError: ``tokens`` is not a tensor, or ``window`` not an int.
             ValueError: ``tokens`` has another number of rows than windows of this side.
         """
         window = check_positive_int(window, "window")

@@ -127,7 +127,7 @@ class WindowTokenCompressor(nn.Module):
             ``PackedGrids(grids).merged(window)``.
 
         Raises:
-            TypeError: ``x`` is no tensor of a floating dtype, or ``grids`` has no accepted form.
+            TypeError: ``x`` is not a tensor of a floating dtype, or ``grids`` has no accepted form.
             ValueError: ``x`` has another number of tokens or channels.
         """
         grids = parsed(grids, x)

@@ -43,7 +43,8 @@ def pixel_unshuffle(
     Raises:
         TypeError: ``x``, ``grids`` or ``factor`` has the wrong type, or ``x`` none of the four
             dtypes.
-        ValueError: Shape and grids do not fit, ``factor < 1``, or ``order_in`` is no token order.
+        ValueError: Shape and grids do not fit, ``factor < 1``, or ``order_in`` is not a token
+            order.
 
     Source:
         LLaVA-UHD v4, section 3.2: the pixel-unshuffle of the intra-ViT compressor.

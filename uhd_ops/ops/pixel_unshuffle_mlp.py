@@ -30,7 +30,7 @@ ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def check_activation(activation: object) -> None:
-    """Refuse what is no name of an activation."""
+    """Refuse what is not the name of an activation."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
         raise ValueError(f"activation must be one of {names}, got {activation!r}")
@@ -106,9 +106,9 @@ def pixel_unshuffle_mlp(
     Raises:
         TypeError: A tensor has another dtype than ``x`` or none of the four, or an argument has the
             wrong type.
-        ValueError: Shapes, devices or grids do not fit, the shapes of the weights are no weight
+        ValueError: Shapes, devices or grids do not fit, the weights have the shapes of no weight
             form, ``factor < 1``, ``eps`` is negative or not finite, the activation is unknown, or
-            ``order_in`` is no token order.
+            ``order_in`` is not a token order.
 
     Source:
         LLaVA-UHD v4, section 3.2: the reused MLP of the intra-ViT compressor.

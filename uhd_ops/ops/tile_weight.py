@@ -43,11 +43,11 @@ def tile_block_diagonal(weight: torch.Tensor, tiles: int) -> torch.Tensor:
 
 
 def tile_average(weight: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Repeat ``weight`` along its inputs, divided by ``tiles``: ``1/tiles [W | W | ... | W]``.
+    """Repeat ``weight`` side by side, along its inputs, and divide it by ``tiles``.
 
-    It applies one linear map to each of ``tiles`` tokens that stand side by side, and averages the
-    results. The backward pass averages the gradients of the tiles. The result has the dtype of
-    ``weight`` under autocast too.
+    For two tiles the result is ``[W | W] / 2``. It applies one linear map to each of ``tiles``
+    tokens that stand side by side, and averages the results. The backward pass averages the
+    gradients of the tiles. The result has the dtype of ``weight`` under autocast too.
 
     Args:
         weight: ``(O, I)``: float32, float64, bfloat16 or float16; half types are divided in float32

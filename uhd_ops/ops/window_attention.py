@@ -72,7 +72,7 @@ def window_attention(
         TypeError: A tensor has another dtype than ``q`` or none of the four, or an argument has the
             wrong type.
         ValueError: Shapes, devices or grids do not fit, ``window < 1``, ``scale`` is not finite, or
-            ``order`` or ``order_in`` is no token order.
+            ``order`` or ``order_in`` is not a token order.
         NotImplementedError: A table in ``rotary`` requires a gradient.
 
     Source:
@@ -176,7 +176,7 @@ def window_attention_qkvpacked(
     Raises:
         TypeError: ``qkv`` has none of the four dtypes, or an argument has the wrong type.
         ValueError: Shape, number of heads or grids do not fit, ``window < 1``, ``scale`` is not
-            finite, or ``order`` or ``order_in`` is no token order.
+            finite, or ``order`` or ``order_in`` is not a token order.
         NotImplementedError: A table in ``rotary`` requires a gradient.
 
     Source:
@@ -451,7 +451,7 @@ def _backward(ctx, grad_out):
 
 def _by_heads(q, k, v, *tables) -> dict[str, int]:
     """The sides of a call in which each rank has whole groups: heads, and those that they share."""
-    if k is None:  # all in one tensor: a rank's share of that is no share of each
+    if k is None:  # all in one tensor: a rank's share of that is not a share of each
         return {}
     ranks = q.mesh.size()
     if k.shape != q.shape and (q.shape[1] % ranks or k.shape[1] % ranks):

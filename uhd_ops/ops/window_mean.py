@@ -37,7 +37,8 @@ def window_mean(
     Raises:
         TypeError: ``x``, ``grids`` or ``window`` has the wrong type, or ``x`` none of the four
             dtypes.
-        ValueError: Shape and grids do not fit, ``window < 1``, or ``order_in`` is no token order.
+        ValueError: Shape and grids do not fit, ``window < 1``, or ``order_in`` is not a token
+            order.
 
     Source:
         LLaVA-UHD v4, section 3.2: the residual path around the compressor's MLP.

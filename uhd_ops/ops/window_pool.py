@@ -51,7 +51,7 @@ def window_pool(
         TypeError: ``x``, ``logits``, ``grids`` or ``window`` has the wrong type, the tensors differ
             in dtype, or ``x`` has none of the four dtypes.
         ValueError: Shapes or devices differ, shape and grids do not fit, ``window < 1``, or
-            ``order_in`` is no token order.
+            ``order_in`` is not a token order.
 
     Source:
         LLaVA-UHD v3, windowed token compression with content-adaptive pooling.

@@ -126,7 +126,7 @@ def remove_early_compressor(vit: Model) -> Model:
 
     Raises:
         NotImplementedError: The class of the model is not supported.
-        TypeError: ``vit`` is no module.
+        TypeError: ``vit`` is not a module.
         ValueError: The model holds no compressor.
 
     Example:
@@ -212,7 +212,7 @@ def remove_progressive_compression(vit: Model) -> Model:
 
     Raises:
         NotImplementedError: The class of the model is not supported.
-        TypeError: ``vit`` is no module.
+        TypeError: ``vit`` is not a module.
         ValueError: The model holds no progressive compression.
     """
     family = family_of(vit)
@@ -311,8 +311,8 @@ def _refuse_data_parallel(vit: nn.Module) -> None:
     """Refuse a model that DistributedDataParallel wraps, or holds somewhere.
 
     Its reducer knows the parameters that there were when it was made: the gradients of others would
-    not be averaged, and the ranks would drift apart without a word. Nothing in the model tells of
-    it, so all the wrappers that there are get asked.
+    not be averaged, and the ranks would drift apart without a word. Nothing in the model
+    points to the wrapper, so all wrappers in the process are asked.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return

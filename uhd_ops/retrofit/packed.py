@@ -2,9 +2,10 @@
 """Views of different sizes in one packed sequence, each as its model would see it alone.
 
 :class:`uhd_ops.nn.SliceEncoder` runs the blocks on the packed sequence. What is different in each
-family, the patch embedding, the positions, attention that is no softmax over scores of queries and
-keys, and what follows the blocks, is in a subclass of :class:`PackedModel` in the family's file.
-Whatever depends on the size of a view is made by the model's own functions, once for each size.
+family, the patch embedding, the positions, attention that is not a softmax over scores of queries
+and keys, and what follows the blocks, is in a subclass of :class:`PackedModel` in the family's
+file. Whatever depends on the size of a view is made by the model's own functions, once for each
+size.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def refine_patch_embedding(
     Raises:
         NotImplementedError: The class of the model or of its patch embedding is not supported.
         TypeError: An argument has the wrong type.
-        ValueError: A size is not positive, ``img_size`` is no multiple of ``patch_size`` or is
+        ValueError: A size is not positive, ``img_size`` is not a multiple of ``patch_size`` or is
             given for MoonViT, or ``interpolation`` is none of the four. In every case of an error,
             the model is as it was.
 

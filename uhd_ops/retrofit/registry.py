@@ -248,7 +248,7 @@ def family_of(vit: nn.Module) -> Family:
     if why:
         reason = f"{why}, so vit takes no compressor"
     elif inner:
-        reason = f"vit is no vision transformer, but its {inner[0]!r} is one: pass that"
+        reason = f"vit is not a vision transformer, but its {inner[0]!r} is one: pass that"
     else:
         reason = "vit is of no class that is known"
     raise NotImplementedError(

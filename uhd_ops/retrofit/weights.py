@@ -29,7 +29,7 @@ def load_plain_checkpoint(vit: Model, state_dict: Mapping[str, torch.Tensor]) ->
     Raises:
         NotImplementedError: The class of the model is not supported, or a block can no longer be
             reused (its layers were adapted or quantised, say).
-        TypeError: ``vit`` is no module, or ``state_dict`` no mapping.
+        TypeError: ``vit`` is not a module, or ``state_dict`` not a mapping.
         ValueError: ``vit`` holds no compressor, or the checkpoint does not have the names and
             shapes of the model; in every case of an error, the model is as it was.
 

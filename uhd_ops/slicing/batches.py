@@ -28,7 +28,8 @@ def pack_batches(plans: Sequence[SlicePlan | int], max_tokens: int) -> list[list
         ordered by their first index.
 
     Raises:
-        TypeError: If ``plans`` is no sequence of plans and integers, or ``max_tokens`` no integer.
+        TypeError: If ``plans`` is not a sequence of plans and integers, or ``max_tokens`` not an
+            integer.
         ValueError: If a number is not positive, or an image alone has more than ``max_tokens``.
 
     Example:

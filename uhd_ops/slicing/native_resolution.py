@@ -54,11 +54,11 @@ def plan_native(
             fills the budget.
 
     Returns:
-        A plan without slices: its ``thumbnail`` is the view. ``slice_image``, ``pack_views``,
+        A plan without slices, whose ``thumbnail`` is the view. ``slice_image``, ``pack_views``,
         ``pack_batches`` and ``nn.SliceEncoder`` take it like any other.
 
     Raises:
-        TypeError: If ``max_upscale`` is no number, or another argument no integer.
+        TypeError: If ``max_upscale`` is not a number, or another argument not an integer.
         ValueError: If an argument is out of range.
 
     Source:

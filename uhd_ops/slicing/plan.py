@@ -33,7 +33,7 @@ class SlicePlan:
 
     Raises:
         TypeError: If a field is not made of integers.
-        ValueError: If a number is not positive, a view side is no multiple of ``patch_size *
+        ValueError: If a number is not positive, a view side is not a multiple of ``patch_size *
             merge``, only one of ``grid`` and ``slice`` is None, or ``overlap`` is negative, no
             multiple of ``merge``, or not below a slice's side where it has a neighbour.
 
@@ -98,7 +98,7 @@ class SlicePlan:
 
     @property
     def num_tokens(self) -> int:
-        """Patches of all views: packed tokens before any compression."""
+        """Patches of all views, which are the packed tokens before any compression."""
         (height, width), *_ = self.grids
         num_tokens = height * width
         if self.slice is not None:
@@ -108,7 +108,7 @@ class SlicePlan:
 
     @property
     def num_overlap_tokens(self) -> int:
-        """Packed tokens that are there only because slices overlap: the price of ``overlap``."""
+        """Packed tokens that are there only because slices overlap, the price of ``overlap``."""
         if self.grid is None or self.slice is None:
             return 0
         height, width = self._patch_grid(self.slice)
@@ -161,8 +161,8 @@ class SlicePlan:
             A plan equal to the one that was written.
 
         Raises:
-            TypeError: If ``fields`` is no mapping or a value is not made of integers.
-            ValueError: If keys are missing or unknown, or the values are no valid plan.
+            TypeError: If ``fields`` is not a mapping or a value is not made of integers.
+            ValueError: If keys are missing or unknown, or the values make no valid plan.
         """
         if not isinstance(fields, Mapping):
             raise TypeError(f"fields must be a mapping, got {type(fields).__name__}")

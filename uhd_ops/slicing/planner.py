@@ -45,9 +45,9 @@ def plan_slices(
         width: Width of the image in px.
         height: Height of the image in px.
         max_slices: Cut into at most this many slices; 1 never slices.
-        scale_resolution: A view has about ``scale_resolution``² px. A nominal size, not a bound:
+        scale_resolution: A view has about ``scale_resolution²`` px. A nominal size, not a bound:
             rounding and long thin images go above it, and an image more than
-            ``scale_resolution``² times as wide as high shrinks to the smallest view.
+            ``scale_resolution²`` times as wide as high shrinks to the smallest view.
         patch_size: Side of a patch in px.
         merge: View sides are multiples of ``merge`` patches, so that ``merge`` x ``merge`` patches
             can become one token: 4 is the processor's downsample mode "16x", 2 its "4x".
@@ -110,7 +110,7 @@ def plan_slices_batch(
         widths: Widths in px, an integer array of any shape.
         heights: Heights in px; broadcast against ``widths``.
         max_slices: As in ``plan_slices``, like all further options.
-        scale_resolution: A view has about ``scale_resolution``² px.
+        scale_resolution: A view has about ``scale_resolution²`` px.
         patch_size: Side of a patch in px.
         merge: View sides are multiples of ``merge`` patches.
         overlap: Patches that a slice shares with each neighbour.
@@ -123,7 +123,7 @@ def plan_slices_batch(
         not sliced), "num_views" and "num_tokens" (patches of all views).
 
     Raises:
-        TypeError: If sides are no integer arrays, or an option is no integer.
+        TypeError: If sides are not integer arrays, or an option is not an integer.
         ValueError: If a value is out of range, the shapes do not broadcast, or a plan has more than
             ``max_patches`` patches. The text names the first offending image.
 

@@ -32,11 +32,11 @@ def round_to_multiple(length: float, unit: int) -> int:
 
 
 def fit_view(width: int, height: int, scale_resolution: int, unit: int) -> tuple[int, int]:
-    """Return the sides (width, height) of a view of about ``scale_resolution``² px.
+    """Return the sides (width, height) of a view of about ``scale_resolution²`` px.
 
     The aspect ratio is kept up to rounding, and both sides are multiples of ``unit`` px. Every view
     is scaled, up or down: an image that is not sliced is scaled up by the released rule, and a
-    sliced one is larger than ``scale_resolution``² px.
+    sliced one is larger than ``scale_resolution²`` px.
     """
     aspect = width / height
     # The released order: the width follows from the height after its truncation.
@@ -50,7 +50,7 @@ def best_grid(
 ) -> tuple[int, int] | None:
     """Return the slice grid (rows, columns), or None for an image that is not sliced.
 
-    The ideal number of slices is the image's area over ``scale_resolution``². Among all grids of
+    The ideal number of slices is the image's area over ``scale_resolution²``. Among all grids of
     that many slices, one fewer or one more, the one whose aspect ratio is nearest to the image's in
     the logarithm wins; of equally near ones (equal doubles) the one with more rows.
     """
@@ -104,7 +104,7 @@ def plan_slices(
         widths: Widths in px, int64, each in [1, 2³¹ - 1].
         heights: Heights in px, likewise.
         max_slices: An image is cut into at most this many slices.
-        scale_resolution: A view has about ``scale_resolution``² px.
+        scale_resolution: A view has about ``scale_resolution²`` px.
         patch_size: Side of a patch in px.
         merge: View sides are multiples of ``merge`` patches.
 

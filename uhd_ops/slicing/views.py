@@ -38,7 +38,7 @@ def slice_image(image: ImageSource, plan: SlicePlan) -> list[Image.Image]:
     Raises:
         ImportError: If Pillow is not installed.
         OSError: If a path cannot be opened.
-        TypeError: If ``plan`` is no ``SlicePlan``, or ``image`` is of no accepted type.
+        TypeError: If ``plan`` is not a ``SlicePlan``, or ``image`` is of no accepted type.
         ValueError: If the image cannot be read, or its size is not ``plan.image_size``.
 
     Example:
@@ -112,14 +112,13 @@ def pack_views(
         dtype: Floating-point type of the pixels; float32 if None.
 
     Returns:
-        pixels: The patches, on the CPU.
-        grids: The ``PackedGrids`` of the views.
+        The patches, as a tensor on the CPU, and the ``PackedGrids`` of the views.
 
     Raises:
         ImportError: If Pillow is not installed.
         TypeError: If an argument is of a wrong type, or ``dtype`` is not floating point.
-        ValueError: If a view's side is no multiple of ``patch_size``, or ``mean`` and ``std`` are
-            no finite values with ``std`` above zero.
+        ValueError: If a view's side is not a multiple of ``patch_size``, or ``mean`` and ``std``
+            are not finite values with ``std`` above zero.
 
     Shape:
         pixels: (N, 3, patch_size, patch_size) with N = sum of h*w over the views.

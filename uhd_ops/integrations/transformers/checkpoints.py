@@ -38,11 +38,11 @@ def compressor_state_dict(state_dict: StateDict) -> dict[str, torch.Tensor]:
         state_dict: Of the module, of the tower, or of a whole model; other keys are left out.
 
     Returns:
-        The tensors under EarlyCompressor's names: fused copies for ``attn.qkv``, the same tensors
-        otherwise.
+        The tensors under EarlyCompressor's names. ``attn.qkv`` is a fused copy; all others are the
+        same tensors.
 
     Raises:
-        TypeError: ``state_dict`` is no mapping.
+        TypeError: ``state_dict`` is not a mapping.
         ValueError: Keys are missing, unknown, or found under several prefixes.
 
     Example:
@@ -84,11 +84,11 @@ def vit_merger_state_dict(
             for the module alone.
 
     Returns:
-        The tensors under their new names: copies of the parts of ``attn.qkv``, otherwise the same
-        tensors if the MLP was dense.
+        The tensors under their new names. The parts of ``attn.qkv`` are copies; all others are the
+        same tensors if the MLP was dense.
 
     Raises:
-        TypeError: ``state_dict`` is no mapping.
+        TypeError: ``state_dict`` is not a mapping.
         ValueError: Keys are missing or have no place in a ``vit_merger``, or shapes do not fit.
     """
     ours = ("attn.qkv", *_COMPRESSOR.values())
@@ -125,7 +125,7 @@ def connector_state_dict(state_dict: StateDict) -> dict[str, torch.Tensor]:
         The same tensors under PixelUnshuffleConnector's names.
 
     Raises:
-        TypeError: ``state_dict`` is no mapping.
+        TypeError: ``state_dict`` is not a mapping.
         ValueError: Keys are missing, unknown, or found under several prefixes.
     """
     prefix = _prefix(state_dict, "merger.", "mlp.0.pre_norm.weight")
@@ -144,7 +144,7 @@ def merger_state_dict(state_dict: StateDict, *, prefix: str = "merger.") -> dict
         The same tensors under their new names.
 
     Raises:
-        TypeError: ``state_dict`` is no mapping.
+        TypeError: ``state_dict`` is not a mapping.
         ValueError: Keys are missing or unknown.
     """
     back = {ours: name for name, ours in _STAGE.items()}

@@ -56,7 +56,7 @@ def moonvit_from_llava_uhd(
         :func:`uhd_ops.insert_progressive_compression` makes.
 
     Raises:
-        TypeError: ``state_dict`` is no mapping, or ``num_heads`` no int.
+        TypeError: ``state_dict`` is not a mapping, or ``num_heads`` not an int.
         ValueError: ``state_dict`` holds no such tower, or more than one, a name in it is not known,
             one is missing, its table of positions is not square, or ``num_heads`` does not divide
             its channels into multiples of four.

@@ -59,7 +59,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         NotImplementedError: There is no such tower in the model, its windows are not 2 x 2, or a
             subclass or an instance replaces a method that would be replaced. The model is as it
             was.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
 
     Source:
         LLaVA-UHD v4, section 3.2, as released in MiniCPM-V 4.6.
@@ -97,7 +97,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         NotImplementedError: Something extended the class of an accelerated module since. The model
             is as it was.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: Nothing in the model is accelerated.
     """
     _check_module(model)

@@ -30,8 +30,8 @@ def from_pretrained(model_class: type, *args: Any, **kwargs: Any) -> Any:
         What ``model_class.from_pretrained`` returns.
 
     Raises:
-        TypeError: ``model_class`` is no class of models.
-        ValueError: The config tells of no compressor, or the checkpoint has not all its weights.
+        TypeError: ``model_class`` is not a class of models.
+        ValueError: The config describes no compressor, or the checkpoint lacks some of its weights.
 
     Example:
         >>> import tempfile
@@ -58,8 +58,8 @@ def from_pretrained(model_class: type, *args: Any, **kwargs: Any) -> Any:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     if not any(hasattr(module, "compression") for module in modules):
         raise ValueError(
-            "config must tell of a compressor in the model or in one inside it, as save_pretrained "
-            "writes it; for a checkpoint without one, there is "
+            "config must describe a compressor in the model or in one inside it, as "
+            "save_pretrained writes it; for a checkpoint without one, there is "
             f"{model_class.__name__}.from_pretrained"
         )
     return result

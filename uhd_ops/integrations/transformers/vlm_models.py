@@ -3,7 +3,7 @@
 
 A compressor leaves ``ceil(n / window)`` tokens on each side of a grid. What a model or its
 processor derives from the sizes of image and patch has to follow. Each class of models has an entry
-that tells of its towers, its processor's counts, and the methods in which it counts itself. Those
+that names its towers, its processor's counts, and the methods in which it counts itself. Those
 methods are replaced by mixins without any state: they look at the tower, or at the tokens that they
 get, and do what the original does where it holds no compressor.
 """
@@ -55,7 +55,7 @@ def grid_side(config: Any, compression: CompressorConfig | None = None) -> int:
     )
     if height // rows != width // cols:
         raise ValueError(
-            "the vision config must tell of square images, which the model counts by one side, got "
+            "the vision config must be for square images, which the model counts by one side, got "
             f"image_size={config.image_size} and patch_size={config.patch_size}"
         )
     return merged_side(height // rows, compression)
@@ -179,7 +179,7 @@ class ShufflesMaps(Mixed):
     """InternVL, which merges the tokens in the model itself."""
 
     def pixel_shuffle(self, vision_features: torch.Tensor, scale_factor: float = 0.5) -> Any:
-        """Merge tokens ``(B, s, s, C)``, also where ``s * scale_factor`` is no whole number."""
+        """Merge tokens ``(B, s, s, C)``, also where ``s * scale_factor`` is not a whole number."""
         padded = _padded(vision_features, round(1 / scale_factor))
         return self.body_class.pixel_shuffle(self, padded, scale_factor)
 

@@ -84,7 +84,7 @@ def _owner(
 
 
 def _build(model: PreTrainedModel) -> None:
-    """Insert the compressors that the model's config tells of."""
+    """Insert the compressors that the model's config describes."""
     for path, options in (getattr(model.config, OPTIONS, None) or {}).items():
         try:
             vit = model.get_submodule(path)
@@ -95,7 +95,7 @@ def _build(model: PreTrainedModel) -> None:
 
 
 def _changed(config: Any, change: Callable[[dict[str, str]], dict[str, str]]) -> Any:
-    """Change the labels of every config inside that tells of a compressor."""
+    """Change the labels of every config inside that describes a compressor."""
     if not isinstance(config, dict):
         return config
     config = {key: _changed(value, change) for key, value in config.items()}
@@ -119,7 +119,7 @@ def _require_all(model: nn.Module, info: dict[str, Any]) -> None:
     missing = [key for key in info["missing_keys"] if ".compressor." in key]
     if missing:
         raise ValueError(
-            "the checkpoint must hold all weights of the compressor that its config tells of; "
+            "the checkpoint must hold all weights of the compressor that its config describes; "
             f"missing are {', '.join(sorted(missing))}"
         )
     paths = {
@@ -129,7 +129,7 @@ def _require_all(model: nn.Module, info: dict[str, Any]) -> None:
     lost = [path for path in sorted(paths) if any(name.endswith(f".{path}") for name in names)]
     if lost:
         raise ValueError(
-            f"config must tell of the compressor that the checkpoint holds in {', '.join(lost)}, "
+            f"config must describe the compressor that the checkpoint holds in {', '.join(lost)}, "
             "as the checkpoint's own config.json does, got a config that does not"
         )
 

@@ -51,7 +51,7 @@ class FromConfig(Compressed):
 
 
 class CompressedHfModel(FromConfig, CompressedModel):
-    """A model of transformers, whose ``config`` may tell of the compressor if it was loaded."""
+    """A model of transformers, whose ``config`` may describe the compressor if it was loaded."""
 
     def _forget(self) -> None:
         super()._forget()
