@@ -125,12 +125,12 @@ def first_token(record: dict[str, Any], draw: Draw) -> str:
     rows = [
         (
             f"{row['image'][0]} x {row['image'][1]} px",
-            *(row["way"], row["tokens"], f"{row['encode_ms']:.0f}"),
+            *(row["dtype"], row["way"], row["tokens"], f"{row['encode_ms']:.0f}"),
             *(f"{row['first_token_ms']:.0f}", f"{row['ratio']:.2f}"),
         )
         for row in record["rows"]
     ]
-    head = "image", "way", "visual tokens", "encoding, ms", "first token, ms", "divided by ours"
+    head = "image", "dtype", "way", "tokens", "encoding, ms", "first token, ms", "divided by ours"
     return (
         "## Time to the first token\n\nFrom the pixels of an image to the logits of the first "
         "token, with random weights.\n\n" + table(head, rows)

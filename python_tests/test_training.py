@@ -157,7 +157,7 @@ BAD = {
     "recipe": ({"recipe": "v5"}, ValueError, 'recipe must be "v4", .* or "v3-code", got \'v5\''),
     "unknown name": ({"llm": "lm"}, ValueError, "llm must name modules .* got 'lm', which a Whole"),
     "half a name": ({"llm": ("ll", "lm_head")}, ValueError, "got 'll', which"),
-    "foreign module": ({"llm": Alien()}, ValueError, "llm must be in model, got a Alien that is"),
+    "foreign module": ({"llm": Alien()}, ValueError, "llm must be in model, got a Alien that it"),
     "no name": ({"connector": 3}, TypeError, "connector must be a name, .* got int"),
     "no name in several": ({"llm": ["llm", None]}, TypeError, "llm must be a name.* got NoneType"),
     "uncovered": ({"llm": None}, ValueError, "got 3 in none of those named, llm.embed.weight"),
