@@ -24,6 +24,11 @@ import setuptools
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "uhd_ops"
 OLDEST_TORCH = (2, 10)
@@ -78,7 +83,7 @@ def torch_include():
     raise SystemExit(
         f"{PACKAGE}: the kernels are built with the headers of torch >= {oldest}, but there is "
         f"{found}. Install torch first: none is downloaded for the build. Where it is installed, "
-        "the build cannot see it: add --no-build-isolation, with cmake, ninja, pybind11 and wheel "
+        "the build cannot see it: add --no-build-isolation, with cmake, ninja and wheel "
         "installed, or set UHD_OPS_TORCH_INCLUDE to its include folder. UHD_OPS_NO_NATIVE=1 "
         "installs without kernels (slow)."
     )
@@ -125,7 +130,7 @@ class CMakeBuild(build_ext):
         return ROOT / PACKAGE if in_place else Path(self.build_lib).resolve() / PACKAGE
 
     def present_libraries(self):
-        return {*self.destination().glob("libuhd_*.so"), *self.destination().glob("_host*.so")}
+        return {*self.destination().glob("*.so")}
 
     def run(self):
         installed = set()
@@ -181,9 +186,6 @@ class CMakeBuild(build_ext):
         for tool in ("cmake", "ninja"):
             if not shutil.which(tool):
                 raise OSError(f"{tool} is not on PATH (pip install {tool})")
-        if not importlib.util.find_spec("pybind11"):
-            raise OSError("pybind11 is not installed (pip install pybind11)")
-        import pybind11
 
         yield from ("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja")
         # Said every time: the ninja of an isolated build is gone when the next one reads the cache.
@@ -193,8 +195,6 @@ class CMakeBuild(build_ext):
         yield f"-DUHD_SANITIZE={'ON' if switch('UHD_OPS_SANITIZE') else 'OFF'}"
         yield f"-DUHD_WERROR={'ON' if switch('UHD_OPS_WERROR') else 'OFF'}"
         yield f"-DUHD_VERSION={VERSION}"
-        yield f"-DPython_EXECUTABLE={sys.executable}"
-        yield f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
         if nvcc:
             yield f"-DCMAKE_CUDA_COMPILER={nvcc}"
         yield f"-DUHD_CUDA_ARCHS={os.environ.get('UHD_OPS_CUDA_ARCHS', '')}"
@@ -229,6 +229,13 @@ def package_page(readme):
     return re.sub(rf"(?<!!)\[([^\]]+)\]{relative}", r"\1", readme)
 
 
+class AnyPython(bdist_wheel):
+    """A wheel for every version of Python: the libraries know none."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 class NativeDistribution(Distribution):
     def has_ext_modules(self):
         return reason is None
@@ -244,6 +251,6 @@ setup(
     long_description=package_page(_text(ROOT / "README.md")),
     long_description_content_type="text/markdown",
     distclass=NativeDistribution,
-    ext_modules=[] if reason else [Extension(f"{PACKAGE}._host", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[] if reason else [Extension(f"{PACKAGE}.libuhd", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPython},
 )

@@ -11,8 +11,7 @@ rm -rf "$package"
 mkdir -p "$package"
 include=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")/include
 cmake -S . -B "$build" -G Ninja -DUHD_CUDA=OFF -DUHD_WERROR="${UHD_OPS_WERROR:-OFF}" "${@:3}" -DUHD_TORCH_INCLUDE="$include" \
-    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
-    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > "$build/configure.log"
+    > "$build/configure.log"
 cmake --build "$build"
 (cd uhd_ops && find . -name '*.py' -o -name py.typed) | while read -r file; do
     install -D -m 644 "uhd_ops/$file" "$package/$file"

@@ -4,7 +4,7 @@
     python benchmarks/gpu_all.py --budget 560 --out DIR
     python benchmarks/gpu_all.py --rehearse --out DIR      what can be tried without a GPU
 
-Needs nothing but what is installed: python, torch, triton, nvcc, cmake, ninja, pybind11, pytest and
+Needs nothing but what is installed: python, torch, triton, nvcc, cmake, ninja, pytest and
 hypothesis; transformers for the tower, and pytest-xdist for more than one test at a time, if they
 are there. What PYTHONPATH leads to is seen by every step.
 DIR gets a log of each step, rows.jsonl, and results.json, which is copied to
@@ -87,9 +87,6 @@ def steps(
     configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={python}"]
     configure += ["-DUHD_CUDA=ON", "-DUHD_DRIVER=ON", f"-DUHD_CUDA_ARCHS={arch}"]
     configure.append("-DUHD_LINEINFO=ON")  # what the profiler and the sanitizers point at
-    if pybind11 := importlib.util.find_spec("pybind11"):
-        folder = Path(pybind11.origin).parent / "share" / "cmake" / "pybind11"
-        configure.append(f"-Dpybind11_DIR={folder}")
     make = [
         ["cmake", "--build", build],
         ["cmake", "--install", build, "--prefix", ROOT / "uhd_ops"],

@@ -48,8 +48,6 @@ NO_KERNELS = "not _native.has_kernels("
 TIMES_DEFINITIONS = "uhd_ops/cli/_bench.py"  # as one of the rivals of an operator
 # Files under 25 lines, which are otherwise part of a subject that has a file.
 SHORT = {
-    "csrc/host/build_info.h": "what follows is compiled with macros of CMake",
-    "csrc/host/build_info.cpp": "the macros of CMake, in one object file",
     "csrc/window_attention/small_windows.h": "between a family of kernels and its dispatcher",
     "csrc/window_attention/large_windows.h": "between a family of kernels and its dispatcher",
     "csrc/window_attention/general_windows.h": "between a family of kernels and its dispatcher",

@@ -7,7 +7,6 @@ library is touched only where torch has CUDA.
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import types
 import warnings
@@ -57,12 +56,10 @@ def _load(device: str) -> str:
 def _load_host() -> str:
     if os.environ.get("UHD_OPS_DISABLE_NATIVE", "0") not in ("", "0"):
         return "disabled"
-    if importlib.util.find_spec("uhd_ops._host") is None:
-        return "absent"
     try:
         importlib.import_module("uhd_ops._host")
-    except ImportError as error:
-        return f"failed: {error}"
+    except (AttributeError, OSError) as error:
+        return f"failed: {error}" if (_DIRECTORY / "libuhd_host.so").exists() else "absent"
     return "loaded"
 
 

@@ -1,52 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pybind11 module uhd_ops._host: host-side helpers, NumPy arrays in and out, no torch.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// What uhd_ops/_host.py calls in libuhd_host.so: plain C functions, without torch, and without
+// Python's headers, so that one library serves every version of Python.
+#include <cstdint>
+#include <exception>
+#include <string>
 
-#include "host/build_info.h"
 #include "host/slice_planner.h"
 
-namespace py = pybind11;
+#define UHD_EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace {
-
-// No forcecast: a float or 32-bit array is an error here, not a silent copy; Python has converted
-// it.
-using Int64Array = py::array_t<int64_t, py::array::c_style>;
-
-py::array_t<uhd::SlicePlan> plan_slices(const Int64Array& widths, const Int64Array& heights,
-                                        int64_t max_slices, int64_t scale_resolution,
-                                        int64_t patch_size, int64_t merge) {
-  if (widths.ndim() != 1 || heights.ndim() != 1 || widths.size() != heights.size()) {
-    throw py::value_error("widths and heights must be one-dimensional and of one length");
-  }
-  const uhd::SliceOptions options{max_slices, scale_resolution, patch_size, merge};
-  uhd::check_options(options);
-  py::array_t<uhd::SlicePlan> plans(widths.size());
-  const int64_t* width = widths.data();
-  const int64_t* height = heights.data();
-  uhd::SlicePlan* plan = plans.mutable_data();
-  const py::ssize_t count = widths.size();
-  {
-    const py::gil_scoped_release release;
-    for (py::ssize_t i = 0; i < count; ++i) {
-      plan[i] = uhd::plan_slices(width[i], height[i], options);
+// Writes one plan for each of `count` images; `sides` holds all widths, then all heights. Returns
+// null, or the text of an error, which lasts until the next call of the same thread.
+UHD_EXPORT const char* uhd_plan_slices(const int64_t* sides, int64_t count,
+                                       const uhd::SliceOptions* options, uhd::SlicePlan* plans) {
+  thread_local std::string error;
+  try {
+    uhd::check_options(*options);
+    for (int64_t i = 0; i < count; ++i) {
+      plans[i] = uhd::plan_slices(sides[i], sides[count + i], *options);
     }
+  } catch (const std::exception& thrown) {
+    error = thrown.what();
+    return error.c_str();
   }
-  return plans;
+  return nullptr;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host-side helpers of uhd_ops: NumPy arrays in and out, no torch.";
-
-  PYBIND11_NUMPY_DTYPE(uhd::SlicePlan, grid_rows, grid_columns, thumbnail_width, thumbnail_height,
-                       slice_width, slice_height, num_views, num_tokens);
-  m.def("plan_slices", &plan_slices, py::arg("widths").noconvert(), py::arg("heights").noconvert(),
-        py::kw_only(), py::arg("max_slices"), py::arg("scale_resolution"), py::arg("patch_size"),
-        py::arg("merge"),
-        "Plan many images; the rows are those of uhd_ops.slicing.plan_slices_batch.");
-  m.def("build_info", &uhd::build_info, "What the build was configured with, by name.");
+// What the build was configured with: lines of a name, a tab and its value.
+UHD_EXPORT const char* uhd_build_info() {
+  return "version\t" UHD_VERSION
+         "\n"
+         "compiler\t" UHD_CXX
+         "\n"
+         "cpu_isas\t" UHD_ISAS
+         "\n"
+         "cuda_archs\t" UHD_CUDA_ARCHS
+         "\n"
+         "torch_target\t" UHD_TORCH_TARGET;
 }
