@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
+import torch
+import transformers
+from tiny_minicpm import PATCH, assert_close, tiny_model
+
+from uhd_ops.integrations.transformers import restore
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -20,12 +26,43 @@ ELSEWHERE = {
     "serving": "serving_suite.py",
     "training": "test_training.py",
 }
+TOKENS = {
+    **{"image_token": "<image>", "image_start_token": "<img>", "image_end_token": "</img>"},
+    **{"slice_start_token": "<slice>", "slice_end_token": "</slice>", "video_token": "<video>"},
+    **{"image_id_start_token": "<id>", "image_id_end_token": "</id>"},
+}
+TEMPLATE = (
+    "{% for part in messages[0]['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+)
+
+
+def save_minicpm():
+    """Save a tiny MiniCPM-V 4.6 and its processor where its page looks for the released one."""
+    words = {word: index for index, word in enumerate(["<unk>", *TOKENS.values()])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    options = {"unk_token": "<unk>", "pad_token": "<unk>", "extra_special_tokens": TOKENS}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, **options)
+    tokenizer.add_tokens([*TOKENS.values()], special_tokens=True)
+    size = {"patch_size": PATCH, "scale_resolution": 64}
+    processor = transformers.MiniCPMV4_6Processor(
+        transformers.MiniCPMV4_6ImageProcessor(**size),
+        transformers.MiniCPMV4_6VideoProcessor(**size),
+        tokenizer,
+        chat_template=TEMPLATE,
+    )
+    processor.save_pretrained("openbmb/MiniCPM-V-4.6")
+    made = tiny_model(dtype=torch.float32, image_token_id=tokenizer.image_token_id)
+    made.save_pretrained("openbmb/MiniCPM-V-4.6")
+
+
 SLOW = {"export"}
 WITH_CODE = sorted(page for page, text in TEXTS.items() if "```python" in text)
 PAGES = [
     pytest.param(page, marks=pytest.mark.slow if page in SLOW else ())
     for page in WITH_CODE
-    if page not in ELSEWHERE
+    if page not in ELSEWHERE and page != "minicpmv"
 ]
 
 
@@ -38,6 +75,20 @@ def test_code(page, tmp_path, monkeypatch, capsys):
         code = compile(lines + block[1], f"docs/{page}.md", "exec")
         exec(code, namespace)  # that is the point of this test
         assert capsys.readouterr().out == (block[2] or "")
+
+
+def test_minicpm_page(tmp_path, monkeypatch):
+    """What it loads is accelerated, and computes what transformers' own model does."""
+    monkeypatch.chdir(tmp_path)
+    save_minicpm()
+    namespace = {}
+    for block in CODE.finditer(TEXTS["minicpmv"]):
+        exec(compile(block[1], "docs/minicpmv.md", "exec"), namespace)
+    inputs, answer, model = (namespace[name] for name in ("inputs", "answer", "model"))
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 20
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    ours = model.double()(**inputs).logits
+    assert_close(ours, restore(model)(**inputs).logits)  # an error if nothing was accelerated
 
 
 def test_every_page_with_code_is_run():
@@ -55,6 +106,7 @@ QUESTIONS = {
     "pick a layer": "CompressorConfig(layers=layer)",
     "freeze": "freeze_for_stage(model, stage, **parts)",
     "count tokens": "plan.num_merged_tokens",
+    "load MiniCPM-V": "accelerate(AutoModelForImageTextToText.from_pretrained(name)",
     "own ViT": "uhd_ops.register_family(",
     "multi-GPU": "fully_shard(model, mesh=mesh)",
     "export": "torch.export.export(",
