@@ -3,9 +3,11 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from battery import ISAS
 from battery.marks import native_only
 from families.case import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import uhd_ops
 from uhd_ops import _native
@@ -139,6 +142,68 @@ def test_without_a_usable_library_it_warns_once_and_falls_back(tmp_path, content
     assert result.stderr.count("RuntimeWarning") == 1
     assert result.stdout.splitlines()[-1].startswith(status)
     assert str(uhd_ops.window_attention(*torch.ones(3, 6, 1, 2), [(2, 3)])) in result.stdout
+
+
+@pytest.fixture
+def no_cuda_library(monkeypatch):
+    monkeypatch.setitem(_native.status, "cuda", "absent")
+    monkeypatch.setattr(_native, "_warned_without_cuda", False)
+
+
+MISSING = (
+    r"^uhd_ops has no native CUDA kernels \(absent\); its operators run on the PyTorch reference "
+    r"for CUDA tensors, which is slow\. Build from the sources where nvcc is, with UHD_OPS_CUDA=1 "
+    r".*, or install the wheel for Linux on x86-64"
+)
+
+
+@pytest.mark.usefixtures("no_cuda_library")
+def test_the_first_cuda_tensor_without_kernels_warns_and_says_what_to_do():
+    grids = [(3, 3), (1, 2)]
+    uhd_ops.window_mean(torch.ones(11, 3), grids)  # no CUDA tensor, no word
+    with FakeTensorMode():
+        x = torch.empty(11, 3, device="cuda")
+        with pytest.warns(RuntimeWarning, match=MISSING) as caught:
+            means = [uhd_ops.window_mean(x, grids) for _ in range(2)]
+    assert [mean.device.type for mean in means] == ["cuda", "cuda"]
+    assert len(caught) == 1
+
+
+@pytest.mark.usefixtures("no_cuda_library")
+def test_a_compiled_call_without_cuda_kernels_warns_too():
+    def kernels(x):
+        return x + _native.has_kernels(torch.device("cuda"))
+
+    with pytest.warns(RuntimeWarning, match=MISSING) as caught:
+        assert not torch.compile(kernels, fullgraph=True, backend="eager")(torch.zeros(1))
+    assert len(caught) == 1
+
+
+@pytest.mark.usefixtures("no_cuda_library")
+def test_info_says_what_to_do_about_cuda():
+    info = uhd_ops.build_info()
+    assert re.match(MISSING, info.notes[-1])
+    assert re.search(rf"^  note +{re.escape(info.notes[-1])}$", repr(info), re.MULTILINE)
+
+
+@pytest.mark.parametrize("status", ["loaded", "disabled", "torch has no CUDA"])
+def test_nothing_is_said_of_cuda_where_nothing_is_missing(monkeypatch, status):
+    monkeypatch.setitem(_native.status, "cuda", status)
+    assert _native.missing("cuda") is None
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_that_is_too_old_warns_once(monkeypatch, capability, fits):
+    monkeypatch.setitem(_native.status, "cuda", "loaded")
+    monkeypatch.setattr(_native, "_fits", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [_native.has_kernels(torch.device("cuda", 1)) for _ in range(2)] == [fits, fits]
+    wanted = [] if fits else ["compute capability 8.0 or later, got 7.5"]
+    assert len(caught) == len(wanted)
+    assert all(text in str(warning.message) for text, warning in zip(wanted, caught, strict=True))
 
 
 def test_disabled_by_the_environment_says_so_without_a_warning():

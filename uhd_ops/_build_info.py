@@ -58,6 +58,7 @@ class BuildInfo:
         torch_target: Oldest torch that the native libraries load on, such as ``"2.10"``; None
             without them.
         compiler: Compiler of the native libraries; None without them.
+        notes: What is missing on this machine, and what to do about it.
         backends: For every operator and device, what would run and, if it is not native, why.
     """
 
@@ -70,6 +71,7 @@ class BuildInfo:
     cublaslt: str
     torch_target: str | None
     compiler: str | None
+    notes: tuple[str, ...]
     backends: dict[str, dict[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class BuildInfo:
             ("cuBLASLt", self.cublaslt),
             ("built for", f"torch >= {self.torch_target}" if self.torch_target else "not built"),
             ("compiler", self.compiler or "none"),
+            *(("note", note) for note in self.notes),
         ]
         for op, devices in self.backends.items():
             rows += [(f"{op} on {device}", backend) for device, backend in devices.items()]
@@ -125,6 +128,7 @@ def build_info() -> BuildInfo:
         cublaslt=_native.cublaslt,
         torch_target=_torch_version(build.get("torch_target")),
         compiler=build.get("compiler"),
+        notes=tuple(filter(None, map(_native.missing, _DEVICES))),
         backends={op: {device: _backend(op, device) for device in _DEVICES} for op in _OPERATORS},
     )
 

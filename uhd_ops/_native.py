@@ -88,14 +88,29 @@ def _load_all() -> None:
     global cublaslt, cublaslt_enabled
     cublaslt = _find_cublaslt()
     cublaslt_enabled = cublaslt.startswith("on")
-    if status["cpu"] not in ("loaded", "disabled"):
-        warnings.warn(
-            f"uhd_ops has no native CPU kernels ({status['cpu']}); its operators run on the "
-            "PyTorch reference, which is slow. Reinstall with a C++ compiler, or see "
-            "uhd_ops.build_info().",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    if text := missing("cpu"):
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+_REMEDIES = {
+    "cpu": "Reinstall with a C++ compiler",
+    "cuda": "Build from the sources where nvcc is, with UHD_OPS_CUDA=1 pip install "
+    "--no-build-isolation ., or install the wheel for Linux on x86-64, which has them",
+}
+
+
+def missing(device: str) -> str | None:
+    """Return what is missing for tensors on ``"cpu"`` or ``"cuda"``, and what to do about it.
+
+    None where the kernels are there or turned off, and where torch has no such tensors.
+    """
+    if status[device] in ("loaded", "disabled", "torch has no CUDA"):
+        return None
+    return (
+        f"uhd_ops has no native {device.upper()} kernels ({status[device]}); its operators run on "
+        f"the PyTorch reference{' for CUDA tensors' * (device == 'cuda')}, which is slow. "
+        f"{_REMEDIES[device]}, or see uhd_ops.build_info()."
+    )
 
 
 _definitions_only = 0  # how many definitions() are open
@@ -133,10 +148,28 @@ def has_kernels(device: torch.device) -> bool:
         return False
     kind = device.type
     if kind == "cuda":
-        return status["cuda"] == "loaded" and _kernels_fit(device)
+        if status["cuda"] == "loaded":
+            return _kernels_fit(device)
+        _warn_without_cuda()
+        return False
     # "meta" has no kernels, but shapes are computed by the fakes that accompany the CPU library.
     return status.get("cpu" if kind == "meta" else kind) == "loaded"
 
+
+_warned_without_cuda = False
+
+
+def _warn_without_cuda() -> None:
+    """Warn at the first CUDA tensor, as pip hides what the build said; CPU tensors need no CUDA."""
+    global _warned_without_cuda
+    if not _warned_without_cuda and (text := missing("cuda")):
+        _warned_without_cuda = True
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+# torch.compile calls it while it traces, instead of tracing it and leaving the warning out:
+# torch.compiler.assume_constant_result, which imports the compiler.
+_warn_without_cuda._dynamo_marked_constant = True
 
 _OLDEST_GPU = (8, 0)  # compute capability; older ones run the definitions
 _fits: dict[int | None, bool] = {}
@@ -150,7 +183,16 @@ def _kernels_fit(device: torch.device) -> bool:
     if device.index not in _fits:
         if not torch.cuda.is_available():
             return True
-        _fits[device.index] = torch.cuda.get_device_capability(device) >= _OLDEST_GPU
+        found = torch.cuda.get_device_capability(device)
+        _fits[device.index] = found >= _OLDEST_GPU
+        if not _fits[device.index]:
+            warnings.warn(
+                "uhd_ops' CUDA kernels need compute capability 8.0 or later, got "
+                f"{'.'.join(map(str, found))}; its operators run on the PyTorch reference on "
+                f"{device}, which is slow.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
     return _fits[device.index]
 
 
