@@ -244,7 +244,10 @@ def test_what_the_picture_shows(photo, monkeypatch):
     with safe_open(folder / "tokens.safetensors", "pt") as file:
         assert file.get_tensor("grids")[1].tolist() == [rows // 2, columns // 2]
     assert {bar.get_xlabel() for bar in bars} == {"L2 norm of a token"}
-    assert drawn[0].get_suptitle() == "photo.png, test_vit after layer 2, weights: random (seed 0)"
+    assert (
+        drawn[0]._suptitle.get_text()
+        == "photo.png, test_vit after layer 2, weights: random (seed 0)"
+    )
 
 
 def test_many_images_take_a_line_each(tmp_path, capsys):

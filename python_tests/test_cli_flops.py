@@ -173,7 +173,7 @@ def test_plot(options, drawn, tmp_path, capsys):
         (axes,) = figure.axes
         assert len(axes.containers[0]) == 1 + 6 + 1
         assert "MMACs to" in axes.get_title()
-        assert figure.get_suptitle() == f"{MODEL}, 10x10 patches"
+        assert figure._suptitle.get_text() == f"{MODEL}, 10x10 patches"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import operator
 import sys
 
 import numpy as np
@@ -265,7 +266,10 @@ def test_attention_is_that_of_the_operator(window, heads, at):
 # ---- what can be read ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(20000, 10), (10, 20000), (640, 480), (16, 9), (1, 1)], ids=str)
+TOP, LEFT = operator.attrgetter("y1"), operator.attrgetter("x0")
+
+
+@pytest.mark.parametrize("size", [(20000, 10), (10, 20000), (64, 48), (48, 64), (1, 1)], ids=str)
 def test_panels_of_any_image_can_be_seen(size):
     """No panel is a hairline, no picture has more pixels than a screen, no title covers another."""
     plan = uhd_ops.plan_slices(*size, scale_resolution=160, patch_size=16)
@@ -286,6 +290,8 @@ def test_panels_of_any_image_can_be_seen(size):
         assert not one.overlaps(other)
     for title, axes in itertools.product(titles, figure.axes):
         assert not title.overlaps(axes.get_window_extent())
+    tops, lefts = ({round(at(box), 2) for box in inches[:3]} for at in (TOP, LEFT))
+    assert 1 in (len(tops), len(lefts))  # in a row or in a column
     page = figure.bbox
     assert all(page.x0 <= title.x0 and title.x1 <= page.x1 for title in titles)
     stretched = size[0] / size[1] > 6 or size[1] / size[0] > 6

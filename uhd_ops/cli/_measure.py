@@ -164,9 +164,10 @@ def _progress(blocks: nn.Module, title: str, passes: int) -> Iterator[Callable[[
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    # Where nobody looks, rich would write an empty line.
-    options = {"transient": True, "disable": not console.is_terminal}
-    with Progress(*columns, console=console, **options) as progress:
+    if not console.is_terminal:  # rich would write empty lines
+        yield lambda name: None
+        return
+    with Progress(*columns, console=console, transient=True) as progress:
         task, begun = progress.add_task(escape(title), total=passes * len(blocks)), 0
 
         def begin(name: str) -> None:

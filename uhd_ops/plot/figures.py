@@ -59,7 +59,9 @@ def require_matplotlib() -> None:
         raise ImportError("pictures need matplotlib: pip install uhd_ops[plot]") from error
 
 
-def figure_of(figure: Figure | SubFigure | None, size: tuple[float, float]) -> Any:
+def figure_of(
+    figure: Figure | SubFigure | None, size: tuple[float, float], layout: str = "constrained"
+) -> Any:
     """Return the figure to draw in: the given one in this size, in inches, or a new one of pyplot.
 
     Raises:
@@ -72,12 +74,12 @@ def figure_of(figure: Figure | SubFigure | None, size: tuple[float, float]) -> A
     if figure is None:
         from matplotlib import pyplot
 
-        return pyplot.figure(figsize=size, layout="constrained")
+        return pyplot.figure(figsize=size, layout=layout)
     if not isinstance(figure, FigureBase):
         raise TypeError(f"figure must be a matplotlib Figure, got {type(figure).__name__}")
     if isinstance(figure, Figure):  # a part of a figure has no size of its own
         figure.set_size_inches(size)
-        figure.set_layout_engine("constrained")
+        figure.set_layout_engine(layout)
     return figure
 
 
@@ -127,11 +129,19 @@ def panels(figure: Any, count: int, width: float, height: float) -> list[Axes]:
     aspect = box_aspect(width, height)
     if aspect < 0.45:
         across = min(11, 3.5 / aspect)
-        figure = figure_of(figure, (max(across, 8), count * (across * aspect + 1.3)))
-        return list(figure.subplots(count, 1, squeeze=False)[:, 0])
+        size = max(across, 8), count * (across * aspect + 1.3)
+        return list(figure_of(figure, size).subplots(count, 1, squeeze=False)[:, 0])
     across = min(5.2, 9 / aspect)
-    figure = figure_of(figure, (count * max(across, 3.7), across * aspect + 1.9))
-    return list(figure.subplots(1, count, squeeze=False)[0])
+    size = count * max(across, 3.7), across * aspect + 1.5
+    # A compressed layout keeps panels level that have colour bars below them, but knows nothing of
+    # titles, which are wider than tall panels: these have their bars beside them.
+    layout = "constrained" if is_tall(aspect) else "compressed"
+    return list(figure_of(figure, size, layout).subplots(1, count, squeeze=False)[0])
+
+
+def is_tall(aspect: float) -> bool:
+    """Whether a colour bar stands beside a panel with this height by width, and not below it."""
+    return aspect > 1.5
 
 
 def strip_spines(axes: Axes) -> None:

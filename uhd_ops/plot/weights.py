@@ -79,7 +79,7 @@ def attention(
     cells = token[index][present[index]]
     matrices = weights[cells][..., present[index]].transpose(0, 1)  # (H, n, n)
     tiles = _tiled(matrices)
-    bar = right.imshow(tiles, vmin=0, vmax=1, cmap="magma", interpolation="nearest")
+    bar = right.imshow(tiles, vmin=0, cmap="magma", interpolation="nearest")
     right.set(xticks=(), yticks=())
     right.set_title(
         f"window ({row}, {column}) of view {view}, {len(matrices)} heads:\n"
