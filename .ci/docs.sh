@@ -6,6 +6,8 @@
 # Usage: .ci/docs.sh PYTHON
 set -euo pipefail
 python=$1
+# From nothing: Sphinx warns of a page, and the gallery runs a script, only where that one has changed.
+rm -rf build/docs build/doctrees docs/generated
 build() { "$python" -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees -b "$@"; }
 build html docs build/docs
 [[ ${UHD_OPS_DOCS_ONLINE:-0} != 1 ]] || build linkcheck docs build/linkcheck

@@ -42,6 +42,7 @@ nitpicky = True  # a name that is documented nowhere is a warning, too
 nitpick_ignore_regex = [
     # As they stand in annotations that are never evaluated, or where other projects define them.
     ("py:class", r"(nn\.Module|Image\.Image|Kimi_K25VisionModel|Mapping\[str|Limits)"),
+    ("py:class", r"(Axes|Figure|SubFigure)"),
     ("py:class", r"(torch\.nn\.modules|numpy\._typing)\..*"),
     # Types that nobody has to make: of internals, and the variable for "the same class of models".
     ("py:class", r"(uhd_ops\..*\.)?(Model|Rotary|Scope|ViewScope|BuildInfo)"),

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from uhd_ops import flops
 from uhd_ops.nn import CompressorConfig
+from uhd_ops.plot import BLUE, GREY, ORANGE
 
 ROOT = Path(__file__).resolve().parent.parent
-GREY, BLUE, ORANGE = "#9a9a9a", "#1f6fb4", "#e0802b"
 Draw = Callable[[str, Figure], None]
 
 HEAD = """# Benchmarks

@@ -63,13 +63,14 @@ GROUPS = (
     Group("mlp_forms", "uhd_ops.nn.mlp_forms", "uhd_ops.nn.mlp_forms"),
     Group("retrofit", "uhd_ops.retrofit", "uhd_ops.retrofit"),
     Group("flops", "uhd_ops.flops", "uhd_ops.flops"),
+    Group("plot", "uhd_ops.plot", "uhd_ops.plot"),
     Group("corpus", "uhd_ops.corpus", "uhd_ops.corpus"),
     Group("transformers", "uhd_ops.integrations.transformers", "uhd_ops.integrations.transformers"),
     Group("vllm", "uhd_ops.integrations.vllm", "uhd_ops.integrations.vllm"),
     Group("reference", "uhd_ops.reference", "uhd_ops.reference"),
 )
 # Names that other libraries have too are links with their module alone.
-AMBIGUOUS = ("uhd_ops.integrations", "uhd_ops.reference", "uhd_ops.nn.mlp_forms")
+AMBIGUOUS = ("uhd_ops.integrations", "uhd_ops.reference", "uhd_ops.nn.mlp_forms", "uhd_ops.plot")
 
 
 def last(full: str) -> str:
@@ -142,6 +143,8 @@ TYPES = {
     "``(8, 2)``.",
     "uhd_ops.slicing.load.ImageSource": "A path, an open file, a Pillow image, or an array; see "
     ":func:`uhd_ops.load_image`.",
+    "uhd_ops.plot.images.Show": 'What to draw of tokens: ``"norm"``, their length, or ``"pca"``, '
+    "their first three principal components as a colour.",
     "uhd_ops.ops.pixel_unshuffle_mlp.Activation": '``"gelu_tanh"``, ``"gelu"``, '
     '``"quick_gelu"``, ``"silu"`` or ``"relu"``; see :func:`uhd_ops.pixel_unshuffle_mlp`.',
 }

@@ -110,6 +110,7 @@ QUESTIONS = {
     "own ViT": "uhd_ops.register_family(",
     "multi-GPU": "fully_shard(model, mesh=mesh)",
     "export": "torch.export.export(",
+    "visualise": "uhd_ops.plot.views(",
 }
 LINK = re.compile(r"\]\(([\w/]+)\.md(?:#([\w-]+))?\)")
 
@@ -140,6 +141,8 @@ def test_two_clicks_from_the_start_page(question):
     first = [section(*link) for link in links(table)]
     second = [section(*link) for text in first for link in links(text)]
     found = [block[1] for text in (*first, *second) for block in CODE.finditer(text)]
+    if "(generated/gallery/index.rst)" in table:  # which links to what is made of each script
+        found += [script.read_text() for script in (DOCS / "gallery").glob("plot_*.py")]
     assert any(QUESTIONS[question] in code for code in found)
 
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-# The original or what was published, what is compared with it, and what stands out.
 GREY, BLUE, ORANGE = "#b0b0b0", "#1f6fb4", "#e0802b"
+"""Colours of the original or what was published, what is compared with it, and what stands out."""
 _MOST_ELONGATED = 6  # a panel has at most so many times the width of its height, or the reverse
 _PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T"}
 
