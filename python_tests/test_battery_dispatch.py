@@ -22,11 +22,10 @@ from battery import (
     public,
     run,
 )
-from battery.calls import batched
+from battery.calls import Recorder, batched
 from battery.marks import native_only
 from specs import SPECS
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from uhd_ops import PackedGrids, _native
 
@@ -52,27 +51,14 @@ if _native.status["cuda"] == "loaded":
 TRACED = {"_model_part", "_model_part_backward"}
 
 
-class _Record(TorchDispatchMode):
-    """Keeps the calls of uhd_ops operators that reach the backends."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "uhd_ops":
-            self.calls.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
 def recorded(name, device="cpu", **options):
     """Return the dispatcher calls of one forward and backward pass, one per operator."""
     call = make_call(name, device=device, **options)
-    with _Record() as record:
+    with Recorder() as recorder:
         gradients(public(name), call)
     return {
         function._schema.name.removeprefix("uhd_ops::"): (function, args, kwargs)
-        for function, args, kwargs in record.calls
+        for function, args, kwargs in recorder.calls
     }
 
 

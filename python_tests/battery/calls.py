@@ -9,6 +9,7 @@ from threading import Thread
 
 import torch
 from specs import SPECS, Call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from battery.operators import GRIDS
 
@@ -73,6 +74,19 @@ def batched(call: Call, batch: int) -> Call:
     for position in call.per_token:
         call = call.put(position, call.get(position).unflatten(0, (batch, height * width)))
     return call
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of uhd_ops operators that reach the backends, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple, dict]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "uhd_ops":
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 # ---- memory layouts: the same numbers, with NaN wherever nothing may be read

@@ -8,8 +8,7 @@ import random
 
 import torch
 from battery import NATIVE, assert_same_bits, make_call, option_cases, public
-from battery.calls import gradients
-from torch.utils._python_dispatch import TorchDispatchMode
+from battery.calls import Recorder, gradients
 
 from fuzz.hostile import HUGE, INTEGERS, spoil_tensor
 from fuzz.public import FLOATS, is_real
@@ -17,17 +16,6 @@ from uhd_ops import reference
 
 _TORCH_COMPUTES = ("_linear_activation", "_view_attention")
 _STRINGS = ("", "gelu", "average", "\0", "block_diagonal", "x" * 1000)
-
-
-class _Record(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "uhd_ops":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
 
 
 @functools.cache
@@ -41,9 +29,9 @@ def good_calls() -> dict[str, list[tuple]]:
         call = make_call(name, **options)
         for key, value in more.items():
             call = call.put(key, value)
-        with _Record() as record:
+        with Recorder() as recorder:
             gradients(public(name), call)
-        for function, args in record.calls:
+        for function, args, _ in recorder.calls:
             found.setdefault(function, []).append(args)
     return {str(function): (function, calls) for function, calls in found.items()}
 
