@@ -2,6 +2,7 @@
 """Results depend on the arguments and on nothing else: not on memory, threads or neighbours."""
 
 import functools
+from threading import Barrier
 
 import torch
 from battery import (
@@ -14,12 +15,15 @@ from battery import (
     make_call,
     output_rows,
     per_case,
+    per_op,
     per_variant,
     public,
     run,
     using_isa,
 )
-from battery.calls import random_like, token_rows
+from battery.calls import in_threads, random_like, token_rows
+
+from uhd_ops import clear_caches
 
 # Enough windows of every size for several threads, the smallest views last.
 MANY = [(16, 16), (5, 7), (13, 11), (1, 9), (1, 1), (0, 4)]
@@ -62,6 +66,26 @@ def test_number_of_threads(name, options, device):
     for out, grads in results[1:]:
         assert_same(name, "threads", call, out, results[0][0])
         assert_same(name, "threads", call, grads, results[0][1], "gradient")
+
+
+@per_op(cuda=())
+def test_eight_callers_at_once(name, device):
+    # They share the tables of their grids, which nobody has made yet.
+    calls = [make_call(name, grids=MANY, seed=seed, device=device) for seed in range(8)]
+    results = {}
+
+    def work(seed):
+        start.wait()
+        results[seed] = [gradients(public(name), calls[seed]) for _ in range(3)]
+
+    clear_caches()
+    start = Barrier(len(calls))
+    in_threads(work, range(len(calls)))
+    for seed, call in enumerate(calls):
+        wanted_out, wanted_grads = gradients(public(name), call)
+        for out, grads in results[seed]:
+            assert_same(name, "threads", call, out, wanted_out)
+            assert_same(name, "threads", call, grads, wanted_grads, "gradient")
 
 
 @per_variant(GRIDDED, cuda=GRIDDED)

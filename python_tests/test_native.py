@@ -125,6 +125,36 @@ def test_unknown_instruction_set():
     assert _native.cpu_isa() == active
 
 
+def test_a_second_import_is_refused(tmp_path):
+    copy = tmp_path / "uhd_ops"
+    ignore = shutil.ignore_patterns("libuhd_cuda.so", "__pycache__")
+    shutil.copytree(PACKAGE, copy, ignore=ignore)
+    code = f"""
+import sys, torch, uhd_ops as first
+for path in ({str(PACKAGE.parent)!r}, {str(tmp_path)!r}):
+    sys.path.insert(0, path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "uhd_ops"]:
+        del sys.modules[name]
+    try:
+        import uhd_ops
+    except ImportError as error:
+        print(error)
+print({CALL.replace("uhd_ops", "first")}.sum().item())
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    *refused, total = result.stdout.splitlines()
+    loaded = _native.status["cpu"] == "loaded"
+    assert refused == [
+        f"uhd_ops has been imported in this process before, from "
+        f"{PACKAGE if loaded else 'elsewhere'}, and torch takes its operators once, so {folder} "
+        "cannot be imported: keep one copy of the package, and import it again in a new process "
+        "only"
+        for folder in (PACKAGE, copy)
+    ]
+    assert float(total) == 12  # the first goes on
+
+
 @pytest.mark.parametrize(
     ("content", "status"),
     [(b"not a library", "failed: "), (None, "absent")],

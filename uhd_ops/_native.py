@@ -53,6 +53,25 @@ def _load(device: str) -> str:
     return "loaded"
 
 
+def _refuse_a_second_import() -> None:
+    """Raise where this or another copy of the package has registered its operators.
+
+    torch takes an operator once. A second time is an error, for those in C++ the end of the
+    process.
+    """
+    library = _LIBRARIES["cpu"]
+    others = [path for path in torch.ops.loaded_libraries if Path(path).name == library]
+    in_cpp, ours = hasattr(torch.ops.uhd_ops, "_cpu_isa"), os.path.realpath(_DIRECTORY / library)
+    in_python = hasattr(torch.ops.uhd_ops, "_view_attention")
+    if in_python or (in_cpp and ours not in others):
+        raise ImportError(
+            "uhd_ops has been imported in this process before, from "
+            f"{Path(others[0]).parent if others else 'elsewhere'}, and torch takes its operators "
+            f"once, so {_DIRECTORY} cannot be imported: keep one copy of the package, and import "
+            "it again in a new process only"
+        )
+
+
 def _load_host() -> str:
     if os.environ.get("UHD_OPS_DISABLE_NATIVE", "0") not in ("", "0"):
         return "disabled"
@@ -82,6 +101,7 @@ def _find_cublaslt() -> str:
 
 
 def _load_all() -> None:
+    _refuse_a_second_import()
     for device in _LIBRARIES:
         status[device] = _load(device)
     status["host"] = _load_host()
