@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Run tests on the CUDA kernels without a GPU: the CUDA sources compiled by a C++ compiler against csrc/emulator, as a
 # libuhd_cpu.so whose operators run them on CPU tensors. Usage: .ci/emulate.sh PYTHON [--sanitize] [PYTEST ARGUMENTS]
-# Without pytest arguments, the driver, which tries six orders of threads, and the operators' battery: in the greedy
-# order, but for the sanitizers', which take the fair one.
+# Without pytest arguments, the driver, which tries six orders of threads, and the tests that run kernels on their own, in
+# the greedy order: with --sanitize the thorough ones, on values and gradients, and without it the others.
 set -euo pipefail
 python=$1
 shift
@@ -20,13 +20,15 @@ bash .ci/package.sh "$python" "$build" -DUHD_EMULATE=ON -DUHD_DRIVER=$driver -DU
 
 if [[ $# == 0 ]]; then
     [[ $driver == OFF ]] || "$build/uhd_cuda_driver"
-    # Every test that runs kernels on their own; under the sanitizers, which take ten times as long, the thorough ones.
-    set -- python_tests/test_battery_{values,gradients}.py \
-        python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation}.py
-    [[ $sanitize == ON ]] || export UHD_EMULATOR_ORDER=${UHD_EMULATOR_ORDER:-greedy}
-    [[ $sanitize == ON ]] || set -- "$@" python_tests/test_battery_{determinism,memory}.py \
-        python_tests/test_{padded_grids,window_attention,window_attention_rotary,window_mean,window_pool,pixel_unshuffle,pixel_unshuffle_mlp}.py \
-        python_tests/test_tile_weight.py
+    export UHD_EMULATOR_ORDER=${UHD_EMULATOR_ORDER:-greedy}
+    if [[ $sanitize == ON ]]; then
+        set -- python_tests/test_battery_{values,gradients}.py \
+            python_tests/test_{window_attention_kernels,unshuffle_norm,linear_activation}.py
+    else
+        set -- python_tests/test_battery_{determinism,memory}.py \
+            python_tests/test_{padded_grids,window_attention,window_attention_rotary,window_mean,window_pool,pixel_unshuffle,pixel_unshuffle_mlp}.py \
+            python_tests/test_tile_weight.py
+    fi
 fi
 if [[ $sanitize == ON ]]; then
     # The sanitizer's runtime must come first in the process, and libstdc++ with it, or it does not find the function
