@@ -7,7 +7,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,17 +18,14 @@ from uhd_ops.cli._models import find_device
 from uhd_ops.cli._support import (
     UserError,
     new_table,
-    positive_int,
     report,
     require,
-    threads,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Grid = tuple[int, int]
-SUMMARY = "time the operators against plain PyTorch"
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
@@ -60,61 +56,6 @@ class Case(NamedTuple):
     name: str
     variants: dict[str, Callable[[], object]]
     detail: str = ""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add(
-        "--op",
-        nargs="+",
-        choices=tuple(OPS),
-        default=tuple(OPS),
-        metavar="NAME",
-        help=f"operators to time: {', '.join(OPS)} (default: all)",
-    )
-    add(
-        "--views",
-        type=_grids,
-        default=[(32, 32)],
-        metavar="HxW,HxW",
-        help="patch grids of the views, packed one after another (default: 32x32, one view of "
-        "448x448 px)",
-    )
-    add(
-        "--window",
-        type=positive_int,
-        default=2,
-        metavar="F",
-        help="side of a window in tokens; it must divide the sides of every view, because "
-        "the plain PyTorch versions take whole windows only (default: %(default)s)",
-    )
-    add(
-        "--dtype",
-        nargs="+",
-        choices=tuple(DTYPES),
-        default=["float32"],
-        help="types of the tensors, one or several (default: float32)",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to run; auto takes a GPU if there is one (default: %(default)s)",
-    )
-    add("--dim", type=positive_int, default=1152, help="width of a token (default: %(default)s)")
-    add("--heads", type=positive_int, default=16, help="attention heads (default: %(default)s)")
-    add(
-        "--mlp-hidden",
-        type=positive_int,
-        default=4304,
-        metavar="I",
-        help="hidden width of the host's MLP (default: %(default)s)",
-    )
-    add("--rounds", type=positive_int, default=10, help="timed calls each (default: %(default)s)")
-    add("--threads", type=threads, help="CPU threads (default: as many as PyTorch chooses)")
-    add("--plot", type=Path, metavar="FILE", help="draw the result to a PNG file")
-    add("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -253,20 +194,6 @@ def _draw(result: dict[str, Any], figure: Figure) -> None:
     for row in result["results"]:
         cases.setdefault(row["case"], {})[row["variant"]] = row["milliseconds"] / 1e3
     plot.timings(cases, figure=figure).suptitle(_setting(result), fontsize=10)
-
-
-def _grids(text: str) -> list[Grid]:
-    """Argparse type: patch grids separated by commas."""
-    grids = []
-    for part in text.split(","):
-        height, _, width = part.partition("x")
-        try:
-            grids.append((int(height), int(width)))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must look like 32x32,28x36, got {text!r}") from None
-        if min(grids[-1]) < 1:
-            raise argparse.ArgumentTypeError(f"must have sides of at least 1, got {text!r}")
-    return grids
 
 
 # ---- cases: our operator and its rivals on the same tensors --------------------------------------

@@ -17,14 +17,12 @@ from uhd_ops.cli import _report
 from uhd_ops.cli._models import (
     DTYPES,
     Encoder,
-    add_model_arguments,
     find_device,
     load_encoder,
 )
 from uhd_ops.cli._support import (
     UserError,
     require,
-    threads,
     user_errors,
 )
 
@@ -34,25 +32,6 @@ if TYPE_CHECKING:
     from uhd_ops.cli._measure import Run
     from uhd_ops.corpus.folder import Folder
     from uhd_ops.slicing import SlicePlan
-
-SUMMARY = "encode images with the early compressor, and report what it does"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE", help="image file")
-    add_model_arguments(parser)
-    add("--compare", action="store_true", help="also run the model without the compressor")
-    add(
-        "--out",
-        type=Path,
-        default=Path("uhd-ops-output"),
-        metavar="DIR",
-        help="folder for the results, one subfolder per image (default: %(default)s)",
-    )
-    add("--threads", type=threads, help="CPU threads (default: as many as PyTorch chooses)")
-    add("--json", action="store_true", help="print a JSON list with one summary per image")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -12,65 +12,17 @@ from typing import TYPE_CHECKING
 
 from uhd_ops.cli._models import (
     DTYPES,
-    add_model_arguments,
     find_device,
     load_corpus_model,
 )
 from uhd_ops.cli._support import (
-    positive_int,
     require,
-    threads,
     user_errors,
 )
+from uhd_ops.cli.arguments.commands import FAILED, MOST_WORKERS
 
 if TYPE_CHECKING:
     from uhd_ops.corpus import Progress
-
-SUMMARY = "encode a corpus of images into shards, once"
-FAILED = 3  # exit code of --strict
-_MOST_WORKERS = 4  # by default: each holds a model
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add("source", metavar="SRC", help="folder, glob, or text file with a path on each line")
-    add("--out", required=True, metavar="OUT", help="folder for shards and index; runs resume")
-    add_model_arguments(parser)
-    add(
-        "--max-tokens",
-        type=positive_int,
-        default=32768,
-        metavar="N",
-        help="encode at most N tokens at a time, before compression (default: %(default)s)",
-    )
-    add(
-        "--shard-mb",
-        type=positive_int,
-        default=64,
-        metavar="MB",
-        help="size of a shard in 10^6 bytes (default: %(default)s)",
-    )
-    add(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="what starts the workers (default: %(default)s)",
-    )
-    add(
-        "--workers",
-        type=threads,
-        metavar="N",
-        help=f"models side by side (default: 1 on a GPU, else one a core up to {_MOST_WORKERS})",
-    )
-    add(
-        "--threads",
-        type=threads,
-        default=1,
-        help="CPU threads of each worker; other numbers give other last bits (default: 1)",
-    )
-    add("--strict", action="store_true", help=f"exit with {FAILED} if an image cannot be encoded")
-    add("--json", action="store_true", help="print the counts as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = find_device(arguments.device)
     workers = arguments.workers
     if workers is None:
-        workers = 1 if device == "cuda" else min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+        workers = 1 if device == "cuda" else min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     make_model = functools.partial(
         load_corpus_model,
         arguments.model,

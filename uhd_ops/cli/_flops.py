@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uhd_ops import flops, plot
@@ -14,13 +13,10 @@ from uhd_ops.cli._models import make_without_weights
 from uhd_ops.cli._support import (
     UserError,
     new_table,
-    non_negative_int,
-    positive_int,
     report,
     require,
     user_errors,
 )
-from uhd_ops.nn.early_compressor import ATTENTIONS, FORMS, MLPS, POOLS
 from uhd_ops.plot.figures import prefix_of, saved
 from uhd_ops.retrofit import insert_early_compressor, insert_progressive_compression
 
@@ -28,55 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-SUMMARY = "count the operations of a model with and without compression"
 _EARLY = {"layer": 6, "attention": "window", "mlp": "reuse", "form": "dense", "window": 2}
 _PROGRESSIVE = {"progressive": None, "pool": "adaptive", "window": 2}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="timm vision transformer; its weights are neither fetched nor made",
-    )
-    add(
-        "--paper",
-        nargs="?",
-        const="v4",
-        choices=tuple(_paper.PAPERS),
-        help="recompute tables 4, 5 and A3 of LLaVA-UHD v4 instead, or with v3 what the finer "
-        "patches and merges of LLaVA-UHD v3 cost (default: v4)",
-    )
-    add(
-        "--layer",
-        type=non_negative_int,
-        metavar="K",
-        help="0-based block after which the compressor runs (default: 6)",
-    )
-    add("--attention", choices=ATTENTIONS, help="attention before merging (default: window)")
-    add("--mlp", choices=MLPS, help="MLP of the compressor (default: reuse)")
-    add("--form", choices=FORMS, help="form of the MLP's weights (default: dense)")
-    add("--window", type=positive_int, metavar="F", help="side of a window (default: 2)")
-    add(
-        "--progressive",
-        type=indices,
-        metavar="K,K",
-        help="merge after these 0-based blocks, such as 3,17, instead of the early compressor",
-    )
-    add("--pool", choices=POOLS, help="pooling, with --progressive (default: adaptive)")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--grid", type=_sides, metavar="HxW", help="patch grid of the view")
-    size.add_argument(
-        "--image",
-        type=_sides,
-        metavar="WxH",
-        help="size of the view in px (default: the size that the model was made for)",
-    )
-    add("--plot", type=Path, metavar="FILE", help="draw the result to a PNG file")
-    add("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -163,23 +112,6 @@ def _grid(arguments: argparse.Namespace, vit: nn.Module, patch: tuple[int, int])
             f"{patch[1]}x{patch[0]} px"
         )
     return height // patch[0], width // patch[1]
-
-
-def _sides(text: str) -> tuple[int, int]:
-    """Argparse type: two sides of at least 1."""
-    first, _, second = text.partition("x")
-    try:
-        sides = int(first), int(second)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must look like 32x32, got {text!r}") from None
-    if min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"must have sides of at least 1, got {text!r}")
-    return sides
-
-
-def indices(text: str) -> list[int]:
-    """Argparse type: 0-based indices of blocks, separated by commas."""
-    return [non_negative_int(part) for part in text.split(",")]
 
 
 # ---- tables --------------------------------------------------------------------------------------

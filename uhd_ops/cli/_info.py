@@ -8,13 +8,6 @@ import json
 
 import uhd_ops
 
-SUMMARY = "show versions, native libraries and the backend of every operator"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
 
 def run(arguments: argparse.Namespace) -> None:
     """Print :func:`uhd_ops.build_info`."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import urllib.error
@@ -15,93 +14,14 @@ from torch import nn
 
 from uhd_ops.cli._support import (
     UserError,
-    non_negative_int,
-    positive_int,
-    seed,
     user_errors,
 )
-from uhd_ops.slicing.native_resolution import DEFAULT_MAX_TOKENS, LEAST_MAX_TOKENS
 
 if TYPE_CHECKING:
     from uhd_ops.corpus import CorpusModel
 
 
-DEFAULT_MODEL = "vit_base_patch16_siglip_512"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what says which model encodes, where, and which views."""
-    add = parser.add_argument
-    add(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="timm vision transformer, see docs/models.md (default: %(default)s)",
-    )
-    add_compressor_arguments(parser)
-    add("--pretrained", action="store_true", help="fetch trained weights (default: random ones)")
-    add("--seed", type=seed, default=0, help="seed for random weights (default: %(default)s)")
-    add(
-        "--dtype",
-        choices=tuple(DTYPES),
-        default="float32",
-        help="type of weights and pixels (default: %(default)s)",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to run; auto takes a GPU if there is one (default: %(default)s)",
-    )
-    views = parser.add_mutually_exclusive_group()
-    views.add_argument(
-        "--max-slices",
-        type=positive_int,
-        default=9,
-        metavar="N",
-        help="cut an image into at most N slices; 1 never slices (default: %(default)s)",
-    )
-    views.add_argument(
-        "--native",
-        nargs="?",
-        type=_native_tokens,
-        const=DEFAULT_MAX_TOKENS,
-        metavar="TOKENS",
-        help="instead of slices, one view at the image's own resolution, scaled down to at most "
-        "TOKENS patches (default of TOKENS: %(const)s)",
-    )
-
-
-def add_compressor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what says where the compressor stands, and what it is."""
-    add = parser.add_argument
-    add(
-        "--layer",
-        type=non_negative_int,
-        default=6,
-        metavar="K",
-        help="0-based block after which the compressor runs (default: %(default)s)",
-    )
-    add(
-        "--form",
-        choices=("dense", "block", "tied"),
-        default="dense",
-        help="weight form of the compressor's MLP (default: %(default)s)",
-    )
-
-
-def _native_tokens(text: str) -> int:
-    """Argparse type: the budget of a view."""
-    try:
-        tokens = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be a number of tokens, got {text!r}; images stand before --native, or behind "
-            "its number"
-        ) from None
-    if tokens < LEAST_MAX_TOKENS:
-        raise argparse.ArgumentTypeError(f"must be at least {LEAST_MAX_TOKENS}, got {tokens}")
-    return tokens
 
 
 class Encoder(NamedTuple):

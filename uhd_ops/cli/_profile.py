@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from uhd_ops import plot
-from uhd_ops.cli._flops import indices
 from uhd_ops.cli._models import (
     DTYPES,
-    add_compressor_arguments,
     find_device,
     load_encoder,
     planned_encoder,
@@ -22,15 +19,11 @@ from uhd_ops.cli._models import (
 from uhd_ops.cli._support import (
     UserError,
     new_table,
-    non_negative_int,
-    positive_int,
     report,
     require,
-    threads,
     user_errors,
 )
 from uhd_ops.grids import PackedGrids
-from uhd_ops.slicing.native_resolution import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,98 +31,8 @@ if TYPE_CHECKING:
     from uhd_ops.cli._models import Encoder
     from uhd_ops.cli._variants import Options
 
-SUMMARY = "compare what whole images cost, from pixels to the first token of a language model"
-_NAMES = ("none", "early", "post", "progressive", "native")
-_SIZES = "448,980,1344,1920x1080"
 # Only what is run has them.
 _OF_RUN = {"dtype": "float32", "device": "auto", "rounds": 3, "threads": None}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    from uhd_ops.cli._variants import VARIANTS
-
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="timm vision transformer, see docs/models.md")
-    add(
-        "--sizes",
-        type=_sizes,
-        default=_sizes(_SIZES),
-        metavar="SIZE,...",
-        help="sizes of images in px: a side, WxH, or squares from FIRST:LAST:STEP, such as "
-        f"224:2240:112 (default: {_SIZES})",
-    )
-    summaries = "; ".join(f"{name}: {variant.summary}" for name, variant in VARIANTS.items())
-    add(
-        "--variants",
-        type=_variants,
-        default=list(_NAMES),
-        metavar="NAME,...",
-        help=f"ways to encode an image (default: all). {summaries}",
-    )
-    add_compressor_arguments(parser)
-    add(
-        "--max-slices",
-        type=positive_int,
-        default=9,
-        metavar="N",
-        help="cut an image into at most N slices (default: %(default)s)",
-    )
-    add(
-        "--scale-resolution",
-        type=positive_int,
-        metavar="PX",
-        help="a slice has about as many pixels as a square of this side (default: the size that "
-        "the model was made for)",
-    )
-    add(
-        "--progressive",
-        type=indices,
-        metavar="K,K",
-        help="0-based blocks after which the variant progressive merges tokens (default: as deep "
-        "as blocks 4 and 18 of 27)",
-    )
-    add(
-        "--max-tokens",
-        type=positive_int,
-        default=DEFAULT_MAX_TOKENS,
-        metavar="N",
-        help="largest number of patches in a native view (default: %(default)s)",
-    )
-    add(
-        "--llm",
-        metavar="CONFIG",
-        help="also count the prefill of a language model of transformers: a config.json, or a "
-        "model type, such as qwen3, for its default config; its weights are random",
-    )
-    add(
-        "--out-dim",
-        type=positive_int,
-        metavar="D",
-        help="width of the language model where there is no --llm (default: 4096)",
-    )
-    add(
-        "--prompt",
-        type=non_negative_int,
-        metavar="N",
-        help="tokens of text beside the visual ones, with --llm (default: 32)",
-    )
-    add(
-        "--run",
-        action="store_true",
-        dest="measure",  # the parser's "run" is what runs a command
-        help="also run everything, with random weights, and time it",
-    )
-    add(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="type of weights and pixels for --run (default: float32)",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), help="device for --run (default: auto)")
-    add("--rounds", type=positive_int, help="timed passes for --run (default: 3)")
-    add("--threads", type=threads, help="CPU threads for --run (default: PyTorch's choice)")
-    add("--plot", type=Path, metavar="FILE", help="draw cost over resolution to a PNG file")
-    add("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -329,40 +232,6 @@ def _side(row: dict[str, Any]) -> float:
 
 
 # ---- arguments -----------------------------------------------------------------------------------
-
-
-def _sizes(text: str) -> list[tuple[int, int]]:
-    """Argparse type: sides, sizes WxH and ranges of sides, separated by commas."""
-    sizes: list[tuple[int, int]] = []
-    for part in text.split(","):
-        try:
-            if ":" in part:
-                first, last, step = (int(number) for number in part.split(":"))
-                if step < 1 or last < first:
-                    raise ValueError
-                found = [(side, side) for side in range(first, last + 1, step)]
-            else:
-                width, _, height = part.partition("x")
-                found = [(int(width), int(height if "x" in part else width))]
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"must look like 448, 1920x1080 or 224:2240:112, separated by commas, got {part!r}"
-            ) from None
-        if min(map(min, found)) < 1:
-            raise argparse.ArgumentTypeError(f"must have sides of at least 1, got {part!r}")
-        sizes += [size for size in found if size not in sizes]
-    return sizes
-
-
-def _variants(text: str) -> list[str]:
-    """Argparse type: names of variants, separated by commas."""
-    names = list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in _NAMES:
-            raise argparse.ArgumentTypeError(
-                f"must be some of {', '.join(_NAMES)}, separated by commas, got {name!r}"
-            )
-    return names
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -70,41 +70,6 @@ def report(
         print(f"wrote {arguments.plot}")
 
 
-def positive_int(text: str) -> int:
-    """Argparse type: an int of at least 1."""
-    value = non_negative_int(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be at least 1, got 0")
-    return value
-
-
-def threads(text: str) -> int:
-    """Argparse type: a number of CPU threads; many thousands would crash the process."""
-    return _at_most(positive_int(text), 1024)
-
-
-def seed(text: str) -> int:
-    """Argparse type: a seed of torch's random generator."""
-    return _at_most(non_negative_int(text), 2**64 - 1)
-
-
-def _at_most(value: int, largest: int) -> int:
-    if value > largest:
-        raise argparse.ArgumentTypeError(f"must be at most {largest}, got {value}")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    """Argparse type: an int of at least 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
-
-
 def new_table(*words: str, numbers: tuple[str, ...], title: str) -> Any:
     """Return an empty table of rich: columns of words, then of numbers, aligned to the right."""
     from rich.table import Table

@@ -39,28 +39,22 @@ class Variant(NamedTuple):
     """A way to encode an image.
 
     Attributes:
-        summary: For the help text.
         stages: 2 x 2 merges of the connector.
         inserted: What is inserted into the tower: ``"early"``, ``"progressive"`` or nothing.
         native: Whether the image is one view at its own resolution, instead of slices.
     """
 
-    summary: str
     stages: int
     inserted: str = ""
     native: bool = False
 
 
 VARIANTS = {
-    "none": Variant("slices, the tower untouched, a connector that merges 2x2 tokens", 1),
-    "early": Variant("slices, a compressor in the tower, the same connector", 1, inserted="early"),
-    "post": Variant("slices, the tower untouched, a connector that merges 2x2 tokens twice", 2),
-    "progressive": Variant(
-        "slices, two poolings in the tower, a connector that merges nothing",
-        0,
-        inserted="progressive",
-    ),
-    "native": Variant("as post, but the whole image in one view", 2, native=True),
+    "none": Variant(1),
+    "early": Variant(1, inserted="early"),
+    "post": Variant(2),
+    "progressive": Variant(0, inserted="progressive"),
+    "native": Variant(2, native=True),
 }
 """All but ``none`` make one token of 4 x 4 patches; ``none`` makes four."""
 MERGE = 4  # patches; sides of views are multiples, so that no window is ragged
