@@ -18,7 +18,6 @@ html_title = f"uhd_ops {version}"
 extensions = [
     "myst_parser",
     "site_pages",
-    "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",

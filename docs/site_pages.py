@@ -311,9 +311,17 @@ def resolve_alias(app: Sphinx, env: Any, node: Any, shown: nodes.Node) -> nodes.
     )
 
 
+def skip(app: Sphinx, what: str, name: str, thing: Any, skips: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, which the docstring of the class describes."""
+    doc = inspect.getdoc(thing) or ""
+    return True if doc.startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
+    app.setup_extension("sphinx.ext.autodoc")
     app.connect("builder-inited", write_pages)
     app.connect("missing-reference", resolve_alias)
+    app.connect("autodoc-skip-member", skip)
     app.add_transform(Links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -12,6 +12,7 @@ import torch
 import transformers
 from tiny_minicpm import PATCH, assert_close, tiny_model
 
+from uhd_ops.cli import main
 from uhd_ops.integrations.transformers import restore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +153,23 @@ def test_links_between_pages():
             if not target.startswith("generated/"):
                 assert target in TEXTS, f"docs/{page}.md: {target}"
                 section(target, anchor)
+
+
+COMMAND = re.compile(r"(?:^|`)uhd-ops ([a-z][\w-]*)([^`\n]*)", re.MULTILINE)
+
+
+def test_commands_have_the_options_that_pages_give_them(capsys):
+    help_of, found = {}, 0
+    for page, text in TEXTS.items():
+        for command, arguments in COMMAND.findall(text):
+            if command not in help_of:
+                with pytest.raises(SystemExit, match="0"):
+                    main([command, "--help"])
+                help_of[command] = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+            options = set(re.findall(r"--[\w-]+", arguments))
+            assert options <= help_of[command], f"docs/{page}.md: uhd-ops {command}"
+            found += len(options)
+    assert found > 5
 
 
 def test_every_page_is_in_the_table_of_contents():

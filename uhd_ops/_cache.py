@@ -60,12 +60,12 @@ class _OnStream(NamedTuple):
 
 
 def clear_caches() -> int:
-    """Forget the grids and index tables that are kept for later calls; they are made again at need.
+    """Forget the grids and index tables that are kept for later calls, which make them again.
 
     Tables that a CUDA graph was captured with stay: it reads them whenever it is replayed.
 
     Returns:
-        The bytes that were kept, about.
+        About how many bytes were freed.
     """
     with _lock:
         kept = _held
@@ -84,7 +84,7 @@ def set_cache_limit(max_bytes: int) -> int:
         max_bytes: The limit; 0 keeps nothing.
 
     Returns:
-        The limit so far.
+        The previous limit.
 
     Raises:
         TypeError: ``max_bytes`` is not an int.

@@ -140,7 +140,7 @@ _definitions_only = 0  # how many definitions() are open
 def definitions() -> Iterator[None]:
     """Run the operators' definitions in plain PyTorch instead of the native kernels, in this block.
 
-    They are slower by far, and made of PyTorch's own operators alone, so what is traced inside can
+    They are much slower, and made of PyTorch's own operators alone, so what is traced inside can
     be exported to formats that know no others, such as ONNX. Values agree within rounding.
     PaddedGrids, which exist for the kernels, are refused. It holds for all threads of the process.
 

@@ -67,7 +67,7 @@ class PackedGrids:
     max_seqlen: int
     """Tokens of the largest view; 0 if there is none."""
     has_empty_views: bool
-    """Whether a view has no tokens; where nothing tells, it is taken not to."""
+    """Whether a view has no tokens; False where that is not known."""
     is_known = True  # whether the counts can be told without reading a tensor
     is_kept = True  # whether this is the one object for its grids, which keeps their tables
 
@@ -110,7 +110,7 @@ class PackedGrids:
 
     @property
     def rows(self) -> torch.Tensor:
-        """The sides as a tensor ``(S + 1, 2)`` on the CPU, with a last row that does not matter.
+        """The sides as a tensor ``(S + 1, 2)`` on the CPU, and a last row to be ignored.
 
         It is there while torch.compile traces too, where sides are not known as integers.
         """
@@ -166,7 +166,7 @@ class PackedGrids:
 
         Example:
             >>> compiled = torch.compile(uhd_ops.window_mean)
-            >>> grids = PackedGrids([(32, 32), (28, 36)]).to("cpu")  # "cuda", in earnest
+            >>> grids = PackedGrids([(32, 32), (28, 36)]).to("cpu")  # or "cuda"
         """
         if torch.compiler.is_compiling() or not self.is_kept:
             return self
@@ -347,7 +347,7 @@ class TracedGrids(PackedGrids):
         return any(0 in pair for pair in self._sides)
 
     def num_windows(self, window: int) -> int:
-        """As for PackedGrids; where nothing tells, the number is read in the graph."""
+        """As for PackedGrids; where the number is not known, it is read in the graph."""
         window = check_int(window, "window", 1)
         if window not in self._counts:
             if self.is_known:

@@ -37,8 +37,8 @@ class CorpusModel:
         scale_resolution: Side that slices are cut for, px.
         mean: Of normalised pixel values, for each channel.
         std: Likewise.
-        description: What tells this model from another one, ready for JSON; a run is only gone on
-            with by the same model.
+        description: Identity of the model, ready for JSON; a run continues with the same model
+            only.
     """
 
     encoder: SliceEncoder

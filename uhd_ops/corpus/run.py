@@ -58,12 +58,12 @@ def encode_dataset(
 ) -> Progress:
     """Encode every image of a corpus, and write the tokens into shards.
 
-    Run again with the same arguments, it goes on where it was stopped, by whatever, and encodes
-    what has come to the corpus since. A shard is written at once, so an image is finished when it
-    is in the index; what was under way, at most ``workers`` shards, is encoded again. Each engine,
+    Called again with the same arguments, it continues where it was stopped, however that happened,
+    and encodes images that were added since. A shard is written as a whole, so an image is finished
+    when it is in the index; unfinished shards, at most ``workers``, are encoded again. Each engine,
     each number of workers and each order gives the same bits on processors of one kind, because
     batches are planned from sizes alone and ``threads`` is part of the run. An image that cannot be
-    read is listed with the reason, and nothing else happens to it.
+    read is listed with the reason, and the run continues.
 
     Args:
         source: A folder, whose files with the suffix of an image format count, at any depth; a

@@ -91,7 +91,7 @@ class PaperTotal:
 
 
 def paper_totals(grids: Grids) -> tuple[PaperTotal, ...]:
-    """Count the paper's compressor as the paper does, and as what it is.
+    """Count the paper's compressor as the paper does, and as it runs.
 
     The paper counts the attention inside windows as attention over the whole view, and weights that
     start as zeros as multiplications. The forms ``"block"`` and ``"tied"`` leave those out.

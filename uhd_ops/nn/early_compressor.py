@@ -42,7 +42,7 @@ MLPS: tuple[MlpKind, ...] = get_args(MlpKind)
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class CompressorConfig:
-    """What stands behind which blocks of a vision transformer.
+    """Options of the compressors in a vision transformer, and the blocks that they follow.
 
     By default a :class:`uhd_ops.nn.EarlyCompressor`; with ``pool`` a
     :class:`uhd_ops.nn.WindowTokenCompressor` behind each of the blocks. The options mean the same

@@ -93,7 +93,7 @@ def _new(mixins: tuple[type[Mixed], ...], cls: type) -> Any:
 
 
 class PartView(nn.Module):
-    """A part of somebody else's module, read there whenever it is used.
+    """A part of a module of the host, read there whenever it is used.
 
     It holds no parameters of its own, so what was trained, loaded or replaced since takes effect,
     and gradients arrive where the parameters are.
@@ -212,7 +212,7 @@ class WeightView(PartView):
 
 
 class ScaleView(PartView):
-    """LayerScale factors that somebody else's module holds.
+    """LayerScale factors that a module of the host holds.
 
     Args:
         owner: The module that holds the factors ``(C,)``.

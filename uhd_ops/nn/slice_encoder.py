@@ -28,7 +28,7 @@ POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 @dataclass(frozen=True, eq=False)
 class SliceTokens:
-    """What a slice encoder returns.
+    """Result of a :class:`SliceEncoder`.
 
     Attributes:
         tokens: Tokens of all views, ``(M, C)``: merged tokens if the model has a compressor.

@@ -93,7 +93,7 @@ def freeze_for_stage(
             module.
         ValueError: The recipe has no such stage, a part is not in ``model``, a parameter is in two
             parts or, where any but the compressor is named, in none, or ``model`` is a tower
-            without a compressor. In every case of an error, nothing is changed.
+            without a compressor. After an error, nothing is changed.
 
     Source:
         LLaVA-UHD v4 (arXiv 2605.08985): section 4.1 for stages 1 and 2 ("updating only the

@@ -37,8 +37,8 @@ class ViewRatios:
         times: How often each view is merged.
         sides: Side of the windows, in patches, that become one token of each view.
         grids: What is left of the views.
-        rows: ``times`` and ``sides`` as a tensor ``(S + 1, 2)``, int64 on the CPU, with a last row
-            that does not matter.
+        rows: ``times`` and ``sides`` as a tensor ``(S + 1, 2)``, int64 on the CPU, and a last row
+            to be ignored.
 
     Raises:
         TypeError: ``grids`` has no accepted form, or ``ratios`` holds something that is not an int.

@@ -96,8 +96,8 @@ def insert_early_compressor(
             supported.
         TypeError: An argument has the wrong type.
         ValueError: ``layer``, ``form`` or ``window`` is out of range, ``vit`` holds a compressor
-            with other options, or DistributedDataParallel wraps it already. In every case of an
-            error, the model is as it was.
+            with other options, or DistributedDataParallel wraps it already. After an error, the
+            model is as it was.
 
     Source:
         LLaVA-UHD v4, section 3.2.
@@ -183,8 +183,7 @@ def insert_progressive_compression(
             supported.
         TypeError: An argument has the wrong type.
         ValueError: An option is out of range, ``vit`` holds a compressor with other options, or
-            DistributedDataParallel wraps it already. In every case of an error, the model is as it
-            was.
+            DistributedDataParallel wraps it already. After an error, the model is as it was.
 
     Source:
         LLaVA-UHD v3, progressive visual compression.

@@ -39,12 +39,12 @@ def register_family(
     embed: Callable[..., tuple[torch.Tensor | None, torch.Tensor]] | None = None,
     finish: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> type[Model]:
-    """Make a vision transformer of your own one that takes a compressor.
+    """Let the library work on a class of vision transformers of your own.
 
     Afterwards :func:`uhd_ops.insert_early_compressor`, ``insert_progressive_compression``, their
     removal, copying, pickling, gradient checkpointing, ``torch.compile``, ``load_plain_checkpoint``
-    and ``flops.count_forward`` work on its instances as on those of timm. What its blocks get must
-    be tokens that have their positions already: anything else that a block is called with is passed
+    and ``flops.count_forward`` work on its instances as on those of timm. Its blocks must get
+    tokens that have their positions already: anything else that a block is called with is passed
     on, and the blocks behind the compressor get it too. With ``patch_shape`` and ``embed``,
     :class:`uhd_ops.nn.SliceEncoder` takes them as well. docs/own_vit.md works through two models.
 

@@ -86,8 +86,8 @@ def refine_patch_embedding(
         NotImplementedError: The class of the model or of its patch embedding is not supported.
         TypeError: An argument has the wrong type.
         ValueError: A size is not positive, ``img_size`` is not a multiple of ``patch_size`` or is
-            given for MoonViT, or ``interpolation`` is none of the four. In every case of an error,
-            the model is as it was.
+            given for MoonViT, or ``interpolation`` is none of the four. After an error, the model
+            is as it was.
 
     Source:
         LLaVA-UHD v3, refined patch embedding; the same formula as FlexiViT's PI-resize.

@@ -31,7 +31,7 @@ def load_plain_checkpoint(vit: Model, state_dict: Mapping[str, torch.Tensor]) ->
             reused (its layers were adapted or quantised, say).
         TypeError: ``vit`` is not a module, or ``state_dict`` not a mapping.
         ValueError: ``vit`` holds no compressor, or the checkpoint does not have the names and
-            shapes of the model; in every case of an error, the model is as it was.
+            shapes of the model; after an error, the model is as it was.
 
     Example:
         >>> import uhd_ops

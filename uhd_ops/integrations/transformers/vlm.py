@@ -51,7 +51,7 @@ def compress(model: Model, processor: Any = None, layer: int = 6, **options: Any
         TypeError: An argument has the wrong type.
         ValueError: An option is out of range; ``processor`` is that of another model; the model
             reads states of its tower in front of the compressor; or no count of merged tokens fits.
-            In every case of an error, model and processor are as they were.
+            After an error, model and processor are as they were.
 
     Example:
         >>> from transformers import CLIPVisionConfig, LlamaConfig
