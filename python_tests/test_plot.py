@@ -277,6 +277,7 @@ def test_panels_of_any_image_can_be_seen(size):
     after = uhd_ops.window_mean(x[:, None], plan.grids)[:, 0]
     image = Image.new("RGB", size, "teal")
     figure = plot.merge(x, after, plan.grids, plan, image=image, label="norm", figure=Figure())
+    figure.suptitle("the heading of uhd-ops encode")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     inches = [

@@ -59,9 +59,7 @@ def require_matplotlib() -> None:
         raise ImportError("pictures need matplotlib: pip install uhd_ops[plot]") from error
 
 
-def figure_of(
-    figure: Figure | SubFigure | None, size: tuple[float, float], layout: str = "constrained"
-) -> Any:
+def figure_of(figure: Figure | SubFigure | None, size: tuple[float, float]) -> Any:
     """Return the figure to draw in: the given one in this size, in inches, or a new one of pyplot.
 
     Raises:
@@ -74,12 +72,12 @@ def figure_of(
     if figure is None:
         from matplotlib import pyplot
 
-        return pyplot.figure(figsize=size, layout=layout)
+        return pyplot.figure(figsize=size, layout="constrained")
     if not isinstance(figure, FigureBase):
         raise TypeError(f"figure must be a matplotlib Figure, got {type(figure).__name__}")
     if isinstance(figure, Figure):  # a part of a figure has no size of its own
         figure.set_size_inches(size)
-        figure.set_layout_engine(layout)
+        figure.set_layout_engine("constrained")
     return figure
 
 
@@ -114,6 +112,7 @@ def frame(axes: Axes, width: float, height: float) -> bool:
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=(), yticks=())
     aspect = box_aspect(width, height)
     axes.set_box_aspect(aspect)
+    axes.set_anchor("N")  # level with a panel that has no colour bar below it
     return not math.isclose(aspect, height / width)
 
 
@@ -133,15 +132,7 @@ def panels(figure: Any, count: int, width: float, height: float) -> list[Axes]:
         return list(figure_of(figure, size).subplots(count, 1, squeeze=False)[:, 0])
     across = min(5.2, 9 / aspect)
     size = count * max(across, 3.7), across * aspect + 1.5
-    # A compressed layout keeps panels level that have colour bars below them, but knows nothing of
-    # titles, which are wider than tall panels: these have their bars beside them.
-    layout = "constrained" if is_tall(aspect) else "compressed"
-    return list(figure_of(figure, size, layout).subplots(1, count, squeeze=False)[0])
-
-
-def is_tall(aspect: float) -> bool:
-    """Whether a colour bar stands beside a panel with this height by width, and not below it."""
-    return aspect > 1.5
+    return list(figure_of(figure, size).subplots(1, count, squeeze=False)[0])
 
 
 def strip_spines(axes: Axes) -> None:

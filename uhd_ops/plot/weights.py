@@ -80,13 +80,13 @@ def attention(
     matrices = weights[cells][..., present[index]].transpose(0, 1)  # (H, n, n)
     tiles = _tiled(matrices)
     bar = right.imshow(tiles, vmin=0, cmap="magma", interpolation="nearest")
-    right.set(xticks=(), yticks=())
+    right.set(xticks=(), yticks=(), anchor="N")
     right.set_title(
         f"window ({row}, {column}) of view {view}, {len(matrices)} heads:\n"
         "queries in rows, keys in columns",
         fontsize=10,
     )
-    right.get_figure().colorbar(bar, ax=right, label="weight of a key", shrink=0.8)
+    right.get_figure().colorbar(bar, ax=right, label="weight of a key", panchor=False)
     return right.get_figure()
 
 
