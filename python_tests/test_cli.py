@@ -178,26 +178,35 @@ PLANNERS = {  # option: the function, and what it takes
 }
 
 
+def model_of(seed):
+    """What ``encode --layer 2`` makes."""
+    import timm
+
+    torch.manual_seed(seed)
+    return uhd_ops.insert_early_compressor(timm.create_model(MODEL, num_classes=0).eval(), 2)
+
+
+def tokens_by_hand(vit, photo, plan):
+    config = vit.pretrained_cfg
+    pixels, grids = uhd_ops.pack_views(
+        uhd_ops.slice_image(photo, plan), 16, mean=config["mean"], std=config["std"]
+    )
+    with torch.no_grad():
+        return uhd_ops.nn.SliceEncoder(vit)(pixels, grids).tokens
+
+
 @pytest.mark.parametrize("option", PLANNERS, ids=" ".join)
 def test_encode_equals_the_library(option, photo, capsys):
     """The tokens are those of the public functions, called by hand."""
-    import timm
-
     _, folder = encode(photo, *option, "--seed", "3")
     printed = capsys.readouterr().out
-    torch.manual_seed(3)
-    vit = uhd_ops.insert_early_compressor(timm.create_model(MODEL, num_classes=0).eval(), 2)
+    vit = model_of(seed=3)
     image = uhd_ops.load_image(photo)
     planner, options = PLANNERS[option]
     plan = planner(*image.size, patch_size=16, **options)
     where = "thumbnail" if plan.grid else "whole image at"
     assert f"{plan.num_views}: {where} {plan.thumbnail[0]}x{plan.thumbnail[1]} px" in printed
-    config = vit.pretrained_cfg
-    pixels, grids = uhd_ops.pack_views(
-        uhd_ops.slice_image(image, plan), 16, mean=config["mean"], std=config["std"]
-    )
-    with torch.no_grad():
-        expected = uhd_ops.nn.SliceEncoder(vit)(pixels, grids).tokens
+    expected = tokens_by_hand(vit, photo, plan)
     with safe_open(folder / "tokens.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("tokens"), expected)
 
@@ -241,13 +250,18 @@ def test_what_the_picture_shows(photo, monkeypatch):
     rows, columns = plan.grids[1]
     shapes = [{shown.get_array().shape for shown in axes.images} for axes in (before, after)]
     assert shapes == [{(rows, columns)}, {(rows // 2, columns // 2)}]
-    with safe_open(folder / "tokens.safetensors", "pt") as file:
-        assert file.get_tensor("grids")[1].tolist() == [rows // 2, columns // 2]
-    assert {bar.get_xlabel() for bar in bars} == {"L2 norm of a token"}
-    assert (
-        drawn[0]._suptitle.get_text()
-        == "photo.png, test_vit after layer 2, weights: random (seed 0)"
+    seen, vit = {}, model_of(seed=0)
+    vit.blocks[2].compressor.register_forward_hook(
+        lambda module, inputs, output: seen.update({before: inputs[0], after: output})
     )
+    tokens_by_hand(vit, photo, plan)
+    for axes, x in seen.items():  # the thumbnail is not drawn
+        norms = torch.cat([torch.tensor(shown.get_array()).flatten() for shown in axes.images])
+        expected = x.norm(dim=1)[-len(norms) :]
+        torch.testing.assert_close(norms.float(), expected, rtol=1e-4, atol=0)
+    assert {bar.get_xlabel() for bar in bars} == {"L2 norm of a token"}
+    title = "photo.png, test_vit after layer 2, weights: random (seed 0)"
+    assert drawn[0]._suptitle.get_text() == title
 
 
 def test_many_images_take_a_line_each(tmp_path, capsys):
