@@ -2,6 +2,7 @@
 """Pages of docs/: their code runs, and questions are answered in two clicks."""
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -182,6 +183,31 @@ def measured(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     yield importlib.import_module("measured")
     del sys.modules["measured"]
+
+
+@pytest.fixture
+def site_pages(measured):
+    yield importlib.import_module("site_pages")
+    del sys.modules["site_pages"]
+
+
+def test_every_public_name_says_what_it_takes(site_pages):
+    """Args or Attributes of every parameter; Returns of what returns something."""
+    bad = []
+    for group, names in site_pages.PAGES.items():
+        if group.page == "reference":  # whose signatures are those of the operators
+            continue
+        for name in names:
+            thing = getattr(importlib.import_module(group.module), site_pages.last(name))
+            text = inspect.getdoc(thing) or ""
+            if callable(thing):
+                parameters = inspect.signature(thing).parameters
+                told = set(re.findall(r"^ +[*]{0,2}(\w+):", text, re.MULTILINE))
+                bad += [f"{name}: {parameter}" for parameter in parameters.keys() - told]
+            if inspect.isfunction(thing) and thing.__annotations__.get("return") != "None":
+                bad += [f"{name}: Returns"] * ("Returns:" not in text)
+    assert not bad, "\n".join(bad)
+    assert sum(map(len, site_pages.PAGES.values())) > 80
 
 
 def test_every_kind_of_result_has_a_page(measured):

@@ -117,7 +117,7 @@ class PackedGrids:
         return self._rows
 
     def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return where each view starts, ``(S + 1,)`` int32, for variable-length attention."""
+        """Return where each view starts, ``(S + 1,)`` int32 on ``device``: for varlen attention."""
         with _callers_own():
             return self.view_table(1, torch.device(device))[:, 0].int()
 

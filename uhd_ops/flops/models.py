@@ -120,8 +120,18 @@ def patch_size(vit: nn.Module) -> tuple[int, int]:
     Args:
         vit: A model of timm or transformers that takes images.
 
+    Returns:
+        The height and the width.
+
     Raises:
-        NotImplementedError: The model does not tell.
+        NotImplementedError: The model does not say.
+
+    Example:
+        >>> import timm
+        >>> with torch.device("meta"):
+        ...     vit = timm.create_model("vit_so400m_patch14_siglip_384")
+        >>> patch_size(vit)
+        (14, 14)
     """
     for module in (vit, getattr(vit, "encoder", None), getattr(vit, "config", None)):
         for name in ("patch_embed", "embeds"):
@@ -149,6 +159,13 @@ def vit_config(vit: nn.Module) -> ViTConfig:
     Raises:
         NotImplementedError: The model is not a plain ViT with one block size, joint qkv projection
             and two-layer MLP.
+
+    Example:
+        >>> import timm
+        >>> with torch.device("meta"):
+        ...     vit = timm.create_model("vit_so400m_patch14_siglip_384")
+        >>> vit_config(vit) == uhd_ops.flops.SIGLIP_SO400M
+        True
     """
     name = type(vit).__name__
     classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(vit).__mro__}
@@ -195,6 +212,13 @@ def compressor_config(vit: nn.Module) -> CompressorConfig | None:
 
     Raises:
         NotImplementedError: The model holds compressors of another origin.
+
+    Example:
+        >>> import timm
+        >>> with torch.device("meta"):
+        ...     vit = timm.create_model("vit_tiny_patch16_224")
+        >>> compressor_config(uhd_ops.insert_early_compressor(vit, layer=3)).layers
+        (3,)
     """
     found = tuple(layer for layer, block in enumerate(vit.blocks) if hasattr(block, "compressor"))
     if not found:

@@ -30,6 +30,9 @@ Form = Literal["dense", "block", "tied"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
+__all__ = ["MlpWeights", "convert_mlp", "form_of"]
+
+
 class MlpWeights(NamedTuple):
     """Weights of one MLP in any form; the biases may be None.
 
@@ -55,8 +58,15 @@ def form_of(weights: MlpWeights, *, factor: int = 2, channels: int | None = None
         channels: C, the channels of one token; None means C_out, as with a residual. It tells
             dense ``(J, f²C)`` from tied ``(I, C)``. With ``factor=1`` both are dense.
 
+    Returns:
+        The name.
+
     Raises:
         ValueError: The shapes are those of no weight form.
+
+    Example:
+        >>> form_of(MlpWeights(torch.randn(12, 4), None, torch.randn(4, 12), None))
+        'tied'
     """
     channels = weights.fc2_weight.shape[-2] if channels is None else channels
     form = mlp_form(weights.fc1_weight, channels, factor)

@@ -194,6 +194,11 @@ def token_variance(x: torch.Tensor, grids: Grids) -> torch.Tensor:
 
     Returns:
         ``(S,)``, float32 or float64; 0 for a view without tokens.
+
+    Example:
+        >>> x = torch.cat([torch.ones(4, 8), torch.randn(6, 8)])
+        >>> (token_variance(x, [(2, 2), (2, 3)]) > 0).tolist()
+        [False, True]
     """
     check_tensor(x, "x")
     wide = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))

@@ -213,6 +213,13 @@ def remove_progressive_compression(vit: Model) -> Model:
         NotImplementedError: The class of the model is not supported.
         TypeError: ``vit`` is not a module.
         ValueError: The model holds no progressive compression.
+
+    Example:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        >>> vit = insert_progressive_compression(vit, layers=(0, 1))
+        >>> type(remove_progressive_compression(vit)).__name__
+        'VisionTransformer'
     """
     family = family_of(vit)
     config = getattr(family.transformer(vit), "compression", None)

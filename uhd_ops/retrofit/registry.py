@@ -297,7 +297,21 @@ def _refuse_replaced(vit: nn.Module, packed: type[PackedModel], own: object, but
 
 
 def takes_compressor(module: nn.Module) -> bool:
-    """Whether the class of ``module`` is known; parts of it may still be refused."""
+    """Whether the class of a module is known; parts of it may still be refused.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True where :func:`uhd_ops.insert_early_compressor` looks further.
+
+    Example:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> with torch.device("meta"):
+        ...     vit = VisionTransformer(depth=2)
+        >>> takes_compressor(vit), takes_compressor(vit.blocks)
+        (True, False)
+    """
     return _look_up(module) is not None
 
 

@@ -127,6 +127,13 @@ def connector_state_dict(state_dict: StateDict) -> dict[str, torch.Tensor]:
     Raises:
         TypeError: ``state_dict`` is not a mapping.
         ValueError: Keys are missing, unknown, or found under several prefixes.
+
+    Example:
+        >>> from uhd_ops.nn import PixelUnshuffleConnector
+        >>> connector = PixelUnshuffleConnector(dim=8, out_dim=16)
+        >>> released = merger_state_dict(connector.state_dict(), prefix="model.merger.")
+        >>> connector.load_state_dict(connector_state_dict(released))
+        <All keys matched successfully>
     """
     prefix = _prefix(state_dict, "merger.", "mlp.0.pre_norm.weight")
     return _rename_stages(state_dict, prefix, "mlp", _STAGE, "", "stages")
@@ -146,6 +153,11 @@ def merger_state_dict(state_dict: StateDict, *, prefix: str = "merger.") -> dict
     Raises:
         TypeError: ``state_dict`` is not a mapping.
         ValueError: Keys are missing or unknown.
+
+    Example:
+        >>> from uhd_ops.nn import PixelUnshuffleConnector
+        >>> sorted(merger_state_dict(PixelUnshuffleConnector(8, 16).state_dict()))[:2]
+        ['merger.mlp.0.linear_1.bias', 'merger.mlp.0.linear_1.weight']
     """
     back = {ours: name for name, ours in _STAGE.items()}
     return _rename_stages(state_dict, "", "stages", back, prefix, "mlp")

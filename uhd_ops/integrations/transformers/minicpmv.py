@@ -99,6 +99,16 @@ def restore(model: nn.Module) -> nn.Module:
             is as it was.
         TypeError: ``model`` is not a module.
         ValueError: Nothing in the model is accelerated.
+
+    Example:
+        >>> from transformers import MiniCPMV4_6VisionConfig
+        >>> from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6VisionModel
+        >>> config = MiniCPMV4_6VisionConfig(
+        ...     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        ... )
+        >>> tower = MiniCPMV4_6VisionModel(config)
+        >>> type(restore(accelerate(tower))) is MiniCPMV4_6VisionModel
+        True
     """
     _check_module(model)
     modules = {n: module for n, module in model.named_modules() if isinstance(module, Accelerated)}

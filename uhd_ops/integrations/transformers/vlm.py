@@ -104,6 +104,17 @@ def decompress(model: Model, processor: Any = None) -> Model:
         NotImplementedError: The class of the model is not supported, or somebody extended a class
             that :func:`compress` gave to one of its parts.
         ValueError: The model holds no compressor, or ``processor`` is that of another model.
+
+    Example:
+        >>> from transformers import CLIPVisionConfig, LlamaConfig
+        >>> from transformers import LlavaConfig, LlavaForConditionalGeneration
+        >>> size = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2)
+        >>> vision = CLIPVisionConfig(**size, num_hidden_layers=3, image_size=32, patch_size=4)
+        >>> text = LlamaConfig(**size, num_hidden_layers=1, vocab_size=64)
+        >>> config = LlavaConfig(vision_config=vision, text_config=text)
+        >>> model = compress(LlavaForConditionalGeneration(config), layer=0)
+        >>> hasattr(decompress(model).model.vision_tower, "compression")
+        False
     """
     require_version("transformers", "5.23", "compress")  # older ones were not tried
     inner, entry = _understood(model)
