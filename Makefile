@@ -11,7 +11,7 @@ export UHD_OPS_CUDA_ARCHS ?= 80-real;90a-real;100-virtual
 # The virtual environment's cmake and ninja, also where it was not activated.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help build demo docs test test-op test-all mutants bench style lint format clean
+.PHONY: help build demo docs test test-op test-all wheel mutants bench style lint format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,7 +36,7 @@ test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test
 	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
 		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
-test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels and faults planted in them, the oldest packages, the call on a GPU rehearsed, sanitizers
+test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels and faults planted in them, the packages, the oldest packages to go with them, the call on a GPU rehearsed, sanitizers
 	$(PYTHON) -m pytest -n 2 -m slow
 	bash .ci/timm_suite.sh $(PYTHON)
 	bash .ci/serving_suite.sh $(PYTHON)
@@ -45,11 +45,15 @@ test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM 
 	bash .ci/machines.sh $(PYTHON)
 	bash .ci/emulate.sh $(PYTHON)
 	bash .ci/mutants.sh $(PYTHON)
-	bash .ci/compat.sh $(PYTHON)
+	bash .ci/wheel.sh $(PYTHON)
+	bash .ci/compat.sh
 	bash .ci/gpu_call.sh $(PYTHON)
 	bash .ci/sanitize.sh $(PYTHON)
 	bash .ci/fuzz.sh $(PYTHON) --sanitize
 	bash .ci/emulate.sh $(PYTHON) --sanitize
+
+wheel: build  ## Make the source archive and the wheel, check them, and use the wheel with the oldest and the newest torch
+	bash .ci/wheel.sh $(PYTHON)
 
 mutants: $(INSTALLED)  ## Plant faults in the CUDA kernels and show that the checks notice each: make mutants PART=norm for some
 	bash .ci/mutants.sh $(PYTHON) $(PART)

@@ -1,29 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The wheel that is built against the development torch must work with the oldest versions that the package admits,
-# all at once: .ci/oldest.txt. Usage: .ci/compat.sh PYTHON
+# The wheel that was built against the development torch must work with the oldest versions that the package admits,
+# all at once: .ci/oldest.txt. .ci/wheel.sh has made it and installed it in .venv-compat. Usage: .ci/compat.sh
 set -euo pipefail
-python=$1
 venv=.venv-compat
 
-rm -rf build/dist build/wheel # the archive is built in another folder each time, which cmake would refuse
-mkdir -p build
-echo "Making the source archive, and the wheel from it (log: build/dist.log)."
-# Source archive first, then the wheel from that archive: a file missing from the archive fails here.
-# Whether the CUDA library loads does not depend on its architectures: PTX alone is quick to make.
-UHD_OPS_BUILD_DIR=$PWD/build/wheel UHD_OPS_CUDA_ARCHS=90-virtual "$python" -m build --no-isolation --outdir build/dist . > build/dist.log 2>&1 \
-    || { tail -50 build/dist.log; exit 1; }
-if ! cmp -s .ci/oldest.txt "$venv/oldest.txt"; then
-    echo "Installing the oldest versions in $venv, once:" $(grep == .ci/oldest.txt)
-    rm -rf "$venv"
-    python3 -m venv "$venv"
-    # timm last and alone: nothing may choose another torch for it.
-    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check $(grep == .ci/oldest.txt | grep -v timm) \
-        $(grep -E '^(pytest|pytest-timeout|pytest-xdist|hypothesis)==' requirements-dev.txt)
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$(grep timm .ci/oldest.txt)"
-    cp .ci/oldest.txt "$venv"
-fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/dist/*.whl
 tests=$PWD/python_tests
 cd build/dist # so that the installed package is imported, not the checkout
 "../../$venv/bin/python" -P - ../../.ci/oldest.txt <<'PROGRAM'
