@@ -86,7 +86,7 @@ def draw_ratios(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def host(record: dict[str, Any], draw: Draw) -> str:
-    """What stands in front of the kernels."""
+    """What happens before the kernels run."""
     groups = list(dict.fromkeys(row["group"] for row in record["rows"]))
     cells = {(row["call"], row["group"]): row for row in record["rows"]}
     rows = [
@@ -95,7 +95,7 @@ def host(record: dict[str, Any], draw: Draw) -> str:
         if (of_call := [cells[call, group] for group in groups])
     ]
     return (
-        "## In front of the kernels\n\nCPU time of the calling thread for 16 tokens, in "
+        "## Before the kernels\n\nCPU time of the calling thread for 16 tokens, in "
         "microseconds: what Python and the dispatcher take. In parentheses the same divided by "
         "`scaled_dot_product_attention`; `EarlyCompressor` is divided by timm's block.\n\n"
         + table(("call", *groups), rows)
@@ -190,7 +190,7 @@ def draw_costs(figure: Figure) -> None:
         costs = [giga(32, layers=layer, form=form) for layer in range(sizes.depth)]
         left.plot(costs, color=color, label=form)
     left.axhline(flops.count_vit(sizes, [(32, 32)]).giga, color="black", ls=":", label="without")
-    left.set_xlabel("layer: 0-based index of the block in front of the compressor")
+    left.set_xlabel("layer: 0-based index of the block before the compressor")
     left.set_title("one view of 448 x 448 px")
     sides = range(16, 81, 4)
     for form, color in FORMS.items():
@@ -199,7 +199,7 @@ def draw_costs(figure: Figure) -> None:
     without = [flops.count_vit(sizes, [(side, side)]).giga for side in sides]
     right.plot([14 * side for side in sides], without, color="black", ls=":", label="without")
     right.set_xlabel("side of a view, px")
-    right.set_title("behind block 6")
+    right.set_title("after block 6")
     for axes in (left, right):
         axes.set_ylabel("1e9 multiply-accumulates")
         axes.set_ylim(bottom=0)

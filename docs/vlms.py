@@ -22,7 +22,7 @@ from uhd_ops.integrations.transformers import compress
 from uhd_ops.integrations.transformers.vlm_models import entry_of, grid_side
 from uhd_ops.retrofit.registry import takes_compressor
 
-LAYER = 5  # VipLLaVA reads the states behind block 5 of its tower
+LAYER = 5  # VipLLaVA reads the states after block 5 of its tower
 GEMMA3 = {"model_type": "siglip_vision_model", "image_size": 896, "patch_size": 14}
 # Where the default config makes no model, or one whose parts do not fit, as it is released.
 MENDED = {
@@ -36,7 +36,7 @@ UNCOUNTED = "its tower takes a compressor, but where the model counts its tokens
 # What the structure of the others says.
 REASONS = {
     "chameleon": "its images are codes of a quantiser, not features",
-    "deepseek_ocr2": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
+    "deepseek_ocr2": "its tower is SAM's, whose convolutions already reduce the tokens",
     "deepseek_vl_hybrid": "it adds the states of a second tower, SAM's, token by token",
     "emu3": "its images are codes of a quantiser, not features",
     "evolla": "it reads proteins, not images",
@@ -45,14 +45,14 @@ REASONS = {
     "fuyu": "it has no tower: its decoder reads the patches",
     "gemma3n": "its tower has stages that reduce the resolution already",
     "gemma4_unified": "it has no tower: its decoder reads the patches",
-    "got_ocr2": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
+    "got_ocr2": "its tower is SAM's, whose convolutions already reduce the tokens",
     "lfm2_vl": "it cuts the tower's output by the patches of each image",
     "lighton_ocr": "its image processor makes sizes that merged tokens need not divide",
     "minicpmv4_6": "it holds a compressor: see uhd_ops.integrations.transformers.accelerate",
     "minicpmv4_7": "it holds a compressor: see uhd_ops.integrations.transformers.accelerate",
     "mistral4": "it reads text only",
-    "pp_chart2table": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
-    "pp_formulanet": "its tower is SAM's, whose convolutions reduce the tokens behind it already",
+    "pp_chart2table": "its tower is SAM's, whose convolutions already reduce the tokens",
+    "pp_formulanet": "its tower is SAM's, whose convolutions already reduce the tokens",
     "udop": "it has no tower: its encoder reads the patches beside the text",
     "unlimited_ocr": "it joins two towers, of which one is SAM's",
     "vision-encoder-decoder": "nothing counts its image tokens: insert into its encoder, if known",
@@ -66,7 +66,7 @@ class Row(NamedTuple):
         kind: As in ``config.json``.
         model: Class of the model.
         tower: Class of its vision tower, if that was found.
-        grid: Tokens of one view behind the tower, without and with a compressor.
+        grid: Tokens of one view after the tower, without and with a compressor.
         counts: What the processor counts with, likewise.
         reason: Why it is refused; empty where it is not.
     """
@@ -133,7 +133,7 @@ def table(rows: list[Row]) -> str:
         f"Written by `python docs/vlms.py` with transformers {transformers.__version__}: of "
         f"{len(rows)} image-text-to-text types,",
         f"`uhd_ops.integrations.transformers.compress(model, processor)` takes {len(known)}. The",
-        "numbers are those of default configs, with a compressor behind block 5 of the tower: a",
+        "numbers are those of default configs, with a compressor after block 5 of the tower: a",
         "grid of n x n tokens becomes one of ceil(n / 2) x ceil(n / 2). What the processor counts",
         "with changes as the last column says, and is saved with it.",
         "",

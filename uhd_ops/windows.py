@@ -262,7 +262,7 @@ class Windows:
         return row, col, first, height, width, first_window
 
     def _extents(self, more: int = 0) -> tuple[torch.Tensor, ...]:
-        """Return what every window is, and the ``more`` behind the last one, which hold nothing.
+        """Return what every window is, and the ``more`` after the last one, which hold nothing.
 
         Returns:
             Its first token if tokens lay window by window, its rows and columns, its first token in

@@ -56,7 +56,7 @@ SIGLIP_SO400M = ViTConfig(dim=1152, depth=27, heads=16, mlp_hidden=4304, patch=1
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
-    """Structure of :class:`uhd_ops.nn.PixelUnshuffleConnector`, behind the encoder.
+    """Structure of :class:`uhd_ops.nn.PixelUnshuffleConnector`, after the encoder.
 
     Args:
         out_dim: Width of a token of the language model.
@@ -181,7 +181,7 @@ def count_vit(
     Args:
         vit: Sizes of the encoder.
         grids: Patch grids of the views, in any accepted form.
-        compressor: What is inserted, or several of that behind different blocks; None for an
+        compressor: What is inserted, or several of that after different blocks; None for an
             encoder without compressors.
         connector: Structure of the connector to the language model; None to leave it out, as the
             papers do.

@@ -22,7 +22,7 @@ class PaperRow:
     Attributes:
         table: The tables it stands in.
         name: What it compares.
-        compressor: Its compressor; None for the baseline, which merges tokens behind the encoder.
+        compressor: Its compressor; None for the baseline, which merges tokens after the encoder.
         published: Operations of the encoder in units of 1e9, as published.
     """
 

@@ -37,7 +37,7 @@ class V3Row:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """0-based blocks behind which a compressor merges 2 x 2 tokens."""
+        """0-based blocks after which a compressor merges 2 x 2 tokens."""
         return MERGES[self.merges]
 
     @property

@@ -126,7 +126,7 @@ class WindowAttentionMerger(Mixed):
             attention_mask: Anything but None if the result needs one.
 
         Returns:
-            Merged tokens ``(B, L', C)`` with zeros behind each view, their grids ``(B, 2)``, and a
+            Merged tokens ``(B, L', C)`` with zeros after each view, their grids ``(B, 2)``, and a
             mask ``(B, 1, 1, L')`` to add to scores.
         """
         grids = PackedGrids(tgt_sizes.tolist())
@@ -198,7 +198,7 @@ def _merge(
 
 
 def _pack(padded: torch.Tensor, grids: PackedGrids) -> torch.Tensor:
-    """``(B, L, C)`` to ``(N, C)``, without what is behind each view."""
+    """``(B, L, C)`` to ``(N, C)``, without what is after each view."""
     return torch.cat(
         [x[: height * width] for x, (height, width) in zip(padded, grids, strict=True)]
     )

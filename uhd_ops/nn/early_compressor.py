@@ -45,7 +45,7 @@ class CompressorConfig:
     """Options of the compressors in a vision transformer, and the blocks that they follow.
 
     By default a :class:`uhd_ops.nn.EarlyCompressor`; with ``pool`` a
-    :class:`uhd_ops.nn.WindowTokenCompressor` behind each of the blocks. The options mean the same
+    :class:`uhd_ops.nn.WindowTokenCompressor` after each of the blocks. The options mean the same
     in :func:`uhd_ops.insert_early_compressor`, :func:`uhd_ops.insert_progressive_compression` and
     the two classes, and the entries of :data:`uhd_ops.nn.ABLATION` are options too.
 

@@ -261,7 +261,7 @@ class WindowMlp(nn.Module):
     """``post(fc2(activation(fc1(norm(pixel_unshuffle(x))))))``, with the host's weights tiled.
 
     The norm in front is over all f²C channels of a window. Norms inside the MLP stay per patch, so
-    behind the first norm the branch starts as the mean of what the host's MLP does to each patch.
+    after the first norm the branch starts as the mean of what the host's MLP does to each patch.
 
     The layers are ordinary modules: ``torch.nn.Linear`` in the dense form, over the f²C channels of
     a window, and in the tied form, over the C of a patch; ``BlockLinear`` in the block form.

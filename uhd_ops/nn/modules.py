@@ -116,7 +116,7 @@ class LinearView(PartView):
 
     Args:
         layer: The layer; its weight is ``(O, I)``.
-        rows: Its outputs, first and behind the last; None for all.
+        rows: Its outputs, first and after the last; None for all.
         columns: Its inputs; likewise.
         bias: Whether to add the layer's own bias; or a function that returns another one.
         calls: Whether to call a layer that is not plain. If not, its weight is read all the same,

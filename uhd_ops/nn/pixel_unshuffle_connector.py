@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connector behind a vision tower: pixel-unshuffle and an MLP into the language model."""
+"""The connector after a vision tower: pixel-unshuffle and an MLP into the language model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PixelUnshuffleConnector(nn.Module):
 
     With one stage and f = 2, the connector divides the number of tokens by 4. Behind a tower with
     an :class:`EarlyCompressor` that makes 16 patches per token of the language model ("16x");
-    behind the same tower without it, 4 ("4x"). The weights are the same in both modes.
+    after the same tower without it, 4 ("4x"). The weights are the same in both modes.
 
     Args:
         dim: Channels C of a visual token.

@@ -72,7 +72,7 @@ class SliceEncoder(nn.Module):
     the model's after ``set_input_size``, ``dynamic_img_size`` or ``interpolate_pos_encoding``,
     whichever the model has. So each view has its own class and register tokens, and positions of
     its own grid: learned ones resampled, rotary embeddings, tables of relative positions resized.
-    If a compressor was inserted into the model, the blocks behind it work on merged tokens. Forward
+    If a compressor was inserted into the model, the blocks after it work on merged tokens. Forward
     hooks of linear layers and norms run, but those of the model, its blocks and their attention
     and MLP do not. At most three graphs of torch.compile serve all grids, and one of torch.export
     all of two views or more; with ratios, where they are :class:`uhd_ops.nn.ViewRatios`. Positions,

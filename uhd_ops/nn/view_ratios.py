@@ -140,7 +140,7 @@ def merge_by_ratio(
 
 
 class Merge:
-    """The compressor behind one block of a model on packed views.
+    """The compressor after one block of a model on packed views.
 
     Args:
         model: A ``uhd_ops.retrofit.packed.PackedModel``.
@@ -149,7 +149,7 @@ class Merge:
         ratios: Those of the views; None to merge all of them once.
 
     Attributes:
-        sides: Side of the windows behind the compressor, or the ratios.
+        sides: Side of the windows after the compressor, or the ratios.
     """
 
     def __init__(self, model: Any, index: int, side: int, ratios: ViewRatios | None) -> None:

@@ -48,7 +48,7 @@ class TokenLayout(NamedTuple):
     frequencies: Frequencies | None = None
 
     def merged(self, window: int) -> TokenLayout:
-        """The layout behind the compressor."""
+        """The layout after the compressor."""
         height, width = -(-self.height // window), -(-self.width // window)
         return self._replace(height=height, width=width)
 
@@ -273,7 +273,7 @@ class CompressedBlock(LayoutAware):
 
 
 class CoarsePart(Mixed):
-    """A module behind the compressor that needs its positions on the merged grid.
+    """A module after the compressor that needs its positions on the merged grid.
 
     Attributes:
         window: Side of a window, in tokens.
@@ -524,7 +524,7 @@ class Family:
     Attributes:
         model: Mixin for the model.
         compressed: Mixin for block ``layer``.
-        coarse: Mixin for the blocks behind it, or None where they can stay as they are.
+        coarse: Mixin for the blocks after it, or None where they can stay as they are.
         check: Refuses a model that is not understood, before anything is changed.
         parts: Mixins for submodules of the blocks behind, by name; a block may lack any of them.
         read: ``read(vit, block)`` reads block ``layer``, where a block does not tell everything.

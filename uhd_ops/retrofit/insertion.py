@@ -44,7 +44,7 @@ def insert_early_compressor(
 ) -> Model:
     """Merge each window of patch tokens into one token after block ``layer``, in place.
 
-    The blocks behind ``layer`` then work on ``ceil(h / window) * ceil(w / window)`` tokens instead
+    The blocks after ``layer`` then work on ``ceil(h / window) * ceil(w / window)`` tokens instead
     of ``h * w``. Class and register tokens pass the compressor unchanged and never enter a window.
     Every parameter keeps its name; the compressor's own are ``blocks.<layer>.compressor.*``, or
     ``encoder.layers.<layer>.compressor.*`` and the like in transformers, initialised from block
@@ -54,11 +54,11 @@ def insert_early_compressor(
     ``forward_intermediates`` (whose maps from block ``layer`` on are coarse; ``feature_info`` says
     so), gradient checkpointing of either kind, FSDP2, ``copy.deepcopy``, pickling and
     ``torch.compile`` work as before. In transformers, ``hidden_states``, ``attentions`` and feature
-    maps behind ``layer`` are those of merged tokens; ``save_pretrained`` writes the options too,
+    maps after ``layer`` are those of merged tokens; ``save_pretrained`` writes the options too,
     and where ``uhd_ops.integrations.transformers`` is imported, ``from_pretrained`` reads them.
     Padded batches (NaFlex, SigLIP 2, Idefics) are merged sample by sample, and packed images
     (Pixtral, Qwen-VL, GLM-4V, MoonViT) image by image; masks, ``patch_valid`` and starts of
-    sequences behind the compressor are those of the merged tokens, and the grids are read from the
+    sequences after the compressor are those of the merged tokens, and the grids are read from the
     device once for each forward pass. Refused at run time are attention masks made for the full
     sequence, causal attention, patch dropout in training, ``torch.jit.script`` and
     ``torch.fx.symbolic_trace``.
@@ -82,7 +82,7 @@ def insert_early_compressor(
         form: Weight form of the reused MLP: ``"dense"`` as in the released checkpoints,
             ``"block"``, or ``"tied"``. They start as the same function. Other MLPs have one form.
         window: Side of a window, in tokens.
-        positions: What position a merged token has in the blocks behind the compressor, where they
+        positions: What position a merged token has in the blocks after the compressor, where they
             have rotary embeddings or relative positions: ``"center"``, the centre of its window,
             which keeps all distances, or ``"reindex"``, its index on the merged grid, which divides
             them by ``window``. Models with absolute positions only take either.
@@ -299,7 +299,7 @@ def _insert_new(
 
 
 def _build(config: CompressorConfig, host: BlockSpec) -> nn.Module:
-    """Make the compressor behind a block."""
+    """Make the compressor after a block."""
     if config.pool is None:
         return EarlyCompressor.from_host(host, config)
     like = check_reusable(host).mlps[0].fc2.weight
@@ -374,7 +374,7 @@ def _remember(model: nn.Module, config: CompressorConfig) -> None:
 
 
 def _merged_features(vit: nn.Module, config: CompressorConfig) -> list[dict]:
-    """The entries of ``feature_info`` behind each merge, once for every merge."""
+    """The entries of ``feature_info`` after each merge, once for every merge."""
     info = getattr(vit, "feature_info", [])
     # Gemma 4's classifier shows the list of its encoder, which is changed there.
     if info is getattr(getattr(vit, "encoder", None), "feature_info", None):

@@ -45,7 +45,7 @@ def register_family(
     removal, copying, pickling, gradient checkpointing, ``torch.compile``, ``load_plain_checkpoint``
     and ``flops.count_forward`` work on its instances as on those of timm. Its blocks must get
     tokens that have their positions already: anything else that a block is called with is passed
-    on, and the blocks behind the compressor get it too. With ``patch_shape`` and ``embed``,
+    on, and the blocks after the compressor get it too. With ``patch_shape`` and ``embed``,
     :class:`uhd_ops.nn.SliceEncoder` takes them as well. docs/own_vit.md works through two models.
 
     Args:
@@ -64,7 +64,7 @@ def register_family(
             tokens ``(S, P, C)`` of S views, None if there are none, and the tokens ``(N, C)`` of
             packed patches ``(N, channels, height, width)``, view by view in raster order, with
             their positions; ``grids`` are :class:`uhd_ops.PackedGrids`.
-        finish: ``finish(model, prefix, tokens)`` returns what becomes of both behind the last
+        finish: ``finish(model, prefix, tokens)`` returns what becomes of both after the last
             block; None if nothing does.
 
     Returns:
@@ -113,7 +113,7 @@ def register_family(
         ...     return images.shape[-2] // 8, images.shape[-1] // 8
         >>> _ = uhd_ops.register_family(Tower, blocks="blocks", read_block=read, grid=grid)
         >>> tower = uhd_ops.insert_early_compressor(Tower(), layer=0)
-        >>> tower(torch.randn(1, 3, 32, 48)).shape  # 4 x 6 patches, 2 x 3 behind the compressor
+        >>> tower(torch.randn(1, 3, 32, 48)).shape  # 4 x 6 patches, 2 x 3 after the compressor
         torch.Size([1, 6, 32])
     """
     _check(cls, blocks, layout, methods)

@@ -388,7 +388,7 @@ class PackedModel:
         return ViewScope(self.merged_grids(sides), prefix, self.biases(index, sides))
 
     def merge(self, index: int, side: int, ratios: ViewRatios | None) -> Merge:
-        """What merges tokens behind a block.
+        """What merges tokens after a block.
 
         Args:
             index: Index of the block, which has a compressor.
@@ -526,7 +526,7 @@ class TracedScope(ViewScope):
 
 
 class TracedMerge(Merge):
-    """The compressor behind one block in a graph, where it loops over views: left to the operator.
+    """The compressor after one block in a graph, where it loops over views: left to the operator.
 
     Arguments and attributes are those of the base class.
     """

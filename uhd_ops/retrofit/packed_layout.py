@@ -21,7 +21,7 @@ class PackedLayout:
         grids: The grids, one for each image or frame.
         order: In which order the patches of a grid lie, by the sides of nested blocks; see
             :func:`uhd_ops.reorder_tokens`. The innermost blocks are those that the model merges
-            behind its last block: they hold so many merged tokens too. The others stay where they
+            after its last block: they hold so many merged tokens too. The others stay where they
             are in the image, and hold fewer.
     """
 
@@ -32,7 +32,7 @@ class PackedLayout:
         self._merged: dict[int, PackedLayout] = {}
 
     def merged(self, window: int) -> PackedLayout:
-        """The layout behind the compressor."""
+        """The layout after the compressor."""
         if window == 1:
             return self
         if window not in self._merged:

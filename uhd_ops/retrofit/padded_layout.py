@@ -86,7 +86,7 @@ class PaddedLayout:
         return cls(grids, length, prefix, device, frequencies)
 
     def merged(self, window: int) -> PaddedLayout:
-        """The layout behind the compressor, as long as its longest sample needs."""
+        """The layout after the compressor, as long as its longest sample needs."""
         if window == 1:  # not merged: the padding stays
             return self
         if window not in self._merged:

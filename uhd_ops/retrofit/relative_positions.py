@@ -173,7 +173,7 @@ def _neighbours(old: int, new: int, device: torch.device) -> tuple[torch.Tensor,
 
 
 class CoarseBiasBlock(CoarseBlock):
-    """A block behind the compressor that is given a bias which its model shares between blocks."""
+    """A block after the compressor that is given a bias which its model shares between blocks."""
 
     def forward(self, x: torch.Tensor, *bias: Any, **named_bias: Any) -> torch.Tensor:
         """As in the block's class; the bias, if any, is that for the fine tokens."""

@@ -134,7 +134,7 @@ class CompressedRopeBlock(CompressedBlock):
 
 
 class CoarseRopeBlock(CoarseBlock):
-    """A block behind it, whose ``rope`` is that of the fine grid."""
+    """A block after it, whose ``rope`` is that of the fine grid."""
 
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor | None = None, *args: Any, **kwargs: Any

@@ -118,7 +118,7 @@ def _tower(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _converted(
     weights: Mapping[str, torch.Tensor], num_heads: int
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Tensors by their names in transformers, and the layers behind which tokens are merged."""
+    """Tensors by their names in transformers, and the layers after which tokens are merged."""
     converted, merges = {}, set()
     for name, tensor in weights.items():
         if merge := re.match(r"encoder\.blocks\.(\d+)\.merger\.", name):

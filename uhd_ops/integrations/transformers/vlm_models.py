@@ -48,7 +48,7 @@ class Entry:
 
 
 def grid_side(config: Any, compression: CompressorConfig | None = None) -> int:
-    """Tokens on a side behind all merges, of the images that a vision config is made for."""
+    """Tokens on a side after all merges, of the images that a vision config is made for."""
     sizes = [config.image_size, config.patch_size]
     (height, rows), (width, cols) = zip(
         *((size, size) if isinstance(size, int) else tuple(size) for size in sizes), strict=True
@@ -67,7 +67,7 @@ def compression_of(tower: nn.Module) -> CompressorConfig | None:
 
 
 def merged_side(side: Any, compression: CompressorConfig | None) -> Any:
-    """Tokens on a side behind all merges; of an int or a tensor."""
+    """Tokens on a side after all merges; of an int or a tensor."""
     for _ in compression.layers if compression else ():
         side = -(-side // compression.window)
     return side
@@ -359,7 +359,7 @@ class GetsRows(Mixed):
 
 
 def _side(config: Any, compression: CompressorConfig | None, factor: int = 1) -> int:
-    """Tokens on a side behind a connector that merges squares of a side of ``factor``."""
+    """Tokens on a side after a connector that merges squares of a side of ``factor``."""
     return -(-grid_side(config.vision_config, compression) // factor)
 
 

@@ -114,13 +114,13 @@ class CompressedLayer(CompressedBlock):
 
 
 class CoarseLayer(CoarseBlock):
-    """A module behind the compressor."""
+    """A module after the compressor."""
 
     prefix = ""
 
 
 class CoarseMaskedLayer(CoarseLayer):
-    """A layer behind the compressor that is given a mask where images are padded."""
+    """A layer after the compressor that is given a mask where images are padded."""
 
     def forward(
         self,

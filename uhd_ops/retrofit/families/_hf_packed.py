@@ -40,7 +40,7 @@ class CompressedPackedLayer(CompressedLayer):
 
 
 class CoarsePackedLayer(CoarseLayer):
-    """A layer behind the compressor."""
+    """A layer after the compressor."""
 
     def _merged_layout(self, hidden_states: torch.Tensor) -> PackedLayout:
         """The layout of the tokens that the layer is given."""
@@ -90,7 +90,7 @@ class CompressedGridModel(CompressedHfModel):
         return self._merge()[:1]
 
     def _merge(self) -> tuple[int, int]:
-        """Rows and columns of the tokens behind the last block that become one."""
+        """Rows and columns of the tokens after the last block that become one."""
         return self.spatial_merge_size, self.spatial_merge_size
 
 
@@ -107,7 +107,7 @@ def layout_of(
     Args:
         grid_thw: ``(S, 3)``.
         order: As for PackedLayout.
-        merge: Rows and columns of tokens that the model merges behind its last block.
+        merge: Rows and columns of tokens that the model merges after its last block.
         windows: Sides of the windows that became one token after each merge, in patches.
         patch_size: Side of a patch, in px, for the message.
 
@@ -134,7 +134,7 @@ def layout_of(
 
 
 class CoarseGridLayer(CoarsePackedLayer):
-    """A layer behind the compressor."""
+    """A layer after the compressor."""
 
     def forward(
         self,

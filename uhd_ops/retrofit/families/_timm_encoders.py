@@ -64,7 +64,7 @@ class CompressedEncoder(CompressedModel):
         return features, maps
 
     def _final_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the norm behind the last block, which Qwen3's encoder does not have."""
+        """Apply the norm after the last block, which Qwen3's encoder does not have."""
         return getattr(self, "norm", nn.Identity())(x)
 
     def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
@@ -79,7 +79,7 @@ class PackedEncoder(RotaryTables, parts.PackedTimm):
     def finish(
         self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm behind the last block, which Qwen3's encoder does not have."""
+        """The norm after the last block, which Qwen3's encoder does not have."""
         return prefix, getattr(self.vit, "norm", nn.Identity())(patches)
 
 

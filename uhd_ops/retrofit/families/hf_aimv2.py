@@ -104,7 +104,7 @@ class PackedAimv2(PackedHfModel):
     def finish(
         self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm behind the last layer."""
+        """The norm after the last layer."""
         return prefix, self.vit.rms_norm(patches)
 
 

@@ -39,7 +39,7 @@ class PackedBlip(PackedClip):
     def finish(
         self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm behind the last layer."""
+        """The norm after the last layer."""
         return self.vit.post_layernorm(prefix), self.vit.post_layernorm(patches)
 
 

@@ -52,7 +52,7 @@ class CompressedDinov3Layer(CompressedLayer):
 
 
 class CoarseDinov3Layer(CoarseLayer):
-    """A layer behind the compressor."""
+    """A layer after the compressor."""
 
     def forward(
         self,

@@ -99,7 +99,7 @@ class PackedInternVL(PackedHfModel):
     def finish(
         self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm behind the last layer, if any."""
+        """The norm after the last layer, if any."""
         return self.vit.layernorm(prefix), self.vit.layernorm(patches)
 
 

@@ -89,7 +89,7 @@ def read_sizes(
 
 
 class CoarsePixtralLayer(CoarsePackedLayer):
-    """A layer behind the compressor."""
+    """A layer after the compressor."""
 
     def forward(
         self,

@@ -63,7 +63,7 @@ class CompressedQwen25Vl(CompressedGridModel):
 
 
 class CoarseMerger(CoarseLayer):
-    """The merger behind the last block.
+    """The merger after the last block.
 
     The model brings its rows from the order of the windows into raster order, by an index for as
     many rows as there are without a compressor. So it gets that many: those of the merged tokens in

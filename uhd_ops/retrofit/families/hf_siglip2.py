@@ -116,7 +116,7 @@ class PackedSiglip2(PackedHfModel):
     def finish(
         self, prefix: torch.Tensor, patches: torch.Tensor, sides: Sides
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm behind the last layer."""
+        """The norm after the last layer."""
         return prefix, self.vit.post_layernorm(patches)
 
 

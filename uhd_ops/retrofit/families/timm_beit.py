@@ -104,7 +104,7 @@ class CompressedBeit(CompressedModel):
 
 
 class CoarseBeitAttention(CoarsePart):
-    """The attention of a block behind the compressor."""
+    """The attention of a block after the compressor."""
 
     def _get_rel_pos_bias(self) -> torch.Tensor:
         """``(1, heads, 1 + M, 1 + M)`` for the class token and M merged ones."""

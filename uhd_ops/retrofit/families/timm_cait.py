@@ -62,7 +62,7 @@ class CompressedCait(CompressedModel):
     """A Cait with a compressor."""
 
     def _layout(self, x: torch.Tensor, **options: Any) -> TokenLayout:
-        return image_layout(self, x, 0)  # the class token joins behind the blocks
+        return image_layout(self, x, 0)  # the class token joins after the blocks
 
 
 def check(vit: Cait, config: CompressorConfig) -> None:
@@ -84,7 +84,7 @@ class PackedCait(parts.PackedVisionTransformer):
         parts.PackedTimm.check(vit)
 
     def prefix(self) -> None:
-        """The class token joins behind the blocks."""
+        """The class token joins after the blocks."""
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Dropout."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """timm's ``DeepseekVitEncoder`` and the ``DeepseekVitClassifier`` around it, with a compressor.
 
-The aligner behind the encoder pads any grid with zeros to a multiple of three, a merged one too.
+The aligner after the encoder pads any grid with zeros to a multiple of three, a merged one too.
 """
 
 from __future__ import annotations

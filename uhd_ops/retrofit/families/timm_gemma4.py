@@ -140,7 +140,7 @@ class CompressedGemma4Block(CompressedBlock):
 
 
 class CoarseGemma4Block(CoarseBlock):
-    """A block behind it."""
+    """A block after it."""
 
     def forward(
         self,

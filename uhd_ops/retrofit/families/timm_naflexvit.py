@@ -66,7 +66,7 @@ class CompressedNaFlexVitBlock(CompressedRopeBlock):
 
 
 class CoarseNaFlexVitBlock(CoarseBlock):
-    """A block behind it."""
+    """A block after it."""
 
     def forward(self, x: torch.Tensor, **options: torch.Tensor | None) -> torch.Tensor:
         """Run the block on merged tokens with their positions and, if padded, their mask.

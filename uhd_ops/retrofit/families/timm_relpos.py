@@ -75,7 +75,7 @@ _METHODS = ("forward", "forward_features", "forward_intermediates")
 
 
 class CoarseRelPos(CoarsePart):
-    """A ``RelPosBias`` or ``RelPosMlp`` of a block behind the compressor."""
+    """A ``RelPosBias`` or ``RelPosMlp`` of a block after the compressor."""
 
     def get_bias(self) -> torch.Tensor:
         """``(1, heads, P + M, P + M)`` for P prefix tokens and M merged ones."""

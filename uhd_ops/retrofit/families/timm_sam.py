@@ -86,7 +86,7 @@ class MapLayout(NamedTuple):
     width: int
 
     def merged(self, window: int) -> MapLayout:
-        """The layout behind the compressor."""
+        """The layout after the compressor."""
         return MapLayout(-(-self.height // window), -(-self.width // window))
 
     @property
@@ -129,7 +129,7 @@ class CompressedSam(CompressedModel):
 
 
 class CoarseSamBlock(CoarseBlock):
-    """A block behind the compressor."""
+    """A block after the compressor."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, h, w, C)`` to the same; the own windows of the block hold merged tokens."""
@@ -147,7 +147,7 @@ class CoarseSamBlock(CoarseBlock):
 
 
 class CoarseSamAttention(CoarsePart):
-    """The attention of a block behind the compressor."""
+    """The attention of a block after the compressor."""
 
     def forward(self, x: torch.Tensor, fine: tuple[int, int]) -> torch.Tensor:
         """Attend in maps ``(B, h, w, C)`` that cover ``fine`` rows and columns of the host's."""
