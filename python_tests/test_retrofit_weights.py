@@ -114,3 +114,14 @@ def test_wrong_checkpoints_change_nothing():
         assert torch.equal(tensor, before[name])
     with pytest.raises(ValueError, match="vit must hold a compressor, got VisionTransformer"):
         uhd_ops.load_plain_checkpoint(make("test_vit"), checkpoint)
+
+
+def test_a_block_that_cannot_be_reused_changes_nothing():
+    vit, checkpoint = compressed("test_vit"), make("test_vit").state_dict()
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    (block,) = (block for block in vit.blocks if hasattr(block, "compressor"))
+    block.attn.qkv.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    with pytest.raises(NotImplementedError, match="Adapted"):
+        uhd_ops.load_plain_checkpoint(vit, checkpoint)
+    for name, tensor in vit.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

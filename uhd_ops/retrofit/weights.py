@@ -65,7 +65,7 @@ def load_plain_checkpoint(vit: Model, state_dict: Mapping[str, torch.Tensor]) ->
             f"state_dict must have the names and shapes of the model without its compressor, but "
             f"{len(wrong)} differ: {name} must have shape {expected}, got {got}"
         )
-    _read(vit)  # refuses what cannot be reused before anything is changed
+    reuse_again(vit)  # refuses what cannot be reused before anything is changed
     vit.load_state_dict(dict(state_dict), strict=False)
     return reuse_again(vit)
 
