@@ -36,7 +36,7 @@ test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test
 	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
 		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
-test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels and faults planted in them, the packages, the oldest packages to go with them, the call on a GPU rehearsed, sanitizers
+test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels, planted faults, the packages, the oldest packages to go with them, the call on a GPU rehearsed, sanitizers
 	$(PYTHON) -m pytest -n 2 -m slow
 	bash .ci/timm_suite.sh $(PYTHON)
 	bash .ci/serving_suite.sh $(PYTHON)
@@ -55,7 +55,7 @@ test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM 
 wheel: build  ## Make the source archive and the wheel, check them, and use the wheel with the oldest and the newest torch
 	bash .ci/wheel.sh $(PYTHON)
 
-mutants: $(INSTALLED)  ## Plant faults in the CUDA kernels and show that the checks notice each: make mutants PART=norm for some
+mutants: build  ## Plant faults in the sources and show that the checks notice each: make mutants PART=norm for some
 	bash .ci/mutants.sh $(PYTHON) $(PART)
 
 style: $(INSTALLED)

@@ -52,6 +52,21 @@ def test_sizes_that_wrap_around_are_refused(name, views):
         WRAPS[name](views)
 
 
+GAPS = {  # a token or a window that no view has, or that two of them have
+    "tokens": [[0, 2, 4, 0], [9, 1, 7, 2], [16, 0, 0, 6]],
+    "windows": [[0, 2, 4, 0], [8, 2, 4, 3], [16, 0, 0, 5]],
+    "tokens at the end": [[0, 4, 4, 0], [15, 0, 0, 4]],
+    "windows at the end": [[0, 4, 4, 0], [16, 0, 0, 3]],
+}
+
+
+@native_only("without the native library nothing is registered")
+@pytest.mark.parametrize("name", GAPS)
+def test_views_that_do_not_follow_each_other_are_refused(name):
+    with pytest.raises(RuntimeError, match="does not continue the rows above it"):
+        OPS.window_mean(X, torch.tensor(GAPS[name]), 2, 6)
+
+
 @native_only("without the native library nothing is registered")
 @pytest.mark.parametrize("name", OTHERS)
 def test_options_that_wrap_around_are_refused(name):

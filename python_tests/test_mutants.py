@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The faults that .ci/mutants.sh plants: they fit the kernels, and none passes for caught."""
+"""The faults that .ci/mutants.sh plants: they fit the sources, and none passes for caught."""
 
 from dataclasses import replace
 
 import pytest
-from mutants import faults, run
-from mutants.faults import FAULTS, Fault
+from mutants import faults, faults_on_cpu, run
+from mutants.faults import Fault
+from mutants.run import FAULTS
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.what for fault in FAULTS])
-def test_every_fault_fits_the_kernels(fault):
-    assert fault.planted() != (faults.CSRC / fault.file).read_text()
-    assert fault.source.endswith("_cuda.cu")
-    assert (faults.CSRC / fault.source).exists()
+def test_every_fault_fits_the_sources(fault):
+    assert fault.planted() != fault.path.read_text()
+    assert fault.is_python or fault.source.endswith(("_cuda.cu", ".cpp"))
+    assert fault.is_python or (faults.CSRC / fault.source).exists()
+    if run.is_test(fault.check):
+        file, _, test = fault.check.partition("::")
+        assert f"def {test.partition('[')[0]}" in (run.ROOT / file).read_text()
+    else:
+        assert fault.is_emulated
 
 
 def test_faults_are_many_and_different():
-    assert len({fault.what for fault in FAULTS}) == len(FAULTS) >= 12
+    assert len(faults.FAULTS) >= 12
+    assert len(faults_on_cpu.FAULTS) >= 20
+    assert len({fault.what for fault in FAULTS}) == len(FAULTS)
     assert len({(fault.file, fault.old, fault.new) for fault in FAULTS}) == len(FAULTS)
 
 
@@ -44,6 +52,7 @@ def run_faults(tmp_path, monkeypatch, capfd):
     (build / "build.ninja").write_text(NINJA_FILE.format(folder=tmp_path, csrc=csrc))
     monkeypatch.setattr(faults, "CSRC", csrc)
     monkeypatch.setattr(run, "CSRC", csrc)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
 
     def plant(*planted, kernel=KERNEL):
         (csrc / "a" / "a_cuda.cu").write_text(kernel)
@@ -51,7 +60,7 @@ def run_faults(tmp_path, monkeypatch, capfd):
         sound = build / run.DRIVER
         sound.write_text(kernel)
         sound.chmod(0o755)
-        code = run.main(build)
+        code = run.main(str(build))
         assert (csrc / "a" / "a_cuda.cu").read_text() == sound.read_text() == kernel
         return code, capfd.readouterr().out
 
@@ -102,3 +111,40 @@ def test_a_check_that_fails_without_a_fault_proves_nothing(run_faults):
 
 def test_no_fault_is_no_success(run_faults):
     assert run_faults()[0] == 1
+
+
+TESTS = """
+from uhd_ops import answer
+
+def test_answer():
+    assert answer() == 42
+"""
+
+
+def test_a_fault_in_python(tmp_path, monkeypatch, capfd):
+    package, tests, build = (tmp_path / name for name in ("uhd_ops", "python_tests", "build"))
+    for folder in (package, tests, build):
+        folder.mkdir()
+    (package / "__init__.py").write_text("def answer():\n    return 6 * 7  # of course\n")
+    (tests / "test_answer.py").write_text(TESTS)
+    for name in (run.LIBRARY, run.HOST, "build.ninja"):
+        (build / name).touch()
+    monkeypatch.setattr(faults, "CSRC", tmp_path / "csrc")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "PRELOADED", ["pytest"])
+    check = f"{tests.name}/test_answer.py::test_answer"
+    good = Fault("a good one", "uhd_ops/__init__.py", "7", "9", check)
+    fatal = replace(good, what="a fatal one", old="6 * 7", new="__import__('os').abort()")
+    missed = replace(good, what="a bad one", old="of course", new="sure")
+    unknown = replace(missed, what="an unknown one", check=f"{check}_to_all")
+    monkeypatch.setattr(run, "FAULTS", [good, fatal, missed])
+    assert run.main(str(build)) == 1
+    said = capfd.readouterr().out
+    assert "caught a good one" in said
+    assert "caught a fatal one" in said
+    assert "ended by signal 6" in said
+    assert "MISSED a bad one" in said
+    assert "2 of 3 faults were caught" in said
+    monkeypatch.setattr(run, "FAULTS", [unknown])
+    with pytest.raises(RuntimeError, match="ended with 4"):  # there is no such test
+        run.main(str(build))

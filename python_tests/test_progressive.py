@@ -76,6 +76,7 @@ def test_definition(size):
     sides = [-(-size // 4 // n) for n in (2, 2, 4, 4)]
     assert [tuple(y.shape[2:]) for y in maps] == [(side, side) for side in sides]
     assert [info["reduction"] for info in model.feature_info] == [8, 8, 16, 16]
+    assert remove_progressive_compression(model).feature_info == plain.feature_info
 
 
 @NAMES

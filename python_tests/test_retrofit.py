@@ -139,6 +139,8 @@ def test_new_parameters_follow_block_and_mode():
     assert all(p.requires_grad for p in compressor.parameters())
     assert not vit.blocks[LAYER].attn.qkv.weight.requires_grad
     vit.fix_init_weight()  # which names parts of blocks
+    evaluated = insert_early_compressor(make().eval(), LAYER)
+    assert not any(module.training for module in evaluated.modules())
 
 
 # ---- copies ------------------------------------------------------------------------------------

@@ -111,6 +111,11 @@ def test_batches_of_plans():
     assert pack_batches([], 1) == []
 
 
+def test_an_image_goes_into_the_batch_that_it_fills_up_best():
+    assert pack_batches([7, 5, 3], 10) == [[0, 2], [1]]  # and not to 5, where more is free
+    assert pack_batches([5, 7, 2, 3], 10) == [[0, 2], [1, 3]]  # and not to the first with room
+
+
 @pytest.mark.parametrize(
     ("plans", "max_tokens", "error", "message"),
     [

@@ -135,6 +135,7 @@ def test_flat_views_are_merged_first():
     scores = token_variance(x, grids)
     assert scores[0] == 0
     assert scores[0] < scores[2] < scores[1]
+    assert choose_ratios(scores, grids, 48) == [1, 1, 1]
     assert choose_ratios(scores, grids, 36) == [4, 1, 1]
     assert choose_ratios(scores, grids, 9) == [16, 4, 4]
     assert choose_ratios(scores, grids, 3) == [16, 16, 16]

@@ -4,7 +4,7 @@
 A fault is a replacement of text that stands exactly once in a file, so it survives changes
 elsewhere; where the text has changed, test_mutants.py asks for a new one. To leave out a barrier
 that changes nothing is no fault: without the last __syncwarp of store_strip, each lane overwrites
-only what it has read itself.
+only what it has read itself. Faults in everything else are in faults_on_cpu.py.
 """
 
 from __future__ import annotations
@@ -20,20 +20,46 @@ class Fault:
     """What is wrong, where, and what must say so.
 
     ``check`` is a name of cases of uhd_cuda_driver, or a test. Only ``unit`` is compiled with the
-    fault: the .cu file whose kernels the check runs, where that is not ``file``.
+    fault, where that is not ``file``: the file whose code the check runs. A CPU kernel is compiled
+    for ``isa`` alone, and the check runs on that.
     """
 
     what: str
-    file: str  # under csrc
+    file: str  # under csrc; of Python beside it, as uhd_ops/...
     old: str
     new: str
     check: str
     unit: str = ""
+    isa: str = "scalar"
 
     @property
     def source(self) -> str:
-        """The .cu file, under csrc."""
+        """The file to be compiled, under csrc."""
         return self.unit or self.file
+
+    @property
+    def path(self) -> Path:
+        """The file to be changed."""
+        return (CSRC.parent if self.is_python else CSRC) / self.file
+
+    @property
+    def is_python(self) -> bool:
+        """Whether nothing needs to be compiled."""
+        return self.file.endswith(".py")
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether it concerns the CUDA kernels."""
+        return self.source.endswith(".cu")
+
+    @property
+    def objects(self) -> str:
+        """What CMake compiles the file for."""
+        if self.is_emulated:
+            return "kernels_emulated"
+        if self.source.endswith("_cpu.cpp"):
+            return f"kernels_{self.isa}"
+        return "uhd_host" if self.source.startswith("host/") else "uhd_cpu"
 
     def planted(self) -> str:
         """Return the text of the file with the fault.
@@ -41,10 +67,10 @@ class Fault:
         Raises:
             ValueError: The text to be replaced is not there, or is there twice.
         """
-        text = (CSRC / self.file).read_text()
+        text = self.path.read_text()
         if text.count(self.old) != 1:
             raise ValueError(
-                f"{self.what}: csrc/{self.file} must have this text once, "
+                f"{self.what}: {self.path.relative_to(CSRC.parent)} must have this text once, "
                 f"has it {text.count(self.old)} times:\n{self.old}"
             )
         return text.replace(self.old, self.new)
