@@ -3,6 +3,7 @@
 
 import os
 import random
+import sys
 import tempfile
 import warnings
 
@@ -139,7 +140,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
 
 @pytest.fixture(autouse=True)
 def isolated():
-    """Seed every generator; afterwards restore it, and torch's global switches."""
+    """Seed every generator; afterwards restore it and torch's global switches, close figures."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -149,6 +150,8 @@ def isolated():
     torch.manual_seed(0)
     torch.set_num_threads(_THREADS)
     yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
     torch.use_deterministic_algorithms(deterministic)
@@ -156,3 +159,18 @@ def isolated():
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, in order."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def note(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    return figures

@@ -236,10 +236,8 @@ def test_encode_extreme_shapes(size, tmp_path):
         assert max(picture.size) < 3000
 
 
-def test_what_the_picture_shows(photo, monkeypatch):
+def test_what_the_picture_shows(photo, drawn):
     """The photograph once, with its slices; the norms of the tokens on both sides of the merge."""
-    drawn = []
-    monkeypatch.setattr(_report, "_save", lambda figure, file: drawn.append(figure))
     _, folder = encode(photo)
     plan = uhd_ops.SlicePlan.from_dict(json.loads((folder / "summary.json").read_text())["plan"])
     image, before, after, *bars = drawn[0].axes

@@ -33,7 +33,7 @@ def test_default(capsys):
     }
 
 
-def test_options(capsys, tmp_path):
+def test_options(capsys, drawn, tmp_path):
     path = tmp_path / "bench.png"
     options = ["--views", "6x3,3x9,6x6", "--window", "3", "--dtype", "float64", "float16"]
     options += ["--op", "tile_weight", "window_mean", "--device", "cpu", "--plot", str(path)]
@@ -44,7 +44,15 @@ def test_options(capsys, tmp_path):
     ]
     with Image.open(path) as picture:
         assert min(picture.size) > 300
-        assert len(picture.convert("L").getcolors()) > 10  # not blank
+    rows = {}
+    for row in result["results"]:
+        rows.setdefault(row["case"], {})[row["variant"]] = row["milliseconds"] / 1e3
+    panels = drawn[0].axes
+    assert {
+        axes.get_title(loc="left"): [b.get_width() for b in axes.patches] for axes in panels
+    } == {case: list(variants.values()) for case, variants in rows.items()}
+    names = [[label.get_text() for label in axes.get_yticklabels()] for axes in panels]
+    assert names == [list(variants) for variants in rows.values()]
     assert main(["bench", *SMALL, *options]) == 0
     printed = capsys.readouterr().out
     assert "times ours" in printed

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import timm
-from matplotlib.figure import Figure
 from PIL import Image
 
 from uhd_ops import flops, insert_early_compressor, insert_progressive_compression
@@ -135,18 +134,6 @@ def test_other_families(capsys):
     result = result_of(capsys, "vit_small_patch16_dinov3", "--grid", "4x6", "--layer", "1")
     tokens = {row["name"]: row["tokens"] for row in result["with"]["layers"]}
     assert (tokens["blocks.1"], tokens["blocks.2"]) == (29, 11)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved."""
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda figure, *args, **kwargs: (figures.append(figure), save(figure, *args, **kwargs))[1],
-    )
-    return figures
 
 
 @pytest.mark.parametrize("options", [["--paper"], ["--paper", "v3"], [MODEL, "--layer", "2"]])

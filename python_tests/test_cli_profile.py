@@ -2,6 +2,7 @@
 """``uhd-ops profile``: plans and counts are the library's, times are of what it says."""
 
 import json
+import math
 
 import pytest
 import timm
@@ -198,7 +199,7 @@ def test_crossings():
     assert found[1]["total"] == pytest.approx(6 + 2 * 2 / 3)
 
 
-def test_plot_and_tables(capsys, tmp_path):
+def test_plot_and_tables(capsys, drawn, tmp_path):
     path = tmp_path / "profile.png"
     options = ["--sizes", "200:320:120,640x480", "--variants", "post,native,post"]
     assert main(["profile", MODEL, MODEL, "--layer", "2", *options, "--plot", str(path)]) == 0
@@ -212,7 +213,18 @@ def test_plot_and_tables(capsys, tmp_path):
     assert " ".join(printed.split()).count(sentence) == 2
     with Image.open(path) as picture:
         assert min(picture.size) > 400
-        assert len(picture.convert("L").getcolors()) > 10  # not blank
+    rows = profile(capsys, *options)["models"][0]["rows"]
+    for axes in drawn[0].axes:
+        post, native, crossing = axes.lines
+        for line in (post, native):
+            expected = [
+                [math.sqrt(math.prod(row["size"])), 1e9 * row["giga_macs"]["total"]]
+                for row in sorted(rows, key=lambda row: math.prod(row["size"]))
+                if row["variant"] == line.get_label()
+            ]
+            assert line.get_xydata().tolist() == expected
+        assert crossing.get_xdata() == pytest.approx([245], abs=1)
+        assert "1: native to post, 245 px" in {text.get_text() for text in axes.texts}
 
 
 def test_default_layers():

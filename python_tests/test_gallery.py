@@ -17,12 +17,10 @@ SCRIPTS = sorted((DOCS / "gallery").glob("*.py"))
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def elsewhere(monkeypatch):
-    """Where sphinx-gallery and Jupyter run them: in their own folder, with figures of their own."""
-    pyplot.close("all")
-    yield monkeypatch.chdir
-    pyplot.close("all")
+    """Go where sphinx-gallery and Jupyter run them: into their own folder."""
+    return monkeypatch.chdir
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -309,10 +309,8 @@ def test_a_figure_of_pyplot_by_default():
     axes = plot.bars(["a"], {"x": [1]})
     figure = plot.timings({"case": {"uhd_ops": 1.0}})
     assert [*before, axes.figure.number, figure.number] == pyplot.get_fignums()
-    pyplot.close(axes.figure)
-    pyplot.close(figure)
     plot.timings({"case": {"uhd_ops": 1.0}}, figure=Figure())
-    assert pyplot.get_fignums() == before
+    assert pyplot.get_fignums() == [*before, axes.figure.number, figure.number]
 
 
 def test_without_matplotlib(monkeypatch):

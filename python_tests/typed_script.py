@@ -8,6 +8,8 @@ that is an error too.
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from typing_extensions import assert_type
@@ -80,6 +82,13 @@ def images(image: Image.Image) -> None:
     pixels, grids = uhd_ops.pack_views(uhd_ops.slice_image(image, plan), patch_size=16)
     assert_type(pixels, torch.Tensor)
     assert_type(grids, uhd_ops.PackedGrids)
+
+
+def pictures(image: Image.Image, plan: uhd_ops.SlicePlan, x: torch.Tensor) -> None:
+    assert_type(uhd_ops.plot.views(image, plan, window=2), Axes)
+    assert_type(uhd_ops.plot.merge(x, x, plan.grids, plan, show="pca", figure=Figure()), Figure)
+
+    uhd_ops.plot.tokens(x, plan.grids, plan, show="pac")  # pyright: ignore[reportArgumentType]
 
 
 def integrations(model: nn.Module) -> None:

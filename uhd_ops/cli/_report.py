@@ -14,7 +14,6 @@ from uhd_ops import plot
 from uhd_ops.plot.figures import saved
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL import Image
 
     from uhd_ops.cli._measure import Runs
@@ -186,8 +185,4 @@ def draw(
     figure.suptitle(
         f"{name}, {model['name']} after layer {layer}, weights: {model['weights']}", fontsize=11
     )
-    _save(figure, file)
-
-
-def _save(figure: Figure, file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.1)

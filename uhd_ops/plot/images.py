@@ -11,7 +11,7 @@ import torch
 from uhd_ops._checks import check_positive_int, check_tensor
 from uhd_ops.grids import Grids, PackedGrids
 from uhd_ops.nn.view_ratios import ViewRatios
-from uhd_ops.plot.figures import axes_of, frame, panels
+from uhd_ops.plot.figures import axes_of, box_aspect, frame, panels
 from uhd_ops.slicing.plan import SlicePlan
 from uhd_ops.slicing.views import load_planned
 
@@ -414,7 +414,7 @@ def draw_tokens(
     if picture.dim() == 1:
         from matplotlib.ticker import MaxNLocator
 
-        tall = axes.get_box_aspect() > 1.5
+        tall = box_aspect(width, height) > 1.5
         options = {"location": "right"} if tall else {"location": "bottom", "pad": 0.02}
         bar = axes.get_figure().colorbar(
             maps[0], ax=axes, aspect=40, ticks=MaxNLocator(5), panchor=False, **options
