@@ -25,7 +25,7 @@ TOP_LEVEL = {
     *("setup.py", "csrc", "uhd_ops", "python_tests", "benchmarks", "examples", "README.md"),
     *("CMakeLists.txt", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md"),
     *("CONTRIBUTING.md", "docs", ".ci", ".gitignore", ".clang-format", "MANIFEST.in"),
-    "requirements-dev.txt",
+    *("requirements-dev.txt", ".github", "CITATION.cff"),
 }
 # A floor may import the ones below it and those that stand aside; nothing of uhd_ops otherwise.
 FLOORS = ("cli", "corpus", "integrations", "retrofit", "nn", "ops", "_native")
