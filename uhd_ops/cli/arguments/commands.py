@@ -261,7 +261,7 @@ def _profile(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         type=types.non_negative_int,
         metavar="N",
-        help="tokens of text beside the visual ones, with --llm (default: 32)",
+        help="tokens of text in addition to the visual ones, with --llm (default: 32)",
     )
     add(
         "--run",
