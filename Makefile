@@ -49,6 +49,7 @@ test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM 
 	bash .ci/compat.sh
 	bash .ci/gpu_call.sh $(PYTHON)
 	bash .ci/sanitize.sh $(PYTHON)
+	bash .ci/races.sh $(PYTHON)
 	bash .ci/fuzz.sh $(PYTHON) --sanitize
 	bash .ci/emulate.sh $(PYTHON) --sanitize
 

@@ -105,9 +105,10 @@ void run_norm(Side& side, const Views& views, int64_t channels, bool all) {
   if (all && !side.on_device()) scalar::unshuffle_norm_sum_partials(args, 0, merged);
 }
 
-// In window-major order, and with the gradients in one tensor, if `packed`; else neither.
+// In window-major order, and with the gradients in one tensor, if `packed`; else neither. With a
+// rotary embedding, which of both kernels only those of the CPU apply, unless rotary_parts < 0.
 void run_attention(Side& side, const Views& views, int64_t heads, int64_t kv_heads,
-                   int64_t head_dim, bool packed) {
+                   int64_t head_dim, bool packed, int64_t rotary_parts = -1) {
   const int64_t width = heads * head_dim, kv_width = kv_heads * head_dim, rows = views.token_rows;
   const int64_t all = width + 2 * kv_width;
   WindowAttention args{};
@@ -125,6 +126,13 @@ void run_attention(Side& side, const Views& views, int64_t heads, int64_t kv_hea
   args.q_strides = args.k_strides = args.v_strides = {all, head_dim};
   args.out = side.output("out", rows * width);
   args.out_stride = width;
+  if (rotary_parts >= 0) {
+    args.cos = side.parameter(rows * head_dim);
+    args.sin = side.parameter(rows * head_dim);
+    args.table_strides = {head_dim, 0};
+    args.rotary_parts = rotary_parts;
+    args.scale = 1 / (8 * static_cast<double>(head_dim));  // these sines and cosines go up to 2.5
+  }
   std::vector<double> scratch(
       static_cast<size_t>(window_attention_scratch(args, views.side * views.side)));
   const auto with_scratch = [&](auto* kernel) {
@@ -152,6 +160,8 @@ void run_attention(Side& side, const Views& views, int64_t heads, int64_t kv_hea
   side.run(args, cuda::window_attention_backward, with_scratch(scalar::window_attention_backward),
            views.windows());
 }
+
+#ifndef UHD_RACES  // on the CPU, window_attention rotates
 
 // The definition, for the tokens [begin, end) of the host. The way back is the transposed matrix.
 void rotate_by_definition(const RotateHeads& args, int64_t begin, int64_t end) {
@@ -200,6 +210,8 @@ void run_rotary(Side& side, const Views& views, int64_t heads, int64_t head_dim,
   args.x_strides = {width, head_dim};
   side.run(args, cuda::rotate_heads, rotate_by_definition, tokens);
 }
+
+#endif
 
 void run_activation(Side& side, int activation, int64_t rows, int64_t group, int64_t width,
                     bool bias) {
@@ -328,9 +340,18 @@ std::vector<Case> all_cases() {
     // More pairs than a block has threads, and fewer; neighbours pair, halves, halves of halves.
     for (const int64_t parts : {0, 1, 2}) {
       const int64_t head_dim = parts == 1 ? 8 : 72;
+#ifdef UHD_RACES
+      for (const int64_t side : {2, 3}) {  // in registers, and through scratch memory
+        cases.push_back({"rotary embedding, " + std::to_string(parts) + " parts", dtype,
+                         64 * head_dim + 4 * side * side, [=](Side& at) {
+                           run_attention(at, ragged(side), 6, 2, head_dim, side == 2, parts);
+                         }});
+      }
+#else
       cases.push_back(
           {"rotary embedding, " + std::to_string(parts) + " parts", dtype, 4,
            [=](Side& at) { run_rotary(at, ragged(2), 5, head_dim, parts, parts != 1); }});
+#endif
     }
   }
   // More windows than an H200 holds blocks of two warps: each loops over several.
@@ -355,6 +376,9 @@ std::vector<Case> all_cases() {
   // Heads that share keys and values: forward on every kernel, backward on CUDA cores alone.
   add_attention(cases, kBrain, {2, 8}, {72}, 6, 0, 3);
   add_attention(cases, kFloat, {2}, {7, 72}, 6, 0, 3);
+#ifdef UHD_RACES
+  cases.push_back(planner_case());
+#endif
   return cases;
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two sides of a comparison: the scalar CPU kernels in float64, and the CUDA kernels in the
-// type under test. The arguments of a call are laid out by the same code on both.
+// type under test. The arguments of a call are laid out by the same code on both. With
+// UHD_DRIVER_ON_HOST the device is the host: the CUDA kernels are emulated, or the CPU kernels
+// stand in their place (csrc/races).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,7 +18,7 @@
 
 #include "common/dtype.h"
 #include "common/view_table.h"
-#ifndef UHD_EMULATED
+#ifndef UHD_DRIVER_ON_HOST
 #include <cuda_runtime_api.h>
 #endif
 
@@ -68,7 +70,7 @@ inline double decode(DType dtype, const char* from) {
 
 inline bool poison = true;  // new memory is NaN; else initcheck sees what nobody has written
 
-#ifdef UHD_EMULATED
+#ifdef UHD_DRIVER_ON_HOST
 inline void* allocate(bool, size_t bytes) { return ::operator new(bytes, std::align_val_t{256}); }
 inline void release(bool, void* memory) { ::operator delete(memory, std::align_val_t{256}); }
 inline void copy(void* to, const void* from, size_t bytes) {
@@ -205,6 +207,9 @@ struct Case {
 };
 
 std::vector<Case> all_cases();
+#ifdef UHD_RACES
+Case planner_case();
+#endif
 
 }  // namespace driver
 }  // namespace uhd
