@@ -7,7 +7,7 @@ is small and starts from random weights: first the tower learns letters, in plac
 pretraining, and the whole learns to read without a compressor. Then the compressor is inserted, and
 the stages of LLaVA-UHD v4 follow, as its released scripts have them (docs/training.md).
 
-One process on the CPU, two minutes or so:   python examples/05_train_mllm.py
+One process on the CPU, 100 s of a core:     python examples/05_train_mllm.py
 Any number of GPUs, or CPUs, with FSDP2:    torchrun --nproc-per-node 2 examples/05_train_mllm.py
 Go on from the last checkpoint:             the same command with --resume
 The experiment of docs/warm_start.md:       python examples/05_train_mllm.py --seeds 5
@@ -57,7 +57,7 @@ except ImportError as error:
         "pip install uhd_ops[examples]"
     ) from None
 
-DIM, DEPTH, HEADS, LAYER = 32, 4, 2, 1  # of the tower; the compressor stands behind block 1 of 0..3
+DIM, DEPTH, HEADS, LAYER = 32, 4, 2, 1  # of the tower; the compressor stands after block 1 of 0..3
 LLM_DIM, LLM_DEPTH = 48, 2
 BATCH, TEST_BATCH = 16, 64  # pages, on all ranks together
 LONGEST = 32  # tokens of an answer that is generated
@@ -82,7 +82,7 @@ PHASES = (
     Phase("reading", 320, 3, {"tower": 1.6e-3, "connector": 8e-3, "llm": 8e-3}),
     Phase("stage 1", 60, 1),  # compressor and connector
     Phase("stage 2", 20, 2),  # from here on everything
-    Phase("stage 3", 120, 3),
+    Phase("stage 3", 320, 3),
     Phase("stage 4", 20, 4),
 )
 INSERTION = 2  # the first phase that has the compressor
@@ -420,9 +420,38 @@ def measured_steps(settings):
     return sorted(step for step in steps if step <= before)
 
 
+def inside_windows(x, grids):
+    """Share of the variance of packed tokens, or patches, that is inside their 2 x 2 windows.
+
+    Unrelated neighbours have 3/4, equal ones 0.
+    """
+    x = x.flatten(1)
+    spread, between = (t.var(0, correction=0).sum() for t in (x, uhd_ops.window_mean(x, grids)))
+    return 1 - float(between / spread)
+
+
+@torch.no_grad()
+def redundancy(reader, test_pages):
+    """Return the share inside windows of the patches, and that of the tokens to be compressed."""
+    reader.eval()
+    seen, reads_them = [], reader.tower.vit.blocks[LAYER + 1].norm1
+    hook = reads_them.register_forward_pre_hook(lambda norm, arguments: seen.append(*arguments))
+    batch = test_batches(test_pages, reader.side, ALONE)[0]
+    reader.tower(batch.pixels, batch.grids)
+    hook.remove()
+    shares = {"patches": batch.pixels, "tokens": seen[0]}
+    return {name: round(inside_windows(x, batch.grids), 5) for name, x in shares.items()}
+
+
 def run_seed(seed, settings):
-    """Train one model until it reads, and fine-tune every arm of it on the same pages."""
+    """Train one model until it reads, and fine-tune every arm of it on the same pages.
+
+    Returns:
+        The curves of the arms, and the redundancy of the model that reads.
+    """
     trained = run(UNTOUCHED, seed, settings.phases[:INSERTION], ALONE)
+    reader = Reader()
+    reader.load_state_dict(trained)
     rows, steps = [], measured_steps(settings)
     for arm in ARMS:
         row = {"arm": arm.name, "start": arm.start, "seed": seed, "correct": [], "loss": []}
@@ -439,28 +468,47 @@ def run_seed(seed, settings):
         read = f"{row['correct'][0]} to {row['correct'][-1]} of {settings.test_pages} pages read"
         print(f"seed {seed}, {' '.join(arm).strip()}: {read}", flush=True)
         rows.append(row)
-    return rows
+    return rows, redundancy(reader, settings.test_pages)
+
+
+def conditions(settings):
+    """All that the results depend on, but for the machine and its fonts."""
+    return {
+        "phases": [phase._asdict() for phase in settings.phases],
+        "speed": SPEED,
+        "test_images": settings.test_pages,
+        "batch": BATCH,
+        "model": {"dim": DIM, "depth": DEPTH, "layer": LAYER, "llm_dim": LLM_DIM},
+        "pages": {
+            "size": list(pages.PAGE),
+            "words": pages.WORDS,
+            "letters": pages.LETTERS,
+            "alphabet": pages.ALPHABET,
+            "font_sizes": list(pages.SIZES),
+            "jitter": pages.JITTER,
+            "softness": pages.SOFTNESS,
+            "patch": pages.PATCH,
+            "view": pages.VIEW,
+        },
+    }
 
 
 def run_experiment(seeds, settings, out):
-    """Run the seeds one after the other on one thread, and write the record behind each."""
+    """Run the seeds one after the other on one thread, and write the record after each."""
     torch.set_num_threads(1)
     environment = experiments.environment("timm", "transformers", "pillow", processes=1)
-    began, rows = time.process_time(), []
+    began, rows, inside = time.process_time(), [], {"patches": [], "tokens": []}
     stages = settings.phases[INSERTION:]
     for seed in range(seeds):
-        rows += run_seed(seed, settings)
+        done, shares = run_seed(seed, settings)
+        rows += done
+        for name, share in shares.items():
+            inside[name].append(share)
         seconds = time.process_time() - began
         print(f"seed {seed}: {seconds:.0f} CPU seconds since the start", flush=True)
         record = {
             "environment": environment,  # whatever is checked out while it runs
-            "settings": {
-                "phases": [phase._asdict() for phase in settings.phases],
-                "test_images": settings.test_pages,
-                "batch": BATCH,
-                "model": {"dim": DIM, "depth": DEPTH, "layer": LAYER, "llm_dim": LLM_DIM},
-                "fonts": pages.fonts(),
-            },
+            "settings": {**conditions(settings), "fonts": pages.fonts()},
             "seeds": list(range(seed + 1)),
             "cpu_seconds": round(seconds),
             "steps": measured_steps(settings),
@@ -468,6 +516,7 @@ def run_experiment(seeds, settings, out):
                 phase.name: sum(p.steps for p in stages[: index + 1])
                 for index, phase in enumerate(stages)
             },
+            "inside_windows": inside,
             "rows": rows,
         }
         experiments.write(record, out, "train_mllm", experiments.plot_pages)

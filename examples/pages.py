@@ -2,9 +2,10 @@
 """Pages of text, rendered on the fly: what 05_train_mllm.py learns to read.
 
 A page is larger than one view and holds a few made-up words of wide-spaced capitals. Its seed says
-which words, in which font of the system, at which size and place. Words run over two slices. What
-the model takes of a page are the packed patches of its views, and a prompt with a place for each
-visual token.
+which words, in which font of the system, at which size and place. Words run over two slices.
+Letters are larger than patches, and soft, so that neighbouring patches are alike, as on a scan with
+more pixels than its print needs. What the model takes of a page are the packed patches of its
+views, and a prompt with a place for each visual token.
 """
 
 import functools
@@ -13,20 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import uhd_ops
 
 PAGE = (128, 64)  # width and height in px
-WORDS, LETTERS = 2, 4  # one word in each line
+WORDS, LETTERS = 2, 2  # one word in each line
 ALPHABET = "AEHKLMNO"
-PATCH, VIEW, MERGE = (
-    8,
-    64,
-    4,
-)  # patches of 8 px, views of about 64 x 64 px, 4 x 4 patches to a token
-SIZES = range(20, 27)  # of a font, in px
-JITTER = 4  # px that a line is moved by at most, to each side
+PATCH, VIEW = 8, 64  # side of a patch, and of a view of the usual shape, in px
+MERGE = 4  # sides of views are multiples of so many patches
+SIZES = range(30, 37)  # of a font, in px
+JITTER = 2  # px that a line is moved by at most, to each side
+SOFTNESS = 3  # px, the standard deviation of the Gaussian that blurs a page
 FONTS = ["DejaVuSans.ttf", "DejaVuSans-Bold.ttf"]
 BUILT_IN = "Pillow's own"
 
@@ -81,7 +80,8 @@ def render(seed):
             box = canvas.textbbox((x, middle), letter, font=face, anchor="mm")
             boxes.append((1 + ALPHABET.index(letter), tuple(round(side) for side in box)))
         words.append(word)
-    return Page(image, " ".join(words), boxes)
+    soft = image.filter(ImageFilter.GaussianBlur(SOFTNESS))
+    return Page(soft, " ".join(words), boxes)
 
 
 @functools.cache
