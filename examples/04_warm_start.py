@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"{error}; this example needs timm, scikit-learn and matplotlib: "
-        "pip install uhd_ops[examples]"
+        "pip install 'uhd_ops[examples]'"
     ) from None
 
 DIM, DEPTH, HEADS, LAYER = 32, 4, 2, 1  # the compressor stands between blocks 1 and 2 of 0..3

@@ -54,7 +54,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"{error}; this example needs timm, transformers, Pillow and matplotlib: "
-        "pip install uhd_ops[examples]"
+        "pip install 'uhd_ops[examples]'"
     ) from None
 
 DIM, DEPTH, HEADS, LAYER = 32, 4, 2, 1  # of the tower; the compressor stands after block 1 of 0..3

@@ -413,7 +413,7 @@ def test_missing_packages(photo):
     )
     result = run_python(code, "encode", str(photo))
     assert result.returncode == 2
-    expected = "missing packages: rich, timm; install them with: pip install uhd_ops[cli]\n"
+    expected = "missing packages: rich, timm; install them with: pip install 'uhd_ops[cli]'\n"
     assert result.stderr == f"uhd-ops encode: error: {expected}"
 
 

@@ -219,7 +219,7 @@ def test_missing_packages(monkeypatch, capsys):
     find = "uhd_ops.cli._support.importlib.util.find_spec"
     monkeypatch.setattr(find, lambda name: None)
     assert main(["flops", "--paper", "--plot", "x.png"]) == 2
-    expected = "missing packages: rich, matplotlib; install them with: pip install uhd_ops[cli]"
+    expected = "missing packages: rich, matplotlib; install them with: pip install 'uhd_ops[cli]'"
     assert expected in capsys.readouterr().err
     assert main(["flops", MODEL, "--json"]) == 2
     assert "missing packages: timm;" in capsys.readouterr().err

@@ -316,7 +316,7 @@ def test_a_figure_of_pyplot_by_default():
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
-        ImportError, match=r"^pictures need matplotlib: pip install uhd_ops\[plot\]"
+        ImportError, match=r"^pictures need matplotlib: pip install 'uhd_ops\[plot\]'"
     ):
         plot.bars(["a"], {"x": [1]})
 

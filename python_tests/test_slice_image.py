@@ -292,7 +292,7 @@ def test_bad_sources(source, error, message):
 
 def test_missing_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"pip install uhd_ops\[image\]"):
+    with pytest.raises(ImportError, match=r"pip install 'uhd_ops\[image\]'"):
         load_image(RGB)
 
 

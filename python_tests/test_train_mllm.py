@@ -329,7 +329,7 @@ def test_missing_packages_are_named(monkeypatch, module):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     spec = importlib.util.spec_from_file_location("without", EXAMPLES / "05_train_mllm.py")
-    with pytest.raises(SystemExit, match=rf"{module}.*pip install uhd_ops\[examples\]"):
+    with pytest.raises(SystemExit, match=rf"{module}.*pip install 'uhd_ops\[examples\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 

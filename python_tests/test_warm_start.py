@@ -191,5 +191,5 @@ def test_missing_packages_are_named(monkeypatch, module):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.delitem(sys.modules, "experiments", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=rf"{module}.*pip install uhd_ops\[examples\]"):
+    with pytest.raises(SystemExit, match=rf"{module}.*pip install 'uhd_ops\[examples\]'"):
         load("04_warm_start.py")

@@ -24,7 +24,7 @@ def require(*packages: str, extra: str = "cli") -> None:
     if missing:
         raise UserError(
             f"missing packages: {', '.join(missing)}; install them with: pip install "
-            f"uhd_ops[{extra}]"
+            f"'uhd_ops[{extra}]'"
         )
 
 

@@ -106,7 +106,7 @@ def run_ray(
         RuntimeError: The cluster has no GPU, and ``device`` is ``"cuda"``.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ImportError("engine 'ray' needs Ray Data: pip install uhd_ops[ray]")
+        raise ImportError("engine 'ray' needs Ray Data: pip install 'uhd_ops[ray]'")
     import ray  # pyright: ignore[reportMissingImports]
 
     own = not ray.is_initialized()

@@ -109,7 +109,7 @@ def encode_dataset(
     if native_tokens is not None:
         check_int(native_tokens, "native_tokens", LEAST_MAX_TOKENS)
     if importlib.util.find_spec("safetensors") is None:
-        raise ImportError("shards need safetensors: pip install uhd_ops[cli]")
+        raise ImportError("shards need safetensors: pip install 'uhd_ops[cli]'")
     root, images = list_images(source)
     model = make_model()
     options = Options(

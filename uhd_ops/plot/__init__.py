@@ -4,7 +4,7 @@
 Every function returns what it has drawn, a matplotlib ``Figure`` or ``Axes``, to be changed, shown
 or saved. Without ``figure`` or ``axes`` it makes a new figure of pyplot, so that notebooks show it;
 with a ``Figure`` of one's own nothing global is touched. matplotlib is imported by the first call;
-``pip install uhd_ops[plot]`` brings it. The command line draws with these functions too.
+``pip install 'uhd_ops[plot]'`` brings it. The command line draws with these functions too.
 
 Example:
     >>> image = torch.zeros(3, 600, 800)

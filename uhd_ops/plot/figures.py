@@ -56,7 +56,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install uhd_ops[plot]") from error
+        raise ImportError("pictures need matplotlib: pip install 'uhd_ops[plot]'") from error
 
 
 def figure_of(figure: Figure | SubFigure | None, size: tuple[float, float]) -> Any:

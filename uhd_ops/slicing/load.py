@@ -101,7 +101,7 @@ def require_pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("images need Pillow: pip install uhd_ops[image]") from error
+        raise ImportError("images need Pillow: pip install 'uhd_ops[image]'") from error
     return Image
 
 

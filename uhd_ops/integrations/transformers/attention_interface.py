@@ -48,7 +48,7 @@ def register_attention() -> str:
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ImportError(
-            "register_attention needs transformers 5 or newer: pip install uhd_ops[transformers]"
+            "register_attention needs transformers 5 or newer: pip install 'uhd_ops[transformers]'"
         ) from error
     AttentionInterface.register(NAME, attention_forward)
     # Without this, transformers would drop a padding mask in silence. sdpa_mask makes none where
