@@ -36,7 +36,7 @@ test-op: $(INSTALLED)  ## Run the tests of one operator on this build: make test
 	$(PYTHON) -m pytest --op "$(OP)" python_tests/test_battery_*.py \
 		$(wildcard python_tests/test_$(OP).py python_tests/test_$(OP)_kernels.py)
 
-test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels, planted faults, the packages, the oldest packages to go with them, the call on a GPU rehearsed, sanitizers
+test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM and SGLang, Ray, hostile calls, other machines, emulated CUDA kernels, planted faults, CPU kernels on aarch64, the packages, the oldest packages to go with them, the call on a GPU rehearsed, sanitizers
 	$(PYTHON) -m pytest -n 2 -m slow
 	bash .ci/timm_suite.sh $(PYTHON)
 	bash .ci/serving_suite.sh $(PYTHON)
@@ -45,6 +45,7 @@ test-all: test lint docs  ## Then types, the site, slow tests, timm's own, vLLM 
 	bash .ci/machines.sh $(PYTHON)
 	bash .ci/emulate.sh $(PYTHON)
 	bash .ci/mutants.sh $(PYTHON)
+	bash .ci/aarch64.sh $(PYTHON)
 	bash .ci/wheel.sh $(PYTHON)
 	bash .ci/compat.sh
 	bash .ci/gpu_call.sh $(PYTHON)
