@@ -30,7 +30,12 @@ inline Vec<S> add_halves(Vec<S> a, Vec<S> b, std::integer_sequence<int, kLane...
       (kLane / kHalf % 2 * lanes + kLane / (2 * kHalf) * 2 * kHalf + kLane % kHalf)...};
   constexpr Mask high = {
       (kLane / kHalf % 2 * lanes + kLane / (2 * kHalf) * 2 * kHalf + kLane % kHalf + kHalf)...};
+#ifdef __clang__  // has the indices as arguments alone, which g++ has from 12 on
+  return __builtin_shufflevector(a, b, low[kLane]...) +
+         __builtin_shufflevector(a, b, high[kLane]...);
+#else
   return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
 }
 
 // Each round adds the two halves of every segment of two vectors and packs the sums into one
@@ -92,8 +97,12 @@ inline void mix_tile(const T* const* b, Weight&& weight, int64_t dim, T* const* 
 
 template <class S, int kDistance, int... kLane>
 inline Vec<S> exchange(Vec<S> v, std::integer_sequence<int, kLane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
+#else
   using Mask = typename VecOf<S>::mask;
   return __builtin_shuffle(v, Mask{(kLane ^ kDistance)...});
+#endif
 }
 template <class S, int kDistance>
 inline Vec<S> exchange(Vec<S> v) {
