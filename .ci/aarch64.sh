@@ -33,8 +33,8 @@ elif [[ ! -e $root/complete ]]; then
     if ! command -v apt-get > /dev/null || ! bash -c "$(declare -f fetch); build='$build' root='$root'; set -euo pipefail; fetch"; then
         cat "$build/fetch.log" >&2 || true
         echo "NOT RUN: nothing was compiled for aarch64, and no kernel ran on it, because there is no cross compiler" \
-            "(aarch64-linux-gnu-g++) and no qemu-aarch64 here, and apt-get could not fetch them. With CI=true this is an error." >&2
-        [[ ${CI:-false} == false ]]
+            "(aarch64-linux-gnu-g++) and no qemu-aarch64 here, and apt-get could not fetch them. With UHD_OPS_REQUIRE_AARCH64=1 this is an error." >&2
+        [[ ${UHD_OPS_REQUIRE_AARCH64:-0} == 0 ]]
         exit
     fi
 fi
