@@ -124,15 +124,15 @@ def measure(count: int, rounds: int) -> list[dict[str, object]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, help="number of images (default: 24)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--images", type=int, help="number of images (default: 32)")
+    parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--way", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
         way, images, out = arguments.way
         print(json.dumps(run_way(way, Path(images), out)))
         return 0
-    rows = measure(arguments.images or 24, arguments.rounds)
+    rows = measure(arguments.images or 32, arguments.rounds)
     print(f"{'':<28}{'images/s':>10}{'ratio':>8}{'peak MB':>10}")
     for row in rows:
         numbers = f"{row['images_per_second']:>10.2f}{row['ratio']:>8.2f}{row['peak_mb']:>10.0f}"
