@@ -152,12 +152,26 @@ def corpora(record: dict[str, Any], draw: Draw) -> str:
     return "## A corpus of images\n\n" + table(head, rows)
 
 
+def growth(record: dict[str, Any], draw: Draw) -> str:
+    """A table of bench_scale.py's fitted exponents."""
+    rows = []
+    for row in record["rows"]:
+        sizes = row[row["axis"]]
+        largest = sizes[-1] if isinstance(sizes, list) else sizes
+        exponents = (row.get(f"{kind}_exponent") for kind in ("time", "memory"))
+        cells = ("" if number is None else f"{number:.2f}" for number in exponents)
+        rows.append((f"{row['call']} {row['pass']}".strip(), f"{largest:,} {row['axis']}", *cells))
+    head = "call", "up to", "exponent of time", "exponent of memory"
+    return "## Growth\n\n1 is linear.\n\n" + table(head, rows)
+
+
 SECTIONS = {
     "cpu": operators,
     "host": host,
     "ttft": first_token,
     "tower": tower,
     "corpus": corpora,
+    "scale": growth,
 }
 TAIL = """## Experiments
 
